@@ -1,0 +1,1 @@
+"""LoRA over QuantizedLinear, registered with PEFT through its custom-module dispatch."""

@@ -1,0 +1,1 @@
+"""Row formats, sources, chat templates, masking and packing."""

@@ -1,0 +1,1 @@
+"""Perplexity, loss and exact match on held-out rows."""

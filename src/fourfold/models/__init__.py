@@ -1,0 +1,1 @@
+"""Loading any checkpoint, and what is known of each model family."""
