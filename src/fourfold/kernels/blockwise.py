@@ -1,0 +1,111 @@
+"""Blockwise dequantization: the operators' schemas and their PyTorch references.
+
+A quantized tensor is a flat row of codes. Blocks of `block_size` consecutive codes share one scale, `absmax`, and a
+code is an index into a codebook, so that element i is
+
+    fp32(codebook[code[i]] * absmax[i // block_size]), rounded once to the wanted dtype.
+
+A codebook of 16 entries means 4-bit codes, two to a byte, the even element in the high nibble; one of 256 entries means
+one byte a code. Scales may be quantized themselves (double quantization, QLoRA, https://arxiv.org/abs/2305.14314, section
+3): then absmax[b] = fp32(map[q[b]] * nested_absmax[b // nested_block_size]) + offset, with two roundings.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["dequantize_blockwise", "dequantize_scales"]
+
+
+@functools.lru_cache(maxsize=64)
+def _pair_table(codebook_values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float64[256] whose entry `byte` holds the bits of the two fp32 values that the byte's nibbles stand for."""
+    codebook = torch.tensor(codebook_values, dtype=torch.float32, device=device)
+    byte = torch.arange(256, device=device)
+    # One gather of eight bytes instead of two of four is what makes the reference fast enough for the CPU.
+    return torch.stack([codebook[byte >> 4], codebook[byte & 15]], dim=1).view(torch.float64).reshape(-1)
+
+
+def _decode(codes: Tensor, codebook: Tensor, num_elements: int) -> Tensor:
+    """Codebook values of `codes`, fp32 [num_elements]."""
+    flat = codes.reshape(-1)
+    if codebook.numel() == 256:
+        return codebook.index_select(0, flat.int())
+    # A codebook is one of a few constants of 16 numbers, so reading it back as a key is cheap on the CPU; on a GPU the
+    # read would synchronise, and two small gathers are used instead.
+    if codebook.device.type == "cpu":
+        table = _pair_table(tuple(codebook.tolist()), codebook.device)
+        return table.index_select(0, flat.int()).view(torch.float32)[:num_elements]
+    nibbles = torch.stack([flat >> 4, flat & 15], dim=1).reshape(-1)[:num_elements]
+    return codebook.index_select(0, nibbles.int())
+
+
+@torch.library.custom_op("fourfold::dequantize_blockwise", mutates_args=())
+def dequantize_blockwise(
+    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """Dequantize blockwise codes.
+
+    Args:
+        codes: uint8, two codes a byte for a codebook of 16, one for a codebook of 256; any shape.
+        codebook: fp32 [16] or [256].
+        absmax: fp32 [ceil(n / block_size)], n the product of `shape`.
+        block_size: elements that share a scale; the last block may be short.
+        shape: shape of the result.
+        dtype: fp32, fp16 or bf16; the product is formed in fp32 and rounded once.
+
+    Returns:
+        Tensor of `shape` and `dtype`.
+    """
+    num_elements = math.prod(shape)
+    values = _decode(codes, codebook, num_elements)
+    out = torch.empty(num_elements, dtype=dtype, device=codes.device)
+    whole = num_elements // block_size
+    body = whole * block_size
+    torch.mul(
+        values[:body].view(whole, block_size), absmax[:whole, None], out=out[:body].view(whole, block_size)
+    )
+    if body < num_elements:
+        torch.mul(values[body:], absmax[whole], out=out[body:])
+    return out.view(shape)
+
+
+@dequantize_blockwise.register_fake
+def _(
+    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("fourfold::dequantize_scales", mutates_args=())
+def dequantize_scales(
+    codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int
+) -> Tensor:
+    """Scales of a double-quantized tensor.
+
+    Args:
+        codes: uint8 [num_blocks].
+        code_map: fp32 [256], the signed dynamic map.
+        nested_absmax: fp32 [ceil(num_blocks / nested_block_size)].
+        offset: fp32 scalar, the mean that was taken off before quantizing.
+        nested_block_size: scales that share one nested scale.
+
+    Returns:
+        fp32 [num_blocks]. Multiplication and addition round separately, as bitsandbytes does it: a fused multiply-add
+        would change one scale in eight by its last bit.
+    """
+    scales = torch.ops.fourfold.dequantize_blockwise(
+        codes, code_map, nested_absmax, nested_block_size, list(codes.shape), torch.float32
+    )
+    return scales + offset
+
+
+@dequantize_scales.register_fake
+def _(
+    codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int
+) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=torch.float32)
