@@ -1,0 +1,181 @@
+"""A linear layer whose weight is quantized and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.quantization.formats import get_format
+from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized
+from fourfold.quantization.number_format import NumberFormat
+from fourfold.quantization.scales import Scales
+from fourfold.quantization.tensor import QuantizedTensor, quantize
+
+__all__ = ["QuantizedLinear", "QuantizedWeight"]
+
+
+class QuantizedWeight:
+    """Mixin of a module whose parameter `weight` holds the codes of a quantized tensor.
+
+    The codes are a uint8 parameter that asks for no gradient, so that everything which walks over parameters (device maps,
+    checkpoints, sharding) sees them. The scales are kept beside it: `module.to(dtype)` must not round them.
+    """
+
+    weight: nn.Parameter
+    _rest: QuantizedTensor | None
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a quantized tensor; shares memory with the module."""
+        if self._rest is None:
+            raise RuntimeError("the weight has not been loaded yet")
+        return _with_codes(self._rest, self.weight.data)
+
+    @quantized.setter
+    def quantized(self, value: QuantizedTensor) -> None:
+        self.weight = nn.Parameter(value.codes, requires_grad=False)
+        self.set_scales(value)
+
+    def set_scales(self, value: QuantizedTensor) -> None:
+        """Take everything but the codes from `value`; the parameter `weight` is the caller's to set."""
+        # An empty slice instead of the codes: this object must not keep them alive when the parameter is moved.
+        self._rest = _with_codes(value, value.codes[:0])
+
+    @property
+    def scales(self) -> Scales | None:
+        return None if self._rest is None else self._rest.scales
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        module = super()._apply(fn, recurse)  # type: ignore[misc]
+        if self._rest is not None:
+
+            def move(tensor: Tensor) -> Tensor:
+                moved = fn(tensor)
+                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+            self._rest = self._rest.map_tensors(move)
+        return module
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if self._rest is not None:
+            entries = self.quantized.state_dict(prefix + "weight")
+            entries.pop(prefix + "weight")
+            destination.update(entries)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        if is_quantized(state_dict, key):
+            self.quantized = from_state_dict(state_dict, key).to(self.weight.device)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        ours = {f"{key}.{suffix}" for suffix in STATE_SUFFIXES}
+        unexpected_keys[:] = [name for name in unexpected_keys if name not in ours]
+
+
+def _with_codes(tensor: QuantizedTensor, codes: Tensor) -> QuantizedTensor:
+    return QuantizedTensor(
+        codes, tensor.scales, tensor.codebook, tensor.format, tensor.block_size, tensor.shape, tensor.dtype
+    )
+
+
+class QuantizedLinear(QuantizedWeight, nn.Linear):
+    """y = x W^T + b, W quantized and frozen: its gradient is never computed, the input's is.
+
+    W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more in the
+    backward pass: between the two only the codes are kept. It is an `nn.Linear`, so that whatever selects linear layers
+    (PEFT's "all-linear") finds it.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        bias: Whether there is a bias; it stays in floating point.
+        number_format: Format of the weight, by name or itself.
+        device: Device of the empty parameters, "meta" when a checkpoint will fill them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        number_format: str | NumberFormat = "nf4",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(in_features, out_features, bias=False)
+        if isinstance(number_format, str):
+            number_format = get_format(number_format)
+        codes = torch.empty(
+            (number_format.num_code_bytes(in_features * out_features), 1), dtype=torch.uint8, device=device
+        )
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self._rest = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, name: str = "weight", **options: Any) -> QuantizedLinear:
+        """Quantize an existing layer; `options` are those of `quantize`."""
+        quantized = quantize(linear.weight.data, name=name, **options)
+        layer = cls(linear.in_features, linear.out_features, bias=False, number_format=quantized.format)
+        layer.quantized = quantized
+        layer.bias = linear.bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type):
+            input = input.to(torch.get_autocast_dtype(device_type))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        result: Tensor = _FrozenLinear.apply(input, bias, self.quantized)
+        return result
+
+    def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary layer with the dequantized weight, in `dtype` (default: the dtype the weight came in)."""
+        with torch.device("meta"):
+            layer = nn.Linear(self.in_features, self.out_features, bias=False)
+        layer.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.data.to(layer.weight.dtype), requires_grad=False)
+        return layer
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self._rest is not None:
+            text += f", format={self._rest.format.name}, block_size={self._rest.block_size}"
+        return text
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + b that keeps W quantized between forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, weight: QuantizedTensor) -> Tensor:
+        ctx.quantized = weight
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input, weight.dequantize(input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad_output @ ctx.quantized.dequantize(grad_output.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0)
+        return grad_input, grad_bias, None

@@ -1,0 +1,70 @@
+"""The contract of a number format: a codebook, and what may be done with it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["NumberFormat"]
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """A format of 4 or 8 bits, given by the values its codes stand for.
+
+    Args:
+        name: Name in configuration and files.
+        bits: 4 (two codes a byte, the even element in the high nibble) or 8.
+        values: The 2**bits values in units of the block's scale; `values[code]` is what `code` means.
+        is_integer: Whether the values are equally spaced, so that the scale may be calibrated to clip outliers.
+    """
+
+    name: str
+    bits: int
+    values: tuple[float, ...]
+    is_integer: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.values) != 2**self.bits:
+            raise ValueError(f"{self.name}: {self.bits} bits need {2**self.bits} values, got {len(self.values)}")
+
+    def codebook(self, device: torch.device | str = "cpu") -> Tensor:
+        """fp32 [2**bits], shared by all tensors of this format on `device`; not to be written to."""
+        return _codebook(self, torch.device(device))
+
+    def sorted_values(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """The values in ascending order, fp32 [2**bits], and the code of each, uint8 [2**bits]."""
+        return _sorted_values(self, torch.device(device))
+
+    def num_code_bytes(self, num_elements: int) -> int:
+        """Bytes that the codes of `num_elements` elements take."""
+        return -(-num_elements * self.bits // 8)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """uint8 [n] codes as stored: uint8 [num_code_bytes(n), 1], bitsandbytes' shape."""
+        if self.bits == 8:
+            return codes.view(-1, 1)
+        if codes.numel() % 2:
+            codes = torch.nn.functional.pad(codes, (0, 1))
+        return ((codes[0::2] << 4) | codes[1::2]).view(-1, 1)
+
+    def unpack(self, packed: Tensor, num_elements: int) -> Tensor:
+        """The inverse of `pack`: uint8 [num_elements]."""
+        flat = packed.reshape(-1)
+        if self.bits == 8:
+            return flat[:num_elements]
+        return torch.stack([flat >> 4, flat & 15], dim=1).reshape(-1)[:num_elements]
+
+
+@functools.cache
+def _codebook(number_format: NumberFormat, device: torch.device) -> Tensor:
+    return torch.tensor(number_format.values, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _sorted_values(number_format: NumberFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+    values, codes = _codebook(number_format, device).sort(stable=True)
+    return values, codes.to(torch.uint8)

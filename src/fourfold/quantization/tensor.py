@@ -1,0 +1,174 @@
+"""Quantizing a tensor, and the quantized tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fourfold.errors import QuantizationError
+from fourfold.kernels.blockwise import dequantize_blockwise
+from fourfold.quantization.calibration import CALIBRATIONS
+from fourfold.quantization.formats import BLOCK_SIZES, get_format
+from fourfold.quantization.number_format import NumberFormat
+from fourfold.quantization.rounding import ROUNDINGS
+from fourfold.quantization.scales import NestedScales, PlainScales, Scales
+
+__all__ = ["QuantizedTensor", "quantize"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A tensor as codes and scales.
+
+    Args:
+        codes: uint8 [num_code_bytes, 1]; 4-bit codes two to a byte, the even element in the high nibble.
+        scales: One scale a block of `block_size` elements of the flattened tensor.
+        codebook: fp32 [2**bits], what each code means in units of its block's scale.
+        format: The number format.
+        block_size: Elements that share a scale; blocks run over rows.
+        shape: Shape of the tensor that was quantized.
+        dtype: Its dtype, and the default of `dequantize`.
+    """
+
+    codes: Tensor
+    scales: Scales
+    codebook: Tensor
+    format: NumberFormat
+    block_size: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in `dtype` (default: the one it came in): fp32(codebook[code] * scale), rounded once."""
+        return dequantize_blockwise(
+            self.codes,
+            self.codebook,
+            self.scales.dequantize(),
+            self.block_size,
+            list(self.shape),
+            dtype or self.dtype,
+        )
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes this tensor holds: codes and scales. The codebook and the dynamic map are shared by all tensors."""
+        return self.codes.nbytes + self.scales.num_bytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The same tensor on `device`."""
+        return self.map_tensors(lambda tensor: tensor.to(device))
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """The same tensor with `function`, which moves or copies, applied to everything it holds."""
+        codes = function(self.codes)
+        shared = self.codebook is self.format.codebook(self.codebook.device)
+        return replace(
+            self,
+            codes=codes,
+            scales=self.scales.map_tensors(function),
+            codebook=self.format.codebook(codes.device) if shared else function(self.codebook),
+        )
+
+    def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """bitsandbytes' keys and bytes: `prefix` itself for the codes, `prefix.absmax` and so on for the rest."""
+        from fourfold.quantization.layout import to_state_dict
+
+        return to_state_dict(self, prefix)
+
+
+def quantize(
+    tensor: Tensor,
+    format: str | NumberFormat = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    rounding: str = "nearest",
+    calibration: str = "absmax",
+    generator: torch.Generator | None = None,
+    name: str = "tensor",
+) -> QuantizedTensor:
+    """Quantize a tensor blockwise.
+
+    Args:
+        tensor: fp32, fp16 or bf16, of any shape, empty too.
+        format: A format of `FORMATS`, by name.
+        block_size: Elements of the flattened tensor that share a scale, one of `BLOCK_SIZES`.
+        double_quant: Quantize the scales themselves to 8 bits (QLoRA, section 3).
+        rounding: "nearest", or "stochastic" for an unbiased result.
+        calibration: How a block's scale is chosen; other than "absmax" for integer formats only.
+        generator: Source of randomness of stochastic rounding.
+        name: What errors call the tensor.
+
+    Raises:
+        QuantizationError: An option that is not in its table, a dtype that is not floating point, or NaN or infinity.
+    """
+    number_format = get_format(format) if isinstance(format, str) else format
+    _check_options(number_format, block_size, rounding, calibration)
+    if tensor.dtype not in DTYPES:
+        raise QuantizationError(f"{name} cannot be quantized", found=tensor.dtype, allowed=DTYPES)
+    flat = tensor.detach().reshape(-1).float()
+    _check_finite(flat, name)
+    scale_of, round_to = CALIBRATIONS[calibration], ROUNDINGS[rounding]
+    whole = flat.numel() // block_size * block_size
+    absmax, codes = [], []
+    # The short last block, if there is one, is a matrix of one row of its own.
+    for blocks in (flat[:whole].view(-1, block_size), flat[None, whole:]):
+        if blocks.numel() == 0:
+            continue
+        scale = scale_of(blocks, number_format)
+        normalized = blocks * (1.0 / scale.clamp_min(1e-38))[:, None]
+        absmax.append(scale)
+        codes.append(round_to(normalized.reshape(-1), number_format, generator))
+    all_scales = torch.cat(absmax) if absmax else flat.new_zeros(0)
+    all_codes = torch.cat(codes) if codes else flat.new_zeros(0, dtype=torch.uint8)
+    return QuantizedTensor(
+        codes=number_format.pack(all_codes),
+        scales=NestedScales.quantize(all_scales) if double_quant else PlainScales(all_scales),
+        codebook=number_format.codebook(tensor.device),
+        format=number_format,
+        block_size=block_size,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+    )
+
+
+def _check_options(number_format: NumberFormat, block_size: int, rounding: str, calibration: str) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise QuantizationError("unsupported block size", found=block_size, allowed=BLOCK_SIZES)
+    if rounding not in ROUNDINGS:
+        raise QuantizationError("unknown rounding", found=rounding, allowed=ROUNDINGS)
+    if calibration not in CALIBRATIONS:
+        raise QuantizationError("unknown calibration", found=calibration, allowed=CALIBRATIONS)
+    if calibration != "absmax" and not number_format.is_integer:
+        raise QuantizationError(
+            f"calibration is for integer formats; {number_format.name} is built for blocks scaled by their absmax",
+            found=calibration,
+            allowed="absmax",
+        )
+
+
+def _check_finite(flat: Tensor, name: str) -> None:
+    # A sum is finite only if all is, and unlike isfinite().all() needs no mask as large as the tensor; a finite tensor
+    # whose sum overflows is looked at element by element.
+    if not torch.isfinite(flat.sum()) and not torch.isfinite(flat).all():
+        bad = (~torch.isfinite(flat)).nonzero().reshape(-1)
+        raise QuantizationError(
+            f"{name} holds values that are not finite",
+            found=f"{bad.numel()} of {flat.numel()} elements, the first at flat index {int(bad[0])}: {float(flat[bad[0]])}",
+            allowed="finite values",
+            hint="the checkpoint is damaged, or was saved from a run that diverged: get it again",
+        )
