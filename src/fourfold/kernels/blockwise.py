@@ -6,8 +6,8 @@ code is an index into a codebook, so that element i is
     fp32(codebook[code[i]] * absmax[i // block_size]), rounded once to the wanted dtype.
 
 A codebook of 16 entries means 4-bit codes, two to a byte, the even element in the high nibble; one of 256 entries means
-one byte a code. Scales may be quantized themselves (double quantization, QLoRA, https://arxiv.org/abs/2305.14314, section
-3): then absmax[b] = fp32(map[q[b]] * nested_absmax[b // nested_block_size]) + offset, with two roundings.
+one byte a code. Scales may be quantized themselves (double quantization, QLoRA, https://arxiv.org/abs/2305.14314,
+section 3): then absmax[b] = fp32(map[q[b]] * nested_absmax[b // nested_block_size]) + offset, with two roundings.
 """
 
 from __future__ import annotations
@@ -66,18 +66,14 @@ def dequantize_blockwise(
     out = torch.empty(num_elements, dtype=dtype, device=codes.device)
     whole = num_elements // block_size
     body = whole * block_size
-    torch.mul(
-        values[:body].view(whole, block_size), absmax[:whole, None], out=out[:body].view(whole, block_size)
-    )
+    torch.mul(values[:body].view(whole, block_size), absmax[:whole, None], out=out[:body].view(whole, block_size))
     if body < num_elements:
         torch.mul(values[body:], absmax[whole], out=out[body:])
     return out.view(shape)
 
 
 @dequantize_blockwise.register_fake
-def _(
-    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
-) -> Tensor:
+def _(codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
@@ -105,7 +101,5 @@ def dequantize_scales(
 
 
 @dequantize_scales.register_fake
-def _(
-    codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int
-) -> Tensor:
+def _(codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)

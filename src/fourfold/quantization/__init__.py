@@ -1,1 +1,1 @@
-"""Number formats, blockwise and double quantization, calibration, QuantizedLinear, the Transformers quantizer and bitsandbytes' file layout."""
+"""Number formats, blockwise and double quantization, calibration, QuantizedLinear, the Transformers quantizer."""

@@ -59,9 +59,10 @@ def by_squared_error(blocks: Tensor, number_format: NumberFormat) -> Tensor:
 def by_kl_divergence(blocks: Tensor, number_format: NumberFormat, num_bins: int = 2048) -> Tensor:
     """One ratio of the absmax for the whole tensor, at which rounding loses the least information.
 
-    The elements in units of their absmax form a histogram P of `num_bins` bins over [-1, 1]. For a ratio, the elements are
-    clipped and rounded, and Q spreads each code's share evenly over the non-empty bins that were rounded to it. The ratio
-    with the least KL(P || Q) wins (the calibration of TensorRT, S. Migacz, "8-bit inference with TensorRT", 2017).
+    The elements in units of their absmax form a histogram P of `num_bins` bins over [-1, 1]. For a ratio, the elements
+    are clipped and rounded, and Q spreads each code's share evenly over the non-empty bins that were rounded to it. The
+    ratio with the least KL(P || Q) wins (the calibration of TensorRT, S. Migacz, "8-bit inference with TensorRT",
+    2017).
     """
     absmax = by_absmax(blocks, number_format)
     if blocks.numel() == 0:

@@ -1,16 +1,15 @@
 """Experts of mixture models that are held as one 3-D parameter [experts, out, in], quantized in place.
 
-The module keeps its own forward: the parameter is replaced by its codes, and a parametrization (torch.nn.utils.parametrize)
-gives the dequantized tensor to whoever reads the attribute. It is dequantized once a forward of the module, however often it
-is read there. Autograd keeps the dense tensor until the backward pass, so train such models with gradient checkpointing:
-then at most one layer's experts are dense at a time.
+The module keeps its own forward: the parameter is replaced by its codes, and a parametrization
+(torch.nn.utils.parametrize) gives the dequantized tensor to whoever reads the attribute. It is dequantized once a
+forward of the module, however often it is read there. Autograd keeps the dense tensor until the backward pass, so train
+such models with gradient checkpointing: then at most one layer's experts are dense at a time.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -31,9 +30,7 @@ class DequantizedParameter(nn.Module):
     def quantized(self, codes: Tensor) -> QuantizedTensor:
         """The quantized tensor whose codes are the parameter's."""
         rest = self.rest if self.rest.device == codes.device else self.rest.to(codes.device)
-        return QuantizedTensor(
-            codes, rest.scales, rest.codebook, rest.format, rest.block_size, rest.shape, rest.dtype
-        )
+        return QuantizedTensor(codes, rest.scales, rest.codebook, rest.format, rest.block_size, rest.shape, rest.dtype)
 
     def forward(self, codes: Tensor) -> Tensor:
         if self.dense is not None:

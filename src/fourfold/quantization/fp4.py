@@ -1,7 +1,7 @@
 """FP4: one sign bit, two exponent bits, one fraction bit, scaled so that the largest value is 1.
 
-Source: bitsandbytes, whose files this agrees with. Codes 0 to 7 are 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4 (in the order of
-their bit patterns); codes 8 to 15 are the same with the sign set.
+Source: bitsandbytes, whose files this agrees with. Codes 0 to 7 are 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4 (in the order
+of their bit patterns); codes 8 to 15 are the same with the sign set.
 """
 
 import struct
@@ -21,5 +21,5 @@ FP4 = NumberFormat(
     name="fp4",
     bits=4,
     # bitsandbytes' own table holds +0 for code 8, not -0: the sign of zero is part of bit equality.
-    values=_MAGNITUDES + (0.0,) + tuple(-magnitude for magnitude in _MAGNITUDES[1:]),
+    values=(*_MAGNITUDES, 0.0, *(-magnitude for magnitude in _MAGNITUDES[1:])),
 )

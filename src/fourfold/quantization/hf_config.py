@@ -44,7 +44,9 @@ class FourfoldConfig(QuantizationConfigMixin):
         kwargs.pop("quant_method", None)
         if kwargs:
             raise QuantizationError(
-                "unknown option of FourfoldConfig", found=sorted(kwargs), allowed=FourfoldConfig.option_names()
+                "unknown option of FourfoldConfig",
+                found=sorted(kwargs),
+                allowed=FourfoldConfig.option_names(),
             )
         get_format(bnb_4bit_quant_type)
         if bnb_4bit_blocksize not in BLOCK_SIZES:

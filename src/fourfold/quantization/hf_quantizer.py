@@ -1,7 +1,7 @@
 """The Transformers quantizer: a model becomes 4-bit tensor by tensor while `from_pretrained` reads it.
 
-Linear layers are replaced by QuantizedLinear on the meta device; then each weight is read, quantized where it arrives, and
-let go before the next is read, so that no moment holds the 16-bit model.
+Linear layers are replaced by QuantizedLinear on the meta device; then each weight is read, quantized where it arrives,
+and let go before the next is read, so that no moment holds the 16-bit model.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class FourfoldQuantizer(HfQuantizer):
             device = getattr(module, parameter).device
             set_quantized_parameter(module, parameter, tensor.to(device))
         if self.expert_tensors or self.pre_quantized:
-            # A checkpoint of this model is written in the model's own names: Transformers' conversions would split packed
-            # codes as if they were weights.
+            # A checkpoint of this model is written in the model's own names: Transformers' conversions would split
+            # packed codes as if they were weights.
             model._weight_conversions = []
         self.expert_tensors = {}
         return model
@@ -120,9 +120,7 @@ class FourfoldQuantizer(HfQuantizer):
             for parameter in list(getattr(module, "parametrizations", {})):
                 if is_parametrized(module, parameter):
                     dense = getattr(module, parameter).to(dtype)
-                    nn.utils.parametrize.remove_parametrizations(
-                        module, parameter, leave_parametrized=False
-                    )
+                    nn.utils.parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
                     setattr(module, parameter, nn.Parameter(dense))
         return model
 
@@ -144,9 +142,7 @@ class _QuantizeOnLoad(ConversionOps):
     def __init__(self, quantizer: FourfoldQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
         assert model is not None
         result = {}
         for name, value in input_dict.items():
@@ -178,7 +174,8 @@ class _ReadQuantized(ConversionOps):
         full_layer_name: str | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        assert model is not None and full_layer_name is not None
+        assert model is not None
+        assert full_layer_name is not None
         entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         expected = self.hf_quantizer.param_needs_quantization(model, full_layer_name)
         if not expected and len(entries) == 1:
@@ -195,15 +192,15 @@ class _ReadQuantized(ConversionOps):
         except CheckpointError as error:
             error.args = (str(error).replace(self.name, full_layer_name, 1),)
             self.hf_quantizer.errors.append(error)
-            return {self.name: model.get_parameter(full_layer_name).new_zeros(1, device="cpu")}
+            return {self.name: torch.zeros(1, dtype=torch.uint8)}
         return {self.name: self.hf_quantizer.place(model, full_layer_name, tensor)}
 
 
 def quantize_model(model: nn.Module, config: FourfoldConfig | None = None) -> nn.Module:
     """Quantize a model that is already in memory, in place, and return it.
 
-    The 16-bit model is in memory before: where it comes from a checkpoint, `from_pretrained` with a FourfoldConfig is the
-    smaller way.
+    The 16-bit model is in memory before: where it comes from a checkpoint, `from_pretrained` with a FourfoldConfig is
+    the smaller way.
 
     Raises:
         QuantizationError: As for `quantize`, and 3-D parameters that are not known to be experts.
@@ -223,13 +220,9 @@ def quantize_model(model: nn.Module, config: FourfoldConfig | None = None) -> nn
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)
         dense = getattr(module, parameter).data
-        set_quantized_parameter(
-            module, parameter, quantize(dense, name=name, **config.quantize_options())
-        )
+        set_quantized_parameter(module, parameter, quantize(dense, name=name, **config.quantize_options()))
         config.has_quantized_experts = True
-    config.modules_to_not_convert = sorted(
-        {name for name, _ in _linears(model)} | set(config.modules_to_not_convert)
-    )
+    config.modules_to_not_convert = sorted({name for name, _ in _linears(model)} | set(config.modules_to_not_convert))
     if hasattr(model, "config"):
         quantizer = FourfoldQuantizer(config, pre_quantized=False)
         model.config.quantization_config = config
@@ -292,9 +285,8 @@ def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
 
 
 def _expert_shapes(model: nn.Module, skipped: list[str]) -> dict[str, torch.Size]:
-    """Names and shapes of the 3-D expert parameters; raises on a 3-D parameter of another kind, rather than leave it."""
-    shapes, unknown = {}, []
-    for path, module in model.named_modules():
+    """Names and shapes of the 3-D expert parameters; raises on a 3-D parameter of another kind, rather than leave
+    it.""" shapes, unknown = {}, [] for path, module in model.named_modules():
         for name, parameter in expert_parameters(module).items():
             full_name = f"{path}.{name}" if path else name
             if matches(full_name, skipped):

@@ -102,7 +102,9 @@ def from_state_dict(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTens
     num_scales = scales.codes.numel() if isinstance(scales, NestedScales) else scales.absmax.numel()
     if num_scales != num_blocks:
         raise CheckpointError(
-            f"{prefix}.absmax does not fit {prefix}", found=f"{num_scales} scales", allowed=f"{num_blocks} blocks"
+            f"{prefix}.absmax does not fit {prefix}",
+            found=f"{num_scales} scales",
+            allowed=f"{num_blocks} blocks",
         )
     shared = number_format.codebook(codes.device)
     codebook = _entry(entries, f"{prefix}.quant_map").to(codes.device, torch.float32)

@@ -20,8 +20,8 @@ __all__ = ["QuantizedLinear", "QuantizedWeight"]
 class QuantizedWeight:
     """Mixin of a module whose parameter `weight` holds the codes of a quantized tensor.
 
-    The codes are a uint8 parameter that asks for no gradient, so that everything which walks over parameters (device maps,
-    checkpoints, sharding) sees them. The scales are kept beside it: `module.to(dtype)` must not round them.
+    The codes are a uint8 parameter that asks for no gradient, so that everything which walks over parameters (device
+    maps, checkpoints, sharding) sees them. The scales are kept beside it: `module.to(dtype)` must not round them.
     """
 
     weight: nn.Parameter
@@ -95,9 +95,9 @@ def _with_codes(tensor: QuantizedTensor, codes: Tensor) -> QuantizedTensor:
 class QuantizedLinear(QuantizedWeight, nn.Linear):
     """y = x W^T + b, W quantized and frozen: its gradient is never computed, the input's is.
 
-    W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more in the
-    backward pass: between the two only the codes are kept. It is an `nn.Linear`, so that whatever selects linear layers
-    (PEFT's "all-linear") finds it.
+    W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more
+    in the backward pass: between the two only the codes are kept. It is an `nn.Linear`, so that whatever selects linear
+    layers (PEFT's "all-linear") finds it.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -105,6 +105,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         bias: Whether there is a bias; it stays in floating point.
         number_format: Format of the weight, by name or itself.
         device: Device of the empty parameters, "meta" when a checkpoint will fill them.
+        dtype: What the model computes in: dtype of the bias and of `dense`.
     """
 
     def __init__(
@@ -127,13 +128,21 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        # What the model computes in: the dtype of `dense`, where it differs from the one the weight came in.
+        self.compute_dtype = dtype
         self._rest = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str = "weight", **options: Any) -> QuantizedLinear:
         """Quantize an existing layer; `options` are those of `quantize`."""
         quantized = quantize(linear.weight.data, name=name, **options)
-        layer = cls(linear.in_features, linear.out_features, bias=False, number_format=quantized.format)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            number_format=quantized.format,
+            dtype=linear.weight.dtype,
+        )
         layer.quantized = quantized
         layer.bias = linear.bias
         return layer
@@ -147,7 +156,8 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         return result
 
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary layer with the dequantized weight, in `dtype` (default: the dtype the weight came in)."""
+        """An ordinary layer with the dequantized weight, in `dtype` (default: the model's)."""
+        dtype = dtype or self.compute_dtype
         with torch.device("meta"):
             layer = nn.Linear(self.in_features, self.out_features, bias=False)
         layer.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)

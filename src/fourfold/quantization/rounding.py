@@ -12,9 +12,7 @@ from fourfold.quantization.number_format import NumberFormat
 __all__ = ["ROUNDINGS", "round_nearest", "round_stochastic"]
 
 
-def round_nearest(
-    normalized: Tensor, number_format: NumberFormat, generator: torch.Generator | None = None
-) -> Tensor:
+def round_nearest(normalized: Tensor, number_format: NumberFormat, generator: torch.Generator | None = None) -> Tensor:
     """The code of the nearest value; on the midpoint between two, the lower one.
 
     Args:

@@ -21,9 +21,9 @@ def dynamic_map(device: torch.device) -> Tensor:
     """The signed dynamic map: fp32 [256], sorted, shared on `device`; not to be written to.
 
     A value has a sign, a decimal exponent of 0 to -6 that takes one bit a step, and a fraction in the bits left. For
-    exponent -e there are 2**(6 - e) equally long intervals of [0.1, 1], whose middles, times 10**-e, are the values; 0 and 1
-    are added. Source: Dettmers, "8-bit approximations for parallelism in deep learning" (https://arxiv.org/abs/1511.04561),
-    as bitsandbytes computes it, in fp32.
+    exponent -e there are 2**(6 - e) equally long intervals of [0.1, 1], whose middles, times 10**-e, are the values; 0
+    and 1 are added. Source: Dettmers, "8-bit approximations for parallelism in deep learning"
+    (https://arxiv.org/abs/1511.04561), as bitsandbytes computes it, in fp32.
     """
     values: list[float] = [0.0, 1.0]
     for exponent in range(7):
@@ -93,9 +93,7 @@ class NestedScales:
 
     def dequantize(self) -> Tensor:
         """The scales, fp32 [num_blocks]."""
-        return dequantize_scales(
-            self.codes, self.code_map, self.nested_absmax, self.offset, self.nested_block_size
-        )
+        return dequantize_scales(self.codes, self.code_map, self.nested_absmax, self.offset, self.nested_block_size)
 
     @property
     def num_bytes(self) -> int:

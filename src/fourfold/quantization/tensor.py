@@ -168,7 +168,7 @@ def _check_finite(flat: Tensor, name: str) -> None:
         bad = (~torch.isfinite(flat)).nonzero().reshape(-1)
         raise QuantizationError(
             f"{name} holds values that are not finite",
-            found=f"{bad.numel()} of {flat.numel()} elements, the first at flat index {int(bad[0])}: {float(flat[bad[0]])}",
-            allowed="finite values",
-            hint="the checkpoint is damaged, or was saved from a run that diverged: get it again",
+            found=f"{bad.numel()} of {flat.numel()} elements, the first at flat index {int(bad[0])}:
+            {float(flat[bad[0]])}", allowed="finite values", hint="the checkpoint is damaged, or was saved from a run
+            that diverged: get it again",
         )

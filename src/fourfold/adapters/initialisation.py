@@ -1,0 +1,119 @@
+"""Adapters that start from the base weight: PiSSA and LoftQ.
+
+Both want W ~ Q + s B A from the first step on, Q quantized. PiSSA (https://arxiv.org/abs/2404.02948) gives A and B the leading
+singular directions of W and quantizes the rest. LoftQ (https://arxiv.org/abs/2310.08659) gives them the leading directions of
+what quantizing lost, and with more than one iteration quantizes W - s B A anew each time.
+
+Whenever Q is not simply the quantized W, the adapter belongs to that Q and to no other base: the caller saves it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from fourfold.adapters.lora import LoraQuantizedLinear
+from fourfold.errors import AdapterError
+from fourfold.quantization.linear import QuantizedLinear
+from fourfold.quantization.scales import NestedScales
+from fourfold.quantization.tensor import QuantizedTensor, quantize
+
+__all__ = ["changes_base", "initialise"]
+
+
+def changes_base(init_lora_weights: object, loftq_iterations: int = 1) -> bool:
+    """Whether this initialisation leaves a base that is not the quantized original."""
+    if not isinstance(init_lora_weights, str):
+        return False
+    return init_lora_weights.startswith("pissa") or (init_lora_weights == "loftq" and loftq_iterations > 1)
+
+
+def initialise(
+    model: PeftModel,
+    method: str,
+    original: Callable[[str], Tensor] | None,
+    *,
+    adapter_name: str = "default",
+    loftq_iterations: int = 1,
+) -> None:
+    """Set A, B and where needed the base of every LoRA layer over a quantized base.
+
+    Args:
+        model: The model, its adapter freshly made.
+        method: "pissa" (exact singular values), "pissa_niter_N" (randomised, N subspace iterations) or "loftq".
+        original: Gives the original weight [out, in] of the module of a name in the base model. Without it PiSSA starts from
+            the dequantized weight; LoftQ cannot, since what quantizing lost is then unknown.
+        adapter_name: The adapter to set.
+        loftq_iterations: Alternations of quantizing and decomposing, at least 1.
+
+    Raises:
+        AdapterError: An unknown method, LoftQ without the original weights, or a rank above what a layer has.
+    """
+    if method != "loftq" and method != "pissa" and not method.startswith("pissa_niter_"):
+        raise AdapterError(
+            "unknown initialisation",
+            found=method,
+            allowed=["pissa", "pissa_niter_N", "loftq", "gaussian", True],
+        )
+    if method == "loftq" and original is None:
+        raise AdapterError(
+            "LoftQ needs the original 16-bit weights",
+            hint="load from the 16-bit checkpoint, not from a quantized one",
+        )
+    for full_name, layer in model.named_modules():
+        if not isinstance(layer, LoraQuantizedLinear) or adapter_name not in layer.lora_A:
+            continue
+        name = full_name.removeprefix("base_model.model.")
+        base: QuantizedLinear = layer.get_base_layer()
+        weight = (original(name) if original else base.quantized.dequantize()).to(base.weight.device).float()
+        rank = layer.r[adapter_name]
+        if rank > min(weight.shape):
+            raise AdapterError(
+                f"{name} has no room for the rank",
+                found=f"lora_r={rank}",
+                allowed=f"at most {min(weight.shape)}",
+            )
+        if method == "loftq":
+            quantized, factors = (
+                base.quantized,
+                _decompose(weight - base.quantized.dequantize().float(), rank),
+            )
+            for _ in range(loftq_iterations - 1):
+                quantized = _requantize(weight - factors[1] @ factors[0], base.quantized, name)
+                factors = _decompose(weight - quantized.dequantize().float(), rank)
+            if loftq_iterations > 1:
+                base.quantized = quantized
+        else:
+            iterations = int(method.removeprefix("pissa_niter_")) if method != "pissa" else None
+            factors = _decompose(weight, rank, iterations)
+            base.quantized = _requantize(weight - factors[1] @ factors[0], base.quantized, name)
+        # The layer computes s B A, so the scale is taken off both factors alike.
+        root = layer.scaling[adapter_name] ** 0.5
+        layer.lora_A[adapter_name].weight.data.copy_(factors[0] / root)
+        layer.lora_B[adapter_name].weight.data.copy_(factors[1] / root)
+
+
+def _decompose(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank], equally long, whose product B A is the best of its rank."""
+    if iterations is None:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        left, values, right = left[:, :rank], values[:rank], right[:rank]
+    else:
+        left, values, columns = torch.svd_lowrank(matrix, q=rank, niter=iterations)
+        right = columns.T
+    root = values.sqrt()
+    return root[:, None] * right, left * root
+
+
+def _requantize(weight: Tensor, like: QuantizedTensor, name: str) -> QuantizedTensor:
+    """`weight` in the format, block size and dtype of `like`."""
+    return quantize(
+        weight.to(like.dtype),
+        like.format,
+        like.block_size,
+        isinstance(like.scales, NestedScales),
+        name=name,
+    )

@@ -1,0 +1,207 @@
+"""The LoRA layer over QuantizedLinear, and how PEFT comes to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from fourfold.errors import AdapterError
+from fourfold.quantization.linear import QuantizedLinear
+
+__all__ = ["LoraQuantizedLinear", "is_weight_dependent", "register"]
+
+
+def register(config: LoraConfig) -> LoraConfig:
+    """Make PEFT build LoraQuantizedLinear over QuantizedLinear for this configuration (PEFT's custom-module dispatch).
+
+    PEFT does not save this, so a configuration that was read from disk is registered anew.
+    """
+    config._register_custom_module({QuantizedLinear: LoraQuantizedLinear})
+    return config
+
+
+def is_weight_dependent(init_lora_weights: object) -> bool:
+    """Whether an initialisation looks at the base weight: PiSSA and LoftQ, done by `initialise`."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "loftq"))
+
+
+class LoraQuantizedLinear(PeftLoraLinear):
+    """y = x W^T + b + s (x A^T) B^T over a quantized, frozen W.
+
+    A and B are fp32 parameters; the products are computed in the dtype of `x`, and the gradients of A and B leave in fp32.
+    Everything else (several adapters, switching them off, DoRA, what is saved) is PEFT's.
+    """
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        if is_weight_dependent(config.init_lora_weights):
+            raise AdapterError(
+                "this initialisation reads the base weight, which is quantized here",
+                found=f"init_lora_weights={config.init_lora_weights!r}",
+                hint="make the adapter with fourfold.prepare(model, config, original=CHECKPOINT)",
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        if config.use_dora:
+            return _QuantizedDoraVariant()
+        variant: LoraVariant | None = super().resolve_lora_variant(config=config, **kwargs)
+        return variant
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            mixed: Tensor = self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+            return mixed
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            if name in self.lora_variant:
+                wide = x.to(self.lora_A[name].weight.dtype)
+                result = self.lora_variant[name].forward(self, active_adapter=name, x=wide, result=result)
+                result = result.to(x.dtype)
+                continue
+            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+            dropped = self.lora_dropout[name](x.to(result.dtype))
+            result = result + _LowRank.apply(dropped, lora_a.weight, lora_b.weight, self.scaling[name])
+            if lora_b.bias is not None:
+                result = result + (self.scaling[name] * lora_b.bias).to(result.dtype)
+        return result
+
+    def merged_weight(self, adapter_names: list[str], dtype: torch.dtype | None = None) -> Tensor:
+        """W with the adapters merged in: [out, in] in `dtype` (default: the model's).
+
+        W is dequantized in that dtype, as training saw it; the sum is formed in fp32 and rounded once.
+        """
+        base: QuantizedLinear = self.get_base_layer()
+        weight = base.quantized.dequantize(dtype or base.compute_dtype)
+        merged = weight.float()
+        for name in adapter_names:
+            delta = self.get_delta_weight(name).float()
+            if name in self.lora_variant:
+                magnitude = self.lora_magnitude_vector[name].weight.float()
+                norm = torch.linalg.norm(weight.float() + delta, dim=1)
+                merged = (magnitude / norm)[:, None] * (merged + delta)
+            else:
+                merged += delta
+        return merged.to(weight.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put an ordinary 16-bit layer with the adapters merged in the place of the quantized one.
+
+        Requantizing the sum would lose most of what was learned; `unmerge` brings the quantized layer back as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        if self.merged:
+            raise AdapterError(
+                "adapters are merged already",
+                found=self.merged_adapters,
+                hint="unmerge, then merge all at once",
+            )
+        quantized: QuantizedLinear = self.get_base_layer()
+        weight = self.merged_weight(names)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise AdapterError("the merged weight is not finite", found=f"adapters {names}")
+        dense = quantized.dense(weight.dtype)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        for name in names:
+            bias = self.lora_B[name].bias
+            if bias is not None:
+                old = 0 if dense.bias is None else dense.bias.data
+                dense.bias = nn.Parameter((old + self.scaling[name] * bias.data).to(weight.dtype), False)
+        # In a list, so that it is not a submodule: it must not appear in the merged model's state dict.
+        self._unmerged_base = [quantized]
+        self.base_layer = dense
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Bring back the quantized layer."""
+        if self.merged:
+            self.base_layer = self._unmerged_base.pop()
+            self.merged_adapters.clear()
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__().removeprefix("lora.")
+
+
+class _LowRank(torch.autograd.Function):
+    """s (x A^T) B^T in the dtype of x, with the gradients of A and B summed and returned in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            low = flat @ lora_a.to(x.dtype).T  # [tokens, rank]
+            out = (low * scaling) @ lora_b.to(x.dtype).T
+        ctx.save_for_backward(flat, low, lora_a, lora_b)
+        ctx.scaling = scaling
+        ctx.x_shape = x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        flat, low, lora_a, lora_b = ctx.saved_tensors
+        grad = grad_out.reshape(-1, grad_out.shape[-1])
+        grad_low = (grad @ lora_b.to(grad.dtype)) * ctx.scaling  # [tokens, rank]
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_low @ lora_a.to(grad.dtype)).view(ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            grad_a = _matmul_fp32(grad_low.T, flat).to(lora_a.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_b = (_matmul_fp32(grad.T, low) * ctx.scaling).to(lora_b.dtype)
+        return grad_x, grad_a, grad_b, None
+
+
+def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """A product of 16-bit matrices that is not rounded back to 16 bits."""
+    if left.dtype == torch.float64:
+        return left @ right
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+class _QuantizedDoraLayer(DoraLinearLayer):
+    """PEFT's DoRA over the dequantized weight."""
+
+    def update_layer(self, *, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().update_layer(base_layer=_dense(base_layer, torch.float32), **kwargs)
+
+    def forward(self, x: Tensor, *, base_layer: nn.Module, **kwargs: Any) -> Tensor:
+        result: Tensor = super().forward(x, base_layer=_dense(base_layer, x.dtype), **kwargs)
+        return result
+
+
+class _QuantizedDoraVariant(DoraLinearVariant):
+    @staticmethod
+    def init(module: LoraQuantizedLinear, adapter_name: str, **_: Any) -> None:
+        if not module.lora_magnitude_vector:
+            module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
+        layer = _QuantizedDoraLayer(fan_in_fan_out=False)
+        layer.update_layer(
+            base_layer=module.get_base_layer(),
+            lora_A=module.lora_A[adapter_name].weight,
+            lora_B=module.lora_B[adapter_name].weight,
+            scaling=module.scaling[adapter_name],
+        )
+        module.lora_magnitude_vector[adapter_name] = layer
+
+
+def _dense(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return layer.dense(dtype) if isinstance(layer, QuantizedLinear) else layer

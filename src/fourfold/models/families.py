@@ -1,0 +1,43 @@
+"""What is known of model families. A family is a row; every other causal LM takes the generic path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FAMILIES", "Family", "default_target_modules"]
+
+_GATED_DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of decoders.
+
+    Args:
+        target_modules: The linear layers that get an adapter when the user names none: all of the block's, which the
+            QLoRA paper (section 4) found necessary to match full fine-tuning.
+    """
+
+    target_modules: tuple[str, ...]
+
+
+# Keyed by Transformers' `config.model_type`.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_GATED_DECODER),
+    "mistral": Family(_GATED_DECODER),
+    "qwen2": Family(_GATED_DECODER),
+    "qwen3": Family(_GATED_DECODER),
+    "smollm3": Family(_GATED_DECODER),
+    "gemma": Family(_GATED_DECODER),
+    "gemma2": Family(_GATED_DECODER),
+    "gemma3_text": Family(_GATED_DECODER),
+    "olmo2": Family(_GATED_DECODER),
+    "phi3": Family(("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "gpt2": Family(("c_attn", "c_proj", "c_fc")),
+}
+
+
+def default_target_modules(model_type: str) -> list[str] | str:
+    """Targets when none are given: the family's, or every linear layer of a family that is not in the table."""
+    family = FAMILIES.get(model_type)
+    return list(family.target_modules) if family else "all-linear"

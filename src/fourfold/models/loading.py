@@ -1,0 +1,144 @@
+"""Loading any checkpoint: 16-bit, ours, bitsandbytes' 4-bit (without bitsandbytes), GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint_files import check_checkpoint
+from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
+from fourfold.quantization.hf_quantizer import quantize_model
+
+__all__ = ["default_device", "default_dtype", "load_model", "load_tokenizer"]
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device computes in it; else fp16 on a GPU, fp32 on a CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def load_model(
+    path_or_name: str | Path,
+    *,
+    quantization: FourfoldConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal LM.
+
+    Args:
+        path_or_name: A folder, a `.gguf` file, or a hub's name.
+        quantization: Quantize a 16-bit checkpoint while it loads. A checkpoint that is quantized already stays as it is, and
+            needs none.
+        dtype: What is not quantized is held, and everything computed, in this dtype (default: `default_dtype`).
+        device: Where to (default: `default_device`).
+        revision: Branch, tag or commit on the hub.
+        attn_implementation: As in Transformers.
+
+    Raises:
+        CheckpointError: A missing, half-written or pickled checkpoint, or one quantized by a method we do not read.
+        QuantizationError: Weights that are not finite, or options that do not fit the model.
+    """
+    path = Path(path_or_name)
+    target = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(target)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, quantization, dtype, target)
+    if path.exists():
+        check_checkpoint(path)
+    config = _read_config(str(path_or_name), revision)
+    entry = getattr(config, "quantization_config", None)
+    if entry is not None:
+        entry = entry if isinstance(entry, dict) else entry.to_dict()
+        config.quantization_config = _our_entry(str(path_or_name), entry)
+        quantization = None
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(path_or_name),
+        config=config,
+        quantization_config=quantization,
+        dtype=dtype,
+        device_map={"": target},
+        revision=revision,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+    )
+    return model
+
+
+def load_tokenizer(path_or_name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = Path(path_or_name)
+    options: dict[str, Any] = {"revision": revision}
+    if path.suffix == ".gguf":
+        options["gguf_file"], path_or_name = path.name, path.parent
+    try:
+        return AutoTokenizer.from_pretrained(str(path_or_name), **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no tokenizer for {path_or_name}: {error}") from error
+
+
+def _read_config(path_or_name: str, revision: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path_or_name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no model {path_or_name!r}: {str(error).splitlines()[0]}",
+            allowed="a folder with config.json and safetensors, a .gguf file, or a name on the hub",
+        ) from error
+
+
+def _our_entry(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The quantization entry that makes Transformers use our quantizer for a checkpoint we can read."""
+    method = entry.get("quant_method")
+    if method == QUANT_METHOD:
+        return entry
+    if method == "bitsandbytes" and entry.get("load_in_4bit"):
+        config = FourfoldConfig.from_bitsandbytes(entry)
+        return {"quant_method": QUANT_METHOD, **{key: getattr(config, key) for key in config.option_names()}}
+    raise CheckpointError(
+        f"{name} is quantized by a method that cannot be trained on here",
+        found=f"quant_method={method!r}" + (" (8-bit)" if entry.get("load_in_8bit") else ""),
+        allowed=["bitsandbytes 4-bit", QUANT_METHOD, "a 16-bit checkpoint"],
+    )
+
+
+def _load_gguf(
+    path: Path, quantization: FourfoldConfig | None, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Transformers turns a GGUF file into a dense model, which is quantized afterwards: the 16-bit model is in memory once."""
+    if not path.is_file():
+        raise CheckpointError(f"no such file: {path}")
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Releases that can keep GGUF's own blocks do so unless told not to.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=dtype, **options
+    )
+    if quantization is not None:
+        quantize_model(model, quantization)
+    return model.to(device)

@@ -1,0 +1,114 @@
+"""Putting adapters on a model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fourfold.adapters.initialisation import initialise
+from fourfold.adapters.lora import is_weight_dependent, register
+from fourfold.errors import AdapterError, CheckpointError
+from fourfold.models.families import default_target_modules
+from fourfold.models.weights import OriginalWeights
+
+__all__ = ["load_adapter", "prepare"]
+
+
+def prepare(
+    model: PreTrainedModel,
+    lora_config: LoraConfig,
+    *,
+    init_lora_weights: str | None = None,
+    original: str | Path | None = None,
+    loftq_iterations: int = 1,
+) -> PeftModel:
+    """Put LoRA adapters on a model, quantized or not.
+
+    Args:
+        model: Any causal LM of Transformers. It is changed in place.
+        lora_config: PEFT's configuration. Without `target_modules` the family's default is taken. It is not changed.
+        init_lora_weights: "pissa", "pissa_niter_N" or "loftq", instead of what the configuration says. (PEFT's own
+            configuration takes "loftq" only where SciPy is installed, which is not needed here.)
+        original: The 16-bit checkpoint the model came from: a folder with safetensors. PiSSA is better with it, LoftQ
+            needs it.
+        loftq_iterations: Alternations of LoftQ.
+
+    Returns:
+        PEFT's model; its `save_pretrained` writes what plain PEFT reads.
+
+    Raises:
+        AdapterError: Targets the model does not have, or an initialisation that does not fit.
+    """
+    config = register(copy.deepcopy(lora_config))
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = default_target_modules(model.config.model_type)
+    _check_targets(model, config)
+    method = init_lora_weights or config.init_lora_weights
+    if not is_weight_dependent(method):
+        return get_peft_model(model, config)
+    if config.use_dora:
+        raise AdapterError(
+            "DoRA takes its magnitudes from the base weight, which this initialisation changes",
+            found=f"use_dora with init_lora_weights={method!r}",
+            hint="use one of the two",
+        )
+    # What is saved describes a finished adapter: whoever loads it must not decompose the base once more.
+    config.init_lora_weights = True
+    prepared = get_peft_model(model, config)
+    weights = OriginalWeights(original) if original is not None else None
+    initialise(prepared, method, weights, loftq_iterations=loftq_iterations)
+    return prepared
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base.
+
+    Raises:
+        CheckpointError: The folder holds no adapter, or holds it as a pickle.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"no adapter in {folder}",
+            found=_listing(folder),
+            allowed="adapter_config.json and adapter_model.safetensors",
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise CheckpointError(
+                f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is loaded",
+                allowed="adapter_model.safetensors",
+                hint="convert it on a machine you can lose: load it there and save it with safe_serialization=True",
+            )
+        raise CheckpointError(f"{folder / 'adapter_model.safetensors'} is missing", found=_listing(folder))
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config, LoraConfig):
+        register(config)
+    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(path.name for path in folder.iterdir())) or "an empty folder"
+
+
+def _check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Every name must mean something: PEFT itself is content if one of them does."""
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding, Conv1D))]
+    wrong = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linears)]
+    if wrong:
+        raise AdapterError(
+            "target_modules names layers that the model does not have",
+            found=sorted(wrong),
+            allowed=[*sorted({name.rpartition(".")[2] for name in linears}), "all-linear"],
+            hint="take names from the list, or leave target_modules out for the family's default",
+        )
