@@ -12,12 +12,15 @@ import numpy as np
 from fourfold.data.packing import pack
 from fourfold.data.row_formats import ROW_FORMATS, Row, RowFormat, detect_row_format, map_columns
 from fourfold.data.templates import IGNORE_INDEX, check_tokenizer, encode_conversation
-from fourfold.errors import DataError
+from fourfold.errors import ConfigError, DataError
 
 __all__ = ["OVERLONG", "DataOptions", "DataReport", "PreparedData", "prepare"]
 
 PERCENTILES = (50, 90, 99)
 NUM_NAMED_ROWS = 5
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+"""Positions of rows, int64, [rows]."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class DataOptions:
         num_proc: Processes that tokenize; one, in this process, where None.
 
     Raises:
-        DataError: A value that is not allowed.
+        ConfigError: A value that is not allowed.
     """
 
     max_length: int = 1024
@@ -47,13 +50,13 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise DataError("key max_length", found=self.max_length, allowed="at least 2")
+            raise ConfigError("key max_length", found=self.max_length, allowed="at least 2")
         if self.num_proc is not None and self.num_proc < 1:
-            raise DataError("key num_proc", found=self.num_proc, allowed="at least 1")
+            raise ConfigError("key num_proc", found=self.num_proc, allowed="at least 1")
         if self.overlong not in OVERLONG:
-            raise DataError("key overlong", found=self.overlong, allowed=OVERLONG)
+            raise ConfigError("key overlong", found=self.overlong, allowed=OVERLONG)
         if self.row_format is not None and self.row_format not in ROW_FORMATS:
-            raise DataError("key row_format", found=self.row_format, allowed=ROW_FORMATS)
+            raise ConfigError("key row_format", found=self.row_format, allowed=ROW_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ class PreparedData:
     """What `prepare` returns.
 
     Attributes:
-        dataset: Rows with `input_ids`, `labels` (lists of int) and `messages`; packed, with `seq_lengths` in place of
-            `messages`.
+        dataset: Rows with `input_ids`, `labels` (lists of int) and `messages`; packed, with `seq_lengths` in
+            place of `messages`.
         report: The account of all rows.
     """
 
@@ -138,8 +141,9 @@ def prepare(rows: datasets.Dataset, tokenizer: Any, options: DataOptions, name: 
         name: The data set's name or file, for errors and the report.
 
     Raises:
-        DataError: A tokenizer that does not do, columns of no known format, a bad row (naming its number and key), an
-            empty data set, one whose labels are all masked, or, with `overlong="error"`, overlong rows.
+        DataError: A tokenizer that does not do, columns of no known format, a bad row (naming its number and
+            key), an empty data set, one whose labels are all masked, or, with `overlong="error"`, overlong
+            rows.
     """
     check_tokenizer(tokenizer)
     if len(rows) == 0:
@@ -147,8 +151,8 @@ def prepare(rows: datasets.Dataset, tokenizer: Any, options: DataOptions, name: 
     if options.columns:
         renamed = map_columns(rows.column_names, options.columns)
         # A column that has the key's name already is not the one that was asked for.
-        shadowed = [key for column, key in renamed.items() if key in rows.column_names and key != column]
-        rows = rows.remove_columns([column for column in shadowed if column not in renamed])
+        shadowed = [key for key in renamed.values() if key in rows.column_names and key not in renamed]
+        rows = rows.remove_columns(shadowed)
         rows = rows.rename_columns({column: key for column, key in renamed.items() if column != key})
     row_format = _row_format(rows, options, name)
     encoded = rows.map(
@@ -168,7 +172,12 @@ def prepare(rows: datasets.Dataset, tokenizer: Any, options: DataOptions, name: 
     )
     lengths = np.asarray(encoded["num_tokens"])
     overlong = np.flatnonzero(lengths > options.max_length)
-    kept = OVERLONG[options.overlong](encoded, overlong, options, name)
+    kept = encoded
+    if len(overlong):
+        try:
+            kept = OVERLONG[options.overlong](encoded, overlong, options.max_length)
+        except DataError as error:
+            raise _at(f"data set {name}", error) from None
     if len(kept) == 0:
         raise DataError(
             f"data set {name}: every row is longer than max_length = {options.max_length}",
@@ -274,34 +283,22 @@ def _num_supervised(labels: list[int]) -> int:
     return sum(label != IGNORE_INDEX for label in labels[1:])
 
 
-def _drop(
-    dataset: datasets.Dataset, overlong: np.ndarray[Any, Any], options: DataOptions, name: str
-) -> datasets.Dataset:
-    if not len(overlong):
-        return dataset
+def _drop(dataset: datasets.Dataset, overlong: Indices, _max_length: int) -> datasets.Dataset:
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), overlong))
 
 
-def _refuse(
-    dataset: datasets.Dataset, overlong: np.ndarray[Any, Any], options: DataOptions, name: str
-) -> datasets.Dataset:
-    if not len(overlong):
-        return dataset
+def _refuse(dataset: datasets.Dataset, overlong: Indices, max_length: int) -> datasets.Dataset:
     first = (overlong[:NUM_NAMED_ROWS] + 1).tolist()
     raise DataError(
-        f"data set {name}: {len(overlong)} of {len(dataset)} rows are longer than max_length = {options.max_length}",
+        f"{len(overlong)} of {len(dataset)} rows are longer than max_length = {max_length}",
         found=f"{_named(first, len(overlong))}; the longest has {max(dataset['num_tokens'])} tokens",
-        allowed=f"at most {options.max_length} tokens a row",
+        allowed=f"at most {max_length} tokens a row",
         hint="raise max_length, or set overlong to drop or truncate",
     )
 
 
-def _truncate(
-    dataset: datasets.Dataset, overlong: np.ndarray[Any, Any], options: DataOptions, name: str
-) -> datasets.Dataset:
-    if not len(overlong):
-        return dataset
-    return dataset.map(_truncate_row, fn_kwargs={"max_length": options.max_length}, desc=f"truncating {name}")
+def _truncate(dataset: datasets.Dataset, _overlong: Indices, max_length: int) -> datasets.Dataset:
+    return dataset.map(_truncate_row, fn_kwargs={"max_length": max_length}, desc="truncating")
 
 
 def _truncate_row(row: dict[str, Any], max_length: int) -> dict[str, Any]:
@@ -314,7 +311,7 @@ def _truncate_row(row: dict[str, Any], max_length: int) -> dict[str, Any]:
     }
 
 
-OVERLONG: dict[str, Callable[[datasets.Dataset, np.ndarray[Any, Any], DataOptions, str], datasets.Dataset]] = {
+OVERLONG: dict[str, Callable[[datasets.Dataset, Indices, int], datasets.Dataset]] = {
     "drop": _drop,
     "error": _refuse,
     "truncate": _truncate,
@@ -326,6 +323,4 @@ def _named(first: list[int], count: int) -> str:
 
 
 def _at(where: str, error: DataError) -> DataError:
-    return DataError(
-        f"{where}: {error.what}", found=error.found, allowed=error.allowed, hint=error.hint
-    )
+    return DataError(f"{where}: {error.what}", found=error.found, allowed=error.allowed, hint=error.hint)

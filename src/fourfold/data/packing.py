@@ -45,11 +45,11 @@ class Collator:
 
     Unpacked rows give `input_ids`, `labels` and `attention_mask`.
 
-    Packed rows (those with `seq_lengths`) give `input_ids`, `labels` and `position_ids`, which start again at 0 with
-    each document and with the padding, and no `attention_mask`: from exactly that, Transformers builds the
-    block-diagonal causal mask (`masking_utils.find_packed_sequence_indices`) for sdpa, eager and flex attention. The
-    model must be called with `use_cache=False`, since with a cache Transformers takes the row for one document. Each
-    document's first label is -100, for no token of its own stands before it.
+    Packed rows (those with `seq_lengths`) give `input_ids`, `labels` and `position_ids`, which start again at
+    0 with each document and with the padding, and no `attention_mask`: from exactly that, Transformers builds
+    the block-diagonal causal mask (`masking_utils.find_packed_sequence_indices`) for sdpa, eager and flex
+    attention. The model must be called with `use_cache=False`, since with a cache Transformers takes the row
+    for one document. Each document's first label is -100, for no token of its own stands before it.
 
     Attributes:
         pad_token_id: Written into the padding's `input_ids`; its labels are -100 whatever this id is.

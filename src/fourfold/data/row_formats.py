@@ -41,8 +41,8 @@ class RowFormat:
         """The conversation of one row: it starts before the assistant speaks and ends with the assistant.
 
         Raises:
-            DataError: A field or turn that is missing, empty or no string, an unknown role, or no answer at the end.
-                The message names the key; who knows the row's number adds it.
+            DataError: A field or turn that is missing, empty or no string, an unknown role, or no answer at
+                the end. The message names the key; who knows the row's number adds it.
         """
         return _checked(self.convert(row))
 
@@ -90,7 +90,7 @@ def detect_row_format(column_names: Iterable[str]) -> RowFormat:
         "the columns fit no row format" if not fitting else "the columns fit several row formats",
         found=", ".join(found),
         allowed="; ".join(f"{name}: {' + '.join(row.required)}" for name, row in ROW_FORMATS.items()),
-        hint="name the format with row_format, or map columns, as in columns: {prompt: question, completion: answer}",
+        hint="set row_format, or map columns, as in columns: {prompt: question, completion: answer}",
     )
 
 
@@ -163,7 +163,9 @@ def _checked(turns: list[Any]) -> list[Message]:
 
 def _checked_turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(f"{where}: not a message", found=_brief(turn), allowed='{"role": ..., "content": ...}')
+        raise DataError(
+            f"{where}: not a message", found=_brief(turn), allowed='{"role": ..., "content": ...}'
+        )
     # Arrow fills the keys that only other rows have with None.
     extra = [key for key, value in turn.items() if key not in ("role", "content") and value is not None]
     if extra:

@@ -19,10 +19,11 @@ def load_rows(source: str, split: str = "train") -> datasets.Dataset:
     """Rows of `source`, as a data set with the source's own columns and order.
 
     Args:
-        source: A JSON file (a list of objects), a JSON-lines file (an object a line), a folder of data files, or the
-            name of a data set on the hub, `owner/name` or `owner/name:configuration`.
-        split: The split, with the slices of `datasets`: `train`, `test[:100]`, `train[:10%]`. In a folder the split
-            picks the files by their names, as `datasets` does; a single file holds one split, whatever its name is.
+        source: A JSON file (a list of objects), a JSON-lines file (an object a line), a folder of data files,
+            or the name of a data set on the hub, `owner/name` or `owner/name:configuration`.
+        split: The split, with the slices of `datasets`: `train`, `test[:100]`, `train[:10%]`. In a folder the
+            split picks the files by their names, as `datasets` does; a single file holds one split, whatever
+            its name is.
 
     Raises:
         DataError: A missing file or split, a line that cannot be decoded (naming file and line), or no rows.

@@ -38,12 +38,13 @@ class Encoded:
 def check_tokenizer(tokenizer: Any) -> None:
     """Check that conversations can be encoded, padded and taken apart again.
 
-    A tokenizer without a pad token is given one of its own tokens that is kept for such use (`PAD_TOKENS`, then the
-    unknown token). The end-of-sequence token is never chosen: where padding is recognized by its id, a model trained
-    with EOS as padding does not learn to stop.
+    A tokenizer without a pad token is given one of its own tokens that is kept for such use (`PAD_TOKENS`,
+    then the unknown token). The end-of-sequence token is never chosen: where padding is recognized by its id,
+    a model trained with EOS as padding does not learn to stop.
 
     Raises:
-        DataError: No chat template, no pad token and none to choose, or a tokenizer without character offsets.
+        DataError: No chat template, no pad token and none to choose, or a tokenizer without character
+            offsets.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not tokenizer.chat_template:
@@ -79,12 +80,13 @@ def _dedicated_pad_token(tokenizer: Any, name: str) -> str:
 def encode_conversation(messages: list[Message], tokenizer: Any, train_on_prompt: bool = False) -> Encoded:
     """Tokens and labels of one conversation, by the tokenizer's chat template.
 
-    Learned are the assistant's answers and the token that ends each of them, so that the model learns to stop; with
-    `train_on_prompt`, everything is. The template alone writes special tokens: no second BOS is added.
+    Learned are the assistant's answers and the token that ends each of them, so that the model learns to
+    stop; with `train_on_prompt`, everything is. The template alone writes special tokens: no second BOS is
+    added.
 
-    Where the template marks answers by `{% generation %}`, the marks hold. Elsewhere an answer starts where the
-    template's rendering of the turns before it, with the generation prompt, ends, and ends with the last added token
-    of its turn.
+    Where the template marks answers by `{% generation %}`, the marks hold. Elsewhere an answer starts where
+    the template's rendering of the turns before it, with the generation prompt, ends, and ends with the last
+    added token of its turn.
 
     Args:
         messages: Turns, the last one the assistant's.
@@ -157,7 +159,8 @@ def _answer_spans(
             end = next((position for position in reversed(within) if input_ids[position] in added), None)
             rest = None if end is None else text[offsets[end][1] : len(rendered)]
         else:
-            # Templates that write a turn otherwise once others follow (Qwen3 drops its thoughts): find the answer.
+            # Templates that write a turn otherwise once others follow (Qwen3 drops its thoughts): find the
+            # answer.
             content = message["content"].strip()
             stop = text.find(content, start) + len(content)
             if stop < start + len(content):
@@ -166,7 +169,9 @@ def _answer_spans(
             end = next((position for position in after if input_ids[position] in added), None)
             rest = None if end is None else text[stop : offsets[end][0]]
         if end is None or rest is None or rest.strip():
-            raise _cannot_split(index, "no special token ends the answer, so the model could not learn to stop")
+            raise _cannot_split(
+                index, "no special token ends the answer, so the model could not learn to stop"
+            )
         spans.append((first, end + 1))
     return spans
 
@@ -176,8 +181,8 @@ def _answer_start(tokenizer: Any, before: list[Message], text: str) -> int:
     prompt = _render(tokenizer, before, add_generation_prompt=True)
     if text.startswith(prompt):
         return len(prompt)
-    # Generation prompts may open thoughts ("<think>") that a recorded answer does not have: then the common part is
-    # the prompt, if it holds all turns before.
+    # Generation prompts may open thoughts ("<think>") that a recorded answer does not have: then the common
+    # part is the prompt, if it holds all turns before.
     if not text.startswith(_render(tokenizer, before)):
         raise _cannot_split(len(before), "the turns before it are rendered otherwise once it follows")
     return next(
@@ -191,6 +196,6 @@ def _cannot_split(index: int, reason: str) -> DataError:
     return DataError(
         f"the chat template cannot be split into prompts and answers at turn {index + 1}",
         found=reason,
-        allowed="a template whose turns are appended and closed by a special token, or one with {% generation %} marks",
+        allowed="turns that are appended and closed by a special token, or {% generation %} marks",
         hint="set the key chat_template to such a template, or train_on_prompt: true to learn every token",
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from fourfold.errors import FourfoldError
+from fourfold.errors import ConfigError, DataError
 
 __all__ = ["GenerationOptions", "Message", "eval_mode", "generate_replies", "stop_token_ids", "stream_reply"]
 
@@ -35,7 +35,7 @@ class GenerationOptions:
         seed: Seed of the sampling; the caller's random state is left as it was.
 
     Raises:
-        FourfoldError: A value that is not allowed.
+        ConfigError: A value that is not allowed.
     """
 
     max_new_tokens: int = 256
@@ -46,13 +46,13 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise FourfoldError("key max_new_tokens", found=self.max_new_tokens, allowed="at least 1")
+            raise ConfigError("key max_new_tokens", found=self.max_new_tokens, allowed="at least 1")
         if self.temperature < 0:
-            raise FourfoldError("key temperature", found=self.temperature, allowed="0 (greedy) or above")
+            raise ConfigError("key temperature", found=self.temperature, allowed="0 (greedy) or above")
         if not 0 < self.top_p <= 1:
-            raise FourfoldError("key top_p", found=self.top_p, allowed="above 0, up to 1")
+            raise ConfigError("key top_p", found=self.top_p, allowed="above 0, up to 1")
         if self.batch_size < 1:
-            raise FourfoldError("key batch_size", found=self.batch_size, allowed="at least 1")
+            raise ConfigError("key batch_size", found=self.batch_size, allowed="at least 1")
 
 
 def generate_replies(
@@ -64,8 +64,9 @@ def generate_replies(
 ) -> list[str]:
     """The assistant's next turn in each conversation, in the order given.
 
-    Conversations of like length share a batch, padded on the left under an attention mask. Neither the tokenizer nor
-    the model's mode is changed. Of the model's generation config, all but length, sampling and stop tokens holds.
+    Conversations of like length share a batch, padded on the left under an attention mask. Neither the
+    tokenizer nor the model's mode is changed. Of the model's generation config, all but length, sampling and
+    stop tokens holds.
 
     Args:
         model: A causal LM of Transformers, or a PEFT model around one, on any device.
@@ -75,7 +76,7 @@ def generate_replies(
         on_progress: Called after each batch with the conversations done and their number.
 
     Raises:
-        FourfoldError: The tokenizer has no chat template.
+        DataError: The tokenizer has no chat template.
     """
     config = _generation_config(model, tokenizer, options)
     prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
@@ -85,7 +86,9 @@ def generate_replies(
     with eval_mode(model), _seeded(model, options.seed), torch.no_grad():
         for start in range(0, len(order), options.batch_size):
             chosen = order[start : start + options.batch_size]
-            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], config.pad_token_id)
+            input_ids, attention_mask = _left_padded(
+                [prompts[index] for index in chosen], config.pad_token_id
+            )
             generated = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
@@ -107,7 +110,7 @@ def stream_reply(
     Closing the iterator (or leaving the loop over it) stops the generation after the token at hand.
 
     Raises:
-        FourfoldError: The tokenizer has no chat template.
+        DataError: The tokenizer has no chat template.
     """
     config = _generation_config(model, tokenizer, options)
     input_ids = torch.tensor([_prompt_ids(tokenizer, messages)], device=model.device)
@@ -145,7 +148,7 @@ def stream_reply(
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a reply: the generation config's, the tokenizer's, and the chat template's end of turn."""
+    """Tokens that end a reply: the generation config's, the tokenizer's, the chat template's end of turn."""
     configured = model.generation_config.eos_token_id
     stops = set(configured if isinstance(configured, list) else [configured])
     stops.add(tokenizer.eos_token_id)
@@ -185,7 +188,7 @@ def _seeded(model: Any, seed: int) -> Iterator[None]:
 
 def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -> GenerationConfig:
     if not tokenizer.chat_template:
-        raise FourfoldError("the tokenizer has no chat template", hint="set the key chat_template")
+        raise DataError("the tokenizer has no chat template", hint="set the key chat_template")
     stops = stop_token_ids(model, tokenizer)
     config = deepcopy(model.generation_config)
     sampling = options.temperature > 0
@@ -194,7 +197,8 @@ def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -
         max_length=None,
         do_sample=sampling,
         temperature=options.temperature if sampling else 1.0,
-        top_p=options.top_p,
+        top_p=options.top_p if sampling else 1.0,
+        num_beams=1,
         use_cache=True,
         eos_token_id=stops,
         # Padding stands under the attention mask, so a stop token does where there is no pad token.
@@ -220,9 +224,9 @@ def _left_padded(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Ten
     return input_ids, attention_mask
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]
+class _Stop(StoppingCriteria):
     def __init__(self) -> None:
         self.requested = threading.Event()
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.requested.is_set(), device=input_ids.device)
