@@ -58,6 +58,7 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
         )
     if not path.read_bytes()[:4096].strip():
         raise DataError(f"data file {path} is empty", found="no JSON value", allowed="at least one row")
+    _check_utf8(path)
     split_name = re.split(r"\W", split, maxsplit=1)[0]
     try:
         return datasets.load_dataset("json", data_files={split_name: str(path)}, split=split)
@@ -69,6 +70,9 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _load_folder(path: Path, split: str) -> datasets.Dataset:
+    json_files = sorted(file for file in path.rglob("*") if file.suffix in JSON_SUFFIXES)
+    for file in json_files:
+        _check_utf8(file)
     try:
         return datasets.load_dataset(str(path), split=split)
     except FileNotFoundError as error:
@@ -76,7 +80,7 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
             f"folder {path} holds no data files", found=error, hint="put train.jsonl and test.jsonl into it"
         ) from error
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        for file in sorted(file for file in path.rglob("*") if file.suffix in JSON_SUFFIXES):
+        for file in json_files:
             _name_undecodable_line(file)
         raise DataError(
             f"folder {path} (split {split!r}) cannot be read", found=error.__cause__ or error
@@ -96,13 +100,19 @@ def _load_from_hub(source: str, split: str) -> datasets.Dataset:
         ) from error
 
 
+def _check_utf8(path: Path) -> None:
+    """Raise for the first line that is not UTF-8: `datasets` would let it pass, with other characters in it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"data file {path}, line {number}: not UTF-8", found=error.reason) from error
+
+
 def _name_undecodable_line(path: Path) -> None:
     """Raise for the first line of `path` that is no JSON object; return when there is none."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"data file {path}, line {line}: not UTF-8", found=error.reason) from error
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)

@@ -131,11 +131,12 @@ def _marked_tokens(tokenizer: Any, messages: list[Message], input_ids: list[int]
     marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     learned = [bool(mark) for mark in marked["assistant_masks"]]
     added = tokenizer.added_tokens_decoder
-    for position in range(1, len(learned)):
+    for end in [end for end in range(1, len(learned)) if learned[end - 1] and not learned[end]]:
         # Some templates close the mark before the token that ends the turn.
-        ends_turn = learned[position - 1] and not learned[position]
-        if ends_turn and input_ids[position] in added and input_ids[position - 1] not in added:
-            learned[position] = True
+        last = end - 1
+        while learned[last] and not tokenizer.decode([input_ids[last]]).strip():
+            last -= 1
+        learned[end] = input_ids[last] not in added and input_ids[end] in added
     return learned
 
 
