@@ -12,6 +12,8 @@ from fourfold.data import IGNORE_INDEX, Collator, pack
 from fourfold.errors import DataError
 
 PAD = 0
+# Eager attention takes its softmax in float32 whatever the model's dtype is.
+TOLERANCE = {"sdpa": {"rtol": 1e-9, "atol": 1e-11}, "eager": {"rtol": 1e-4, "atol": 1e-6}}
 
 
 def documents(lengths: list[int]) -> list[list[int]]:
@@ -91,7 +93,7 @@ def test_logits_of_packed_rows_are_those_of_the_documents_alone(tiny_llama: Path
         for row, row_logits in zip(packed, logits, strict=True):
             for part in document_slices(row):
                 alone = model(input_ids=torch.tensor([row["input_ids"][part]])).logits[0]
-                torch.testing.assert_close(row_logits[part], alone, rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(row_logits[part], alone, **TOLERANCE[attention])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -127,4 +129,4 @@ def test_packed_gradients_under_checkpointing_are_those_of_the_documents_alone(
         ids = torch.tensor([row])
         model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=1).loss.backward()
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(packed[name], weight.grad, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(packed[name], weight.grad, **TOLERANCE[attention])

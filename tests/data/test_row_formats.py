@@ -32,9 +32,7 @@ ANSWER = {"role": "assistant", "content": "Hello"}
         ("prompt_completion", {"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
     ],
 )
-def test_rows_become_conversations(
-    name: str, row: dict[str, Any], expected: list[dict[str, str]]
-) -> None:
+def test_rows_become_conversations(name: str, row: dict[str, Any], expected: list[dict[str, str]]) -> None:
     assert ROW_FORMATS[name].to_messages(row) == expected
 
 
@@ -44,7 +42,11 @@ def test_rows_become_conversations(
         ("messages", {"messages": None}, "key 'messages': no turns"),
         ("messages", {"messages": []}, "key 'messages': no turns"),
         ("messages", {"messages": ["Hi"]}, "turn 1: not a message"),
-        ("messages", {"messages": [USER, {"role": "bot", "content": "x"}]}, "turn 2, key 'role': unknown role"),
+        (
+            "messages",
+            {"messages": [USER, {"role": "bot", "content": "x"}]},
+            "turn 2, key 'role': unknown role",
+        ),
         ("messages", {"messages": [USER, {"role": "assistant", "content": " "}]}, "turn 2, key 'content'"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "turn 2, key 'content'"),
         ("messages", {"messages": [USER, ANSWER, USER]}, "last turn is not the assistant's"),

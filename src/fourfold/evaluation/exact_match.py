@@ -109,9 +109,13 @@ def _json_value(text: str) -> object:
     Raises:
         ValueError: Anything but one JSON value (RFC 8259): NaN, a key twice, text around it.
     """
-    value = json.loads(
-        text, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_object_without_twins
-    )
+    try:
+        value = json.loads(
+            text, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_object_without_twins
+        )
+    except RecursionError:
+        # A model that repeats itself writes brackets without end.
+        raise ValueError("nested too deeply") from None
     return _typed(value)
 
 
