@@ -26,10 +26,14 @@ LLAMA2_LIKE = (
     "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 OPENS_THOUGHTS = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
-NEVER_ENDS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # noqa: E501
+NEVER_ENDS = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 REWRITES = "{% if messages | length > 2 %}many {% endif %}" + OPENS_THOUGHTS
 
 
@@ -149,7 +153,7 @@ def test_a_template_that_cannot_be_split_says_so(tokenizer: Any, template: str, 
 
 def test_a_tokenizer_without_chat_template_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no chat template(.|\n)*key chat_template"):
+    with pytest.raises(DataError, match=r"no chat template(.|\n)*key chat_template"):
         check_tokenizer(tokenizer)
 
 
@@ -160,7 +164,7 @@ def test_a_missing_pad_token_becomes_a_dedicated_one_and_never_eos(tokenizer: An
 
     tokenizer.pad_token = None
     tokenizer.eos_token = "<|endoftext|>"
-    with pytest.raises(DataError, match="no pad token(.|\n)*key pad_token"):
+    with pytest.raises(DataError, match=r"no pad token(.|\n)*key pad_token"):
         check_tokenizer(tokenizer)
 
     tokenizer.unk_token = "<|im_start|>"

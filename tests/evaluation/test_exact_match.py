@@ -90,6 +90,6 @@ def test_what_cannot_be_compared_is_named_with_its_row(model: Any, tokenizer: An
         exact_match(model, tokenizer, [], OPTIONS)
     with pytest.raises(DataError, match="row 2: the last turn is not the assistant's"):
         exact_match(model, tokenizer, [good, [user]], OPTIONS)
+    broken = [user, {"role": "assistant", "content": "{"}]
     with pytest.raises(DataError, match="row 2: the reference cannot be compared as 'json'"):
-        broken = [user, {"role": "assistant", "content": "{"}]
         exact_match(model, tokenizer, [good, broken], OPTIONS, "json")

@@ -83,7 +83,7 @@ def generate_replies(
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     replies = [""] * len(prompts)
-    with eval_mode(model), _seeded(model, options.seed), torch.no_grad():
+    with eval_mode(model), _seeded(options.seed), torch.no_grad():
         for start in range(0, len(order), options.batch_size):
             chosen = order[start : start + options.batch_size]
             input_ids, attention_mask = _left_padded(
@@ -133,7 +133,7 @@ def stream_reply(
             failures.append(failure)
             streamer.end()
 
-    with eval_mode(model), _seeded(model, options.seed):
+    with eval_mode(model), _seeded(options.seed):
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
@@ -179,8 +179,9 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(model: Any, seed: int) -> Iterator[None]:
-    devices = [model.device] if model.device.type == "cuda" else []
+def _seeded(seed: int) -> Iterator[None]:
+    # manual_seed seeds every GPU, so each one's state is put back; a GPU not yet in use is left alone.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
