@@ -101,7 +101,7 @@ def _load_from_hub(source: str, split: str) -> datasets.Dataset:
 
 
 def _check_utf8(path: Path) -> None:
-    """Raise for the first line that is not UTF-8: `datasets` would let it pass, with other characters in it."""
+    """Raise for the first line that is not UTF-8: `datasets` would read it as other characters."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
