@@ -1,0 +1,44 @@
+"""The exact cross entropy of a batch: logits only where a label is, summed in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from fourfold.data import IGNORE_INDEX
+
+__all__ = ["summed_loss"]
+
+
+def summed_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
+    """Summed cross entropy of the labels of a batch, and how many labels there are.
+
+    The output layer runs only on positions of the sequence that predict a label in some row of the batch,
+    which is where its logits would fill the memory. The loss of each token is computed in float32 (float64
+    for a float64 model), the sum in float64. The caller sees to evaluation mode.
+
+    Args:
+        model: A causal LM of Transformers, or a PEFT model around one.
+        batch: `input_ids` and `labels`, int64, [batch, seq], with whatever else the model takes; on any
+            device.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    labels = inputs.pop("labels")
+    targets = labels[:, 1:]  # [batch, seq - 1]: position t predicts token t + 1
+    predicting = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # [kept]
+    if len(predicting) == 0:
+        return 0.0, 0
+    # Without use_cache=False, Transformers takes a packed row for one document.
+    logits = model(**inputs, logits_to_keep=predicting, use_cache=False).logits
+    if logits.shape[1] != len(predicting):  # a model that does not know logits_to_keep
+        logits = logits[:, predicting]
+    targets = targets[:, predicting]
+    supervised = targets != IGNORE_INDEX
+    chosen = logits[supervised]  # [tokens, vocab]
+    if chosen.dtype != torch.float64:
+        chosen = chosen.float()
+    losses = functional.cross_entropy(chosen, targets[supervised], reduction="none")
+    return float(losses.double().sum()), int(supervised.sum())

@@ -1,0 +1,233 @@
+"""Replies of a model to conversations: in batches, or piece by piece for a chat."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from fourfold.errors import ConfigError, DataError
+
+__all__ = ["GenerationOptions", "Message", "eval_mode", "generate_replies", "stop_token_ids", "stream_reply"]
+
+Message = dict[str, str]
+"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+
+Progress = Callable[[int, int], None]
+"""Called with how many are done and how many there are."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How a reply is generated.
+
+    Attributes:
+        max_new_tokens: Tokens a reply may have.
+        temperature: 0 takes the likeliest token each time (greedy).
+        top_p: Share of probability that is sampled from; only with a temperature.
+        batch_size: Conversations at a time.
+        seed: Seed of the sampling; the caller's random state is left as it was.
+
+    Raises:
+        ConfigError: A value that is not allowed.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError("key max_new_tokens", found=self.max_new_tokens, allowed="at least 1")
+        if self.temperature < 0:
+            raise ConfigError("key temperature", found=self.temperature, allowed="0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("key top_p", found=self.top_p, allowed="above 0, up to 1")
+        if self.batch_size < 1:
+            raise ConfigError("key batch_size", found=self.batch_size, allowed="at least 1")
+
+
+def generate_replies(
+    model: Any,
+    tokenizer: Any,
+    conversations: list[list[Message]],
+    options: GenerationOptions,
+    on_progress: Progress | None = None,
+) -> list[str]:
+    """The assistant's next turn in each conversation, in the order given.
+
+    Conversations of like length share a batch, padded on the left under an attention mask. Neither the
+    tokenizer nor the model's mode is changed. Of the model's generation config, all but length, sampling and
+    stop tokens holds.
+
+    Args:
+        model: A causal LM of Transformers, or a PEFT model around one, on any device.
+        tokenizer: Its tokenizer, with a chat template.
+        conversations: Turns up to the one to be generated.
+        options: How to generate.
+        on_progress: Called after each batch with the conversations done and their number.
+
+    Raises:
+        DataError: The tokenizer has no chat template.
+    """
+    config = _generation_config(model, tokenizer, options)
+    prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
+    # Longest first: what does not fit into memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    replies = [""] * len(prompts)
+    with eval_mode(model), _seeded(options.seed), torch.no_grad():
+        for start in range(0, len(order), options.batch_size):
+            chosen = order[start : start + options.batch_size]
+            input_ids, attention_mask = _left_padded(
+                [prompts[index] for index in chosen], config.pad_token_id
+            )
+            generated = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=config,
+            )
+            texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(chosen, texts, strict=True):
+                replies[index] = text
+            if on_progress is not None:
+                on_progress(start + len(chosen), len(order))
+    return replies
+
+
+def stream_reply(
+    model: Any, tokenizer: Any, messages: list[Message], options: GenerationOptions
+) -> Iterator[str]:
+    """The assistant's next turn, piece by piece; joined, the pieces are what `generate_replies` returns.
+
+    Closing the iterator (or leaving the loop over it) stops the generation after the token at hand.
+
+    Raises:
+        DataError: The tokenizer has no chat template.
+    """
+    config = _generation_config(model, tokenizer, options)
+    input_ids = torch.tensor([_prompt_ids(tokenizer, messages)], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop = _Stop()
+    failures: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            with torch.no_grad():
+                model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    generation_config=config,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
+        except BaseException as failure:
+            # Raised again below, in the thread that reads: here nobody would see it.
+            failures.append(failure)
+            streamer.end()
+
+    with eval_mode(model), _seeded(options.seed):
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            for piece in streamer:
+                if piece:
+                    yield piece
+        finally:
+            stop.requested.set()
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a reply: the generation config's, the tokenizer's, the chat template's end of turn."""
+    configured = model.generation_config.eos_token_id
+    stops = set(configured if isinstance(configured, list) else [configured])
+    stops.add(tokenizer.eos_token_id)
+    stops.add(_turn_end_id(tokenizer))
+    return sorted(stops - {None})
+
+
+def _turn_end_id(tokenizer: Any) -> int | None:
+    """The added token that the template writes right after an answer, where it writes one."""
+    answer = "sentinel answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    _, _, rest = text.rpartition(answer)
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # manual_seed seeds every GPU, so each one's state is put back; a GPU not yet in use is left alone.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -> GenerationConfig:
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template", hint="set the key chat_template")
+    stops = stop_token_ids(model, tokenizer)
+    config = deepcopy(model.generation_config)
+    sampling = options.temperature > 0
+    config.update(
+        max_new_tokens=options.max_new_tokens,
+        max_length=None,
+        do_sample=sampling,
+        temperature=options.temperature if sampling else 1.0,
+        top_p=options.top_p if sampling else 1.0,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=stops,
+        # Padding stands under the attention mask, so a stop token does where there is no pad token.
+        pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    if not sampling:
+        config.top_k = 50  # the library's default, which it takes as not set
+    return config
+
+
+def _prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    return ids
+
+
+def _left_padded(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask`, int64, [batch, longest]."""
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return input_ids, attention_mask
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.requested.is_set(), device=input_ids.device)
