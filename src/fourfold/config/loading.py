@@ -218,7 +218,7 @@ def _resolve_aliases(entries: Iterable[_Entry], faults: list[_Fault]) -> dict[st
             if (type(earlier.value), earlier.value) != (type(entry.value), entry.value):
                 faults.append(
                     _Fault(
-                        f"{entry.said} and {earlier.said} give {entry.key} two values",
+                        f"{entry.said} and {earlier.said} are one key with two values",
                         found=f"{_shown(entry.value)} and {_shown(earlier.value)}",
                         hint="leave one of them out",
                     )
@@ -249,7 +249,7 @@ def _in_our_keys(given: _Entry, faults: list[_Fault]) -> list[_Entry]:
             )
         return []
     nearest = difflib.get_close_matches(given.key, [*RunConfig.model_fields, *ALIASES], n=1, cutoff=0.6)
-    hint = f"did you mean {nearest[0]}?" if nearest else "docs/configuration.md lists all keys"
+    hint = f"did you mean {nearest[0]}?" if nearest else "`python -m fourfold.config` lists all keys"
     faults.append(_Fault(f"{given.where}  {given.key} is no key", hint=hint))
     return []
 

@@ -80,13 +80,13 @@ def _as_yaml(value: object) -> str:
 def reference_page() -> str:
     """The reference of all keys and aliases, in Markdown; `python -m fourfold.config` prints it."""
     lines = [
-        "<!-- Written by `python -m fourfold.config > docs/configuration.md` from the fields of RunConfig. -->",
+        "<!-- Written by `python -m fourfold.config > docs/configuration.md` from RunConfig. -->",
         "# Configuration",
         "",
         "A run is described by one YAML file. Each key can be given on the command line as well, where it",
-        "wins over the file: `--key value`, `--key=value`, `--flag` for true, `--no-flag` for false; the value",
-        "is read as YAML. Paths are relative to the folder where the command runs. A key that does not exist,",
-        "a wrong type or a contradiction is refused, all faults together, with file and line.",
+        "wins over the file: `--key value`, `--key=value`, `--flag` for true, `--no-flag` for false; the",
+        "value is read as YAML. Paths are relative to the folder where the command runs. A key that does not",
+        "exist, a wrong type or a contradiction is refused, all faults together, with file and line.",
     ]
     for key, field in RunConfig.model_fields.items():
         if key in GROUPS:
