@@ -47,6 +47,10 @@ def test_every_fault_is_reported_at_once_with_its_line(write):
     assert "command line  lora_dropout\n     found:   2 (a whole number)" in message
 
 
+def test_an_unreadable_file_is_the_only_fault():
+    assert faults_of("none.yaml", ["--lora_r", "x"]).startswith("1 fault in none.yaml")
+
+
 def test_a_missing_model_is_named(write):
     assert "model_name_or_path is missing" in faults_of(write("lora_r: 8\n"))
     assert "model_name_or_path is missing" in faults_of(write(""))
@@ -66,7 +70,7 @@ def test_a_missing_model_is_named(write):
         ("- a\n- b\n", "is no mapping"),
         ("model_name_or_path: m\nseed: !!python/object/apply:os.getpid []\n", ":2:7  not valid YAML"),
         ("model_name_or_path: \x07\n", "not valid YAML"),
-        ("model_name_or_path: m\nmodules_to_save: &a [*a]\n", ":2  modules_to_save"),
+        ("model_name_or_path: m\nmodules_to_save: &a [*a]\n", "recursive"),
         ("model_name_or_path: m\n1: 2\n", ":2  1 is no key"),
     ],
 )

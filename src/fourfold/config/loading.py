@@ -65,7 +65,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """
     faults: list[_Fault] = []
     source = "the configuration" if path is None else str(path)
-    in_file = _resolve_aliases(_read_file(Path(path), faults) if path is not None else [], faults)
+    file_entries = _read_file(Path(path), faults) if path is not None else []
+    if file_entries is None:
+        # Nothing is known of the file's keys: what else there is to say would be noise.
+        raise ConfigError(_numbered(faults, source))
+    in_file = _resolve_aliases(file_entries, faults)
     on_command_line = _resolve_aliases(_read_overrides(overrides, faults), faults)
     for pair in EXCLUSIVE_KEYS:
         for key, other in (pair, pair[::-1]):
@@ -92,12 +96,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_file(path: Path, faults: list[_Fault]) -> list[_Entry]:
+def _read_file(path: Path, faults: list[_Fault]) -> list[_Entry] | None:
+    """The file's keys in order, each once; None if there are none to be had."""
     if path.is_dir():
         path = path / "config.yaml"
     if not path.is_file():
         faults.append(_Fault(f"{path} does not exist", hint="give a YAML file, or the folder of a run"))
-        return []
+        return None
     try:
         text = path.read_text(encoding="utf-8-sig")
         loader = _Loader(text)
@@ -106,7 +111,7 @@ def _read_file(path: Path, faults: list[_Fault]) -> list[_Entry]:
             return []
         if not isinstance(root, yaml.MappingNode):
             faults.append(_Fault(f"{path} is no mapping", allowed="lines of `key: value`"))
-            return []
+            return None
         _refuse_duplicates(root, str(path), faults, visited=set())
         return [
             _entry(str(key.value), loader.construct_object(value, deep=True), f"{path}:{_line(key)}")
@@ -122,7 +127,7 @@ def _read_file(path: Path, faults: list[_Fault]) -> list[_Entry]:
         faults.append(_Fault(f"{where}  not valid YAML", found=error.problem))
     except yaml.reader.ReaderError as error:
         faults.append(_Fault(f"{path}  not valid YAML", found=error.reason))
-    return []
+    return None
 
 
 def _first_of_each_key(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
@@ -248,7 +253,9 @@ def _in_our_keys(given: _Entry, faults: list[_Fault]) -> list[_Entry]:
                 )
             )
         return []
-    nearest = difflib.get_close_matches(given.key, [*RunConfig.model_fields, *ALIASES], n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(
+        given.key.removeprefix("no_"), [*RunConfig.model_fields, *ALIASES], n=1, cutoff=0.6
+    )
     hint = f"did you mean {nearest[0]}?" if nearest else "`python -m fourfold.config` lists all keys"
     faults.append(_Fault(f"{given.where}  {given.key} is no key", hint=hint))
     return []
