@@ -28,6 +28,7 @@ FULL = {
     "report_to": ["tensorboard"],
     "output_dir": "2024",
     "eval_generate_rows": 3,
+    "group_by_length": True,
 }
 
 
@@ -118,6 +119,8 @@ def test_contradictions_are_refused(values, words):
         {"init_lora_weights": "pissa", "use_dora": True},
         {"init_lora_weights": "loftq", "loftq_iterations": 5},
         {"warmup_steps": 0},
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "constant", "warmup_steps": 0},
         {"load_in_4bit": False},
         {"adapter": None},
     ],
@@ -131,6 +134,7 @@ def test_length_of_training_and_of_warm_up_have_one_default():
     assert RunConfig(model_name_or_path="m", max_steps=3).num_train_epochs is None
     assert RunConfig(model_name_or_path="m").warmup_ratio == 0.03
     assert RunConfig(model_name_or_path="m", warmup_steps=3).warmup_ratio is None
+    assert RunConfig(model_name_or_path="m", lr_scheduler_type="constant").warmup_ratio == 0.0
 
 
 # Without loftq: PEFT asks for scipy as soon as that is named.

@@ -225,7 +225,6 @@ ALIASES: dict[str, Conversion] = {
     "logging_strategy": _chosen({"steps": {}}, "give logging_steps a number"),
     "save_safetensors": _chosen({True: {}}, "a pickle is never written: leave it out"),
     "resume_from_checkpoint": _resume,
-    "group_by_length": _no_effect,
     "pad_to_multiple_of": _no_effect,
     "tf32": _no_effect,
     "ddp_timeout": _no_effect,

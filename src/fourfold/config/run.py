@@ -38,7 +38,9 @@ def _default_epochs(given: dict[str, Any]) -> float | None:
 
 
 def _default_warmup(given: dict[str, Any]) -> float | None:
-    return 0.03 if given.get("warmup_steps") is None else None
+    if given.get("warmup_steps") is not None:
+        return None
+    return 0.0 if given.get("lr_scheduler_type") == "constant" else 0.03
 
 
 class RunConfig(BaseModel):
@@ -160,7 +162,7 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"] = Field(
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor"] = Field(
         "adamw_torch", description="Optimizer."
     )
     logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
@@ -173,6 +175,9 @@ class RunConfig(BaseModel):
     save_total_limit: Count | None = Field(2, description="Checkpoints to keep; null: all.")
     seed: CountOrZero = Field(42, description="Seed of data order, adapters, dropout and held-out rows.")
     dataloader_num_workers: CountOrZero = Field(0, description="Processes that load batches.")
+    group_by_length: bool = Field(
+        False, description="Batch rows of like length: less padding, and an order less random."
+    )
     report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(
         [], description="Trackers that get the metrics besides the run folder."
     )
@@ -255,6 +260,14 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "warmup_steps and warmup_ratio both say how long to warm up",
             "give one of them",
         )
+    if config.lr_scheduler_type == "constant":
+        for key in ("warmup_steps", "warmup_ratio"):
+            if getattr(config, key):
+                yield Contradiction(
+                    ("lr_scheduler_type", key),
+                    f"{key} is given, and lr_scheduler_type constant has no warm-up",
+                    f"set lr_scheduler_type: constant_with_warmup or leave {key} out",
+                )
     if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
         yield Contradiction(
             ("resume_from_checkpoint", "overwrite_output_dir"),
@@ -293,6 +306,12 @@ def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:
                 f"{key} is given, but no rows are held out",
                 "give eval_dataset or eval_split_fraction",
             )
+    if config.packing and config.group_by_length:
+        yield Contradiction(
+            ("packing", "group_by_length"),
+            "packed rows are all of one length, and group_by_length sorts by length",
+            "give one of them",
+        )
     if config.perplexity_stride > config.perplexity_max_length:
         yield Contradiction(
             ("perplexity_stride", "perplexity_max_length"),
