@@ -111,6 +111,7 @@ def test_train_gets_the_file_with_overrides_in_any_order(pipeline, config_file):
     assert (config.lora_r, config.learning_rate, config.packing, config.seed) == (8, 1e-3, False, 3)
     assert options == {"progress": "json"}
     assert json.loads(result.stdout.splitlines()[-1]) == {
+        "event": "result",
         "output_dir": "runs/a",
         "metrics": {"train_loss": 0.5},
     }

@@ -76,7 +76,8 @@ def train(context: typer.Context, config: ConfigFile, json: Json = False, verbos
 
         run = pipeline.train(run_config, progress=progress_style(json))
         if json:
-            print_json({"output_dir": str(run.output_dir), "metrics": run.metrics})
+            # The last of the progress's JSON lines.
+            print_json({"event": "result", "output_dir": run.output_dir, "metrics": run.metrics})
             return
         print_result(run.metrics, as_json=False)
         typer.echo(f"\nThe run lies in {run.output_dir}. Talk to it: fourfold chat {run.output_dir}")
