@@ -1,0 +1,289 @@
+"""The verbs. Each reads its words, calls the pipeline, and prints what it gave.
+
+The pipeline, and with it torch, is imported inside the verbs: `fourfold --help` and a fault in a
+configuration are to take no seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.cli.environment import PACKAGES, Environment, gather
+from fourfold.cli.terminal import (
+    print_json,
+    print_result,
+    progress_style,
+    quiet_libraries,
+    reporting_errors,
+)
+from fourfold.config import RunConfig, load_config
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fourfold",
+    help="Fine-tune large language models in a quarter of the memory, and ship what was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # a fault of ours shows Python's own traceback, without every local
+)
+
+# Words that are no option of the verb are keys of the configuration.
+WITH_OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+OVERRIDES = (
+    "Any key of the configuration can follow, and wins over the file: [bold]--learning_rate 1e-4 --packing "
+    "--no-load_in_4bit[/bold]. [bold]python -m fourfold.config[/bold] lists them all."
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")]
+ConfigFile = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file of the run, or the folder of a run.")
+]
+
+
+class Onto(StrEnum):
+    """The weights that an adapter is merged onto."""
+
+    dequantized = "dequantized"
+    original = "original"
+
+
+def _read_config(config: str, overrides: list[str]) -> RunConfig:
+    """A CONFIG that is an option stands for none: then all keys come from the command line."""
+    if config.startswith("--"):
+        return load_config(None, [config, *overrides])
+    return load_config(config, overrides)
+
+
+@app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
+def train(context: typer.Context, config: ConfigFile, json: Json = False, verbose: Verbose = False) -> None:
+    """Fine-tune a model: read CONFIG, quantize, adapt, train, evaluate."""
+    with reporting_errors(json):
+        run_config = _read_config(config, context.args)
+        quiet_libraries(verbose)
+        from fourfold import pipeline
+
+        run = pipeline.train(run_config, progress=progress_style(json))
+        if json:
+            # The last of the progress's JSON lines.
+            print_json({"event": "result", "output_dir": run.output_dir, "metrics": run.metrics})
+            return
+        print_result(run.metrics, as_json=False)
+        typer.echo(f"\nThe run lies in {run.output_dir}. Talk to it: fourfold chat {run.output_dir}")
+
+
+@app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
+def evaluate(
+    context: typer.Context, config: ConfigFile, json: Json = False, verbose: Verbose = False
+) -> None:
+    """Measure a run: loss and exact match on held-out rows, perplexity on text."""
+    with reporting_errors(json):
+        run_config = _read_config(config, context.args)
+        quiet_libraries(verbose)
+        from fourfold import pipeline
+
+        with _stdout_for_result(json):
+            results = pipeline.evaluate(run_config, progress="plain" if json else progress_style(json))
+        print_result(results, json)
+
+
+@app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
+def quantize(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a 16-bit checkpoint, or its name on the hub.")
+    ],
+    out: Annotated[
+        str | None,
+        typer.Argument(metavar="OUT", help="Folder for the quantized checkpoint; not needed with --inspect."),
+    ] = None,
+    inspect: Annotated[
+        bool,
+        typer.Option("--inspect", help="Print each layer's error, signal-to-noise and bits per weight."),
+    ] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a quantized checkpoint of MODEL, or look at what quantizing does to it."""
+    overrides = list(context.args)
+    if out is not None and out.startswith("--"):
+        # Without OUT, the first key of the configuration stands in its place.
+        overrides.insert(0, out)
+        out = None
+    if out is None and not inspect:
+        raise typer.BadParameter("give a folder to write to, or --inspect", param_hint="OUT")
+    with reporting_errors(json):
+        config = load_config(None, [f"--model_name_or_path={model}", *overrides])
+        quiet_libraries(verbose)
+        from fourfold import pipeline
+
+        results: dict[str, object] = {}
+        with _stdout_for_result(json):
+            if inspect:
+                results["inspection"] = pipeline.inspect(config)
+            if out is not None:
+                results["checkpoint"] = pipeline.quantize_checkpoint(config, Path(out))
+        if json:
+            print_json(next(iter(results.values())) if len(results) == 1 else results)
+            return
+        for result in results.values():
+            print_result(result, as_json=False)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a run or of its adapter.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the merged 16-bit checkpoint.")],
+    onto: Annotated[
+        Onto,
+        typer.Option(
+            help="dequantized: the 4-bit weights that were trained on. original: the 16-bit ones, which "
+            "were not, so that the answers change a little."
+        ),
+    ] = Onto.dequantized,
+    bound: Annotated[
+        float | None,
+        typer.Option(min=0, help="Fail if the merged model's logits differ by more than this, relatively."),
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge an adapter into its model, and prove that the result answers as the trained one."""
+    with reporting_errors(json):
+        quiet_libraries(verbose)
+        from fourfold import pipeline
+
+        with _stdout_for_result(json):
+            report = pipeline.merge(adapter, Path(out), onto=onto.value, bound=bound)
+        print_result(report, json)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder of a run or a model, or a hub's name.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this and leave; - reads it from the standard input.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="Text of the system turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to a model or to the result of a run."""
+    if json and prompt is None:
+        raise typer.BadParameter("needs --prompt", param_hint="--json")
+    with reporting_errors(json):
+        quiet_libraries(verbose)
+        from fourfold import pipeline
+
+        with _stdout_for_result(json):
+            session = pipeline.chat(
+                model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+            )
+        history = [{"role": "system", "content": system}] if system else []
+        if prompt is None:
+            _converse(session, history)
+            return
+        text = sys.stdin.read().strip() if prompt == "-" else prompt
+        history.append({"role": "user", "content": text})
+        if json:
+            with _stdout_for_result(json):
+                reply = "".join(session.reply(history))
+            print_json({"prompt": text, "reply": reply})
+            return
+        _stream(session, history)
+
+
+def _stream(session: Any, history: list[dict[str, str]]) -> str:
+    """Print the answer as it comes. Ctrl-C stops the answer, not the conversation."""
+    pieces: list[str] = []
+    for piece in session.reply(history):
+        pieces.append(piece)
+        typer.echo(piece, nl=False)
+    typer.echo()
+    return "".join(pieces)
+
+
+def _converse(session: Any, opening: list[dict[str, str]]) -> None:
+    typer.secho("/reset starts anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer.", dim=True)
+    history = list(opening)
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            history = list(opening)
+        elif text:
+            asked = [*history, {"role": "user", "content": text}]
+            try:
+                history = [*asked, {"role": "assistant", "content": _stream(session, asked)}]
+            except KeyboardInterrupt:
+                # The broken-off turn is forgotten: a template wants whole answers.
+                typer.echo("\n(stopped)")
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Show versions, processor, memory and GPUs, and what to do if something is missing."""
+    with reporting_errors(json):
+        environment = gather()
+        if json:
+            print_json(environment)
+        else:
+            _print_environment(environment)
+
+
+def _print_environment(environment: Environment) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("python", environment.python)
+    for name, version in environment.versions.items():
+        purpose = PACKAGES[name]
+        missing = "not installed" if purpose is None else f"not installed ({purpose})"
+        table.add_row(name, version or missing)
+    table.add_row("system", environment.os)
+    table.add_row("processor", Text(f"{environment.cpu}, {environment.cpu_cores} cores"))
+    table.add_row("memory", f"{environment.memory_bytes / 2**30:.1f} GiB")
+    for index, gpu in enumerate(environment.gpus):
+        details = f"{gpu.memory_bytes / 2**30:.1f} GiB"
+        if gpu.compute_capability:
+            details += f", compute capability {gpu.compute_capability}"
+        if gpu.driver:
+            details += f", driver {gpu.driver}"
+        table.add_row(f"GPU {index}", Text(f"{gpu.name}, {details}"))
+    table.add_row("torch built for", f"GPU ({environment.torch_cuda})" if environment.torch_cuda else "CPU")
+    table.add_row("bfloat16", "fast" if environment.bfloat16_is_fast else "slow here; float32 is faster")
+    Console().print(table)
+    for advice in environment.advice:
+        typer.secho(f"\n{advice[0].upper()}{advice[1:]}.", fg=typer.colors.YELLOW)
+
+
+def _stdout_for_result(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """With --json, whatever a library prints goes to stderr."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def main() -> None:
+    """Entry point of the `fourfold` command."""
+    app()

@@ -1,0 +1,365 @@
+"""RunConfig: every key of a run, flat, with the field's own names (Hugging Face, PEFT, bitsandbytes)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = ["EXCLUSIVE_KEYS", "GROUPS", "Contradiction", "RunConfig", "contradictions"]
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+PiSSAIterations = Annotated[
+    str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$", description="pissa_niter_N (N a number)")
+]
+CudaDevice = Annotated[str, Field(pattern=r"^cuda(:[0-9]+)?$", description="cuda or cuda:N (N a number)")]
+ChatTemplate = Annotated[
+    str,
+    Field(
+        pattern=r"\{[{%]|\.(jinja|jinja2|j2)$",
+        description="Jinja text, or the path of a .jinja file",
+    ),
+]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+def _as_list(value: object) -> object:
+    """`report_to: none` and `report_to: wandb` are Hugging Face's own ways to write a list."""
+    if value is None or value == "none":
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def _default_epochs(given: dict[str, Any]) -> float | None:
+    return 1.0 if given.get("max_steps") is None else None
+
+
+def _default_warmup(given: dict[str, Any]) -> float | None:
+    if given.get("warmup_steps") is not None:
+        return None
+    return 0.0 if given.get("lr_scheduler_type") == "constant" else 0.03
+
+
+class RunConfig(BaseModel):
+    """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
+
+    Raises:
+        pydantic.ValidationError: A field of a wrong type or value, or keys that contradict one another.
+            `load_config` reports the same faults as one ConfigError with file and line.
+    """
+
+    # Keys such as model_revision are the field's own names: pydantic's guard on `model_` is off.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    # Model
+    model_name_or_path: str = Field(
+        min_length=1, description="Folder of the base model's checkpoint, or its name on the hub."
+    )
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
+    load_in_4bit: bool = Field(True, description="Store the base model quantized; false keeps its 16 bits.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4", "int4", "int8"] = Field(
+        "nf4", description="Number format of the base model's weights."
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="Quantize the blocks' scales too (saves about 0.37 bits a weight)."
+    )
+    bnb_4bit_blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        64, description="Weights that share one scale."
+    )
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type of activations and matrix products; auto: bfloat16 where it is fast."
+    )
+    quantize_lm_head: bool = Field(False, description="Quantize the output layer as well.")
+    modules_to_not_convert: list[str] = Field(
+        [], description="Modules that stay in 16 bits, by name, glob or regular expression."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="Attention of Transformers; null leaves the choice to it."
+    )
+    device: Literal["auto", "cpu"] | CudaDevice = Field(
+        "auto", description="Where the model lives; auto: the GPU if there is one."
+    )
+
+    # Adapter
+    adapter: Literal["lora"] | None = Field("lora", description="What is trained on top of the base model.")
+    lora_r: Count = Field(16, description="Rank of the adapter.")
+    lora_alpha: Count = Field(
+        32, description="Scale of the adapter: alpha / r, or alpha / sqrt(r) with use_rslora."
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    use_rslora: bool = Field(False, description="Rank-stabilized scaling.")
+    use_dora: bool = Field(False, description="Weight-decomposed adapter (DoRA).")
+    init_lora_weights: Literal[True, "gaussian", "pissa", "loftq"] | PiSSAIterations = Field(
+        True, description="How the adapter starts; true: as the identity (B is zero)."
+    )
+    loftq_iterations: Count = Field(1, description="Alternating steps of the LoftQ initialisation.")
+    target_modules: str | list[str] | None = Field(
+        None,
+        description="Layers that get an adapter: all-linear, a list of names, or one regular expression; "
+        "null: the model family's default.",
+    )
+    modules_to_save: list[str] = Field([], description="Layers trained in full and saved with the adapter.")
+
+    # Data
+    train_dataset: str | None = Field(
+        None, min_length=1, description="JSON-lines file, folder of them, or a data set's name on the hub."
+    )
+    eval_dataset: str | None = Field(None, min_length=1, description="The same, for the held-out rows.")
+    eval_split_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of train_dataset to hold out when there is no eval_dataset."
+    )
+    row_format: Literal["auto", "messages", "alpaca", "prompt_completion"] = Field(
+        "auto", description="What a row looks like; auto: told by its columns."
+    )
+    columns: dict[str, str] = Field(
+        {}, description="Names of the row format's fields in the data: {prompt: question}."
+    )
+    max_length: int = Field(1024, ge=2, description="Longest conversation, in tokens.")
+    packing: bool = Field(
+        False, description="Fill each row of max_length with several conversations that never see each other."
+    )
+    train_on_prompt: bool = Field(False, description="Learn the prompts too, not the answers only.")
+    overlong: Literal["drop", "error", "truncate"] = Field(
+        "drop", description="What happens to a conversation longer than max_length; it is always reported."
+    )
+    chat_template: ChatTemplate | None = Field(
+        None, description="Jinja text or .jinja file in place of the tokenizer's own chat template."
+    )
+    pad_token: str | None = Field(
+        None, min_length=1, description="Padding token, for a tokenizer that has none."
+    )
+    dataset_num_proc: Count | None = Field(None, description="Processes that tokenize; null: one.")
+
+    # Training
+    output_dir: str = Field("run", min_length=1, description="Folder of the run: everything it leaves.")
+    overwrite_output_dir: bool = Field(False, description="Start anew in an output_dir that holds a run.")
+    resume_from_checkpoint: str | None = Field(
+        None, min_length=1, description="auto: the newest whole checkpoint of output_dir; or a checkpoint."
+    )
+    max_steps: Count | None = Field(None, description="Optimizer steps to train, instead of epochs.")
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default_factory=_default_epochs, description="Passes over the data; 1 unless max_steps is given."
+    )
+    per_device_train_batch_size: Count = Field(4, description="Rows in one forward pass on one device.")
+    per_device_eval_batch_size: Count = Field(8, description="The same, in evaluation.")
+    gradient_accumulation_steps: Count = Field(4, description="Forward passes to one optimizer step.")
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass: less memory, about a third slower."
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Course of the learning rate after warm-up."
+    )
+    warmup_steps: CountOrZero | None = Field(None, description="Optimizer steps of warm-up, as a number.")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default_factory=_default_warmup,
+        description="Steps of warm-up as a share of all steps; 0.03 unless warmup_steps is given.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor"] = Field(
+        "adamw_torch", description="Optimizer."
+    )
+    logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
+    eval_steps: Count | None = Field(
+        None, description="Optimizer steps between two evaluations; null: once an epoch."
+    )
+    save_steps: Count | None = Field(
+        None, description="Optimizer steps between two checkpoints; null: once an epoch."
+    )
+    save_total_limit: Count | None = Field(2, description="Checkpoints to keep; null: all.")
+    seed: CountOrZero = Field(42, description="Seed of data order, adapters, dropout and held-out rows.")
+    dataloader_num_workers: CountOrZero = Field(0, description="Processes that load batches.")
+    group_by_length: bool = Field(
+        False, description="Batch rows of like length: less padding, and an order less random."
+    )
+    report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(
+        [], description="Trackers that get the metrics besides the run folder."
+    )
+
+    # Evaluation
+    eval_generate_rows: CountOrZero = Field(
+        0, description="Held-out rows to answer by generation and compare exactly; 0: none."
+    )
+    eval_max_new_tokens: Count = Field(256, description="Longest answer in that comparison, in tokens.")
+    eval_generate_batch_size: Count = Field(16, description="Conversations answered at a time.")
+    eval_comparison: Literal["strip", "json", "number"] = Field(
+        "strip",
+        description="When an answer is right: equal text, equal JSON value, or equal number after ####.",
+    )
+    perplexity_text: str | None = Field(
+        None, min_length=1, description="Text file on which perplexity is measured."
+    )
+    perplexity_max_length: int = Field(1024, ge=2, description="Window of that measure, in tokens.")
+    perplexity_stride: Count = Field(512, description="Tokens by which the window moves on.")
+    perplexity_max_tokens: Count | None = Field(None, description="Tokens of the text to use; null: all.")
+
+    @model_validator(mode="after")
+    def _without_contradictions(self) -> Self:
+        found = [f"{contradiction.what}; {contradiction.hint}" for contradiction in contradictions(self)]
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration: every key with its value. `load_config` reads back an equal object."""
+        text: str = yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
+        )
+        return text
+
+
+# The first key of each group, for the reference page.
+GROUPS: dict[str, str] = {
+    "model_name_or_path": "Model",
+    "adapter": "Adapter",
+    "train_dataset": "Data",
+    "output_dir": "Training",
+    "eval_generate_rows": "Evaluation",
+}
+
+# Two ways to say one thing: an override of one displaces the other when that stands in the file.
+EXCLUSIVE_KEYS: tuple[tuple[str, str], ...] = (
+    ("max_steps", "num_train_epochs"),
+    ("warmup_steps", "warmup_ratio"),
+    ("eval_dataset", "eval_split_fraction"),
+    ("resume_from_checkpoint", "overwrite_output_dir"),
+)
+
+
+class Contradiction(NamedTuple):
+    """Keys that are each valid and do not fit together."""
+
+    keys: tuple[str, ...]
+    what: str
+    hint: str
+
+
+def contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    """Everything in `config` that does not fit together."""
+    if config.max_steps is not None and config.num_train_epochs is not None:
+        yield Contradiction(
+            ("max_steps", "num_train_epochs"),
+            "max_steps and num_train_epochs both say how long to train",
+            "give one of them",
+        )
+    if config.max_steps is None and config.num_train_epochs is None:
+        yield Contradiction(
+            ("max_steps", "num_train_epochs"),
+            "max_steps and num_train_epochs are both null",
+            "give one of them",
+        )
+    if config.warmup_steps is not None and config.warmup_ratio is not None:
+        yield Contradiction(
+            ("warmup_steps", "warmup_ratio"),
+            "warmup_steps and warmup_ratio both say how long to warm up",
+            "give one of them",
+        )
+    if config.lr_scheduler_type == "constant":
+        for key in ("warmup_steps", "warmup_ratio"):
+            if getattr(config, key):
+                yield Contradiction(
+                    ("lr_scheduler_type", key),
+                    f"{key} is given, and lr_scheduler_type constant has no warm-up",
+                    f"set lr_scheduler_type: constant_with_warmup or leave {key} out",
+                )
+    if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
+        yield Contradiction(
+            ("resume_from_checkpoint", "overwrite_output_dir"),
+            "resume_from_checkpoint goes on with a run that overwrite_output_dir would delete",
+            "give one of them",
+        )
+    if config.output_dir == config.model_name_or_path:
+        yield Contradiction(
+            ("output_dir", "model_name_or_path"),
+            "output_dir is the folder of the base model",
+            "choose another folder for the run",
+        )
+    yield from _data_contradictions(config)
+    yield from _quantization_contradictions(config)
+    yield from _adapter_contradictions(config)
+
+
+def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    if config.eval_dataset is not None and config.eval_split_fraction > 0:
+        yield Contradiction(
+            ("eval_dataset", "eval_split_fraction"),
+            "eval_dataset and eval_split_fraction both say which rows are held out",
+            "give one of them",
+        )
+    if config.eval_split_fraction > 0 and config.train_dataset is None:
+        yield Contradiction(
+            ("eval_split_fraction", "train_dataset"),
+            "eval_split_fraction has no train_dataset to hold rows out of",
+            "give train_dataset",
+        )
+    has_held_out = config.eval_dataset is not None or config.eval_split_fraction > 0
+    for key in ("eval_steps", "eval_generate_rows"):
+        if getattr(config, key) and not has_held_out:
+            yield Contradiction(
+                (key, "eval_dataset", "eval_split_fraction"),
+                f"{key} is given, but no rows are held out",
+                "give eval_dataset or eval_split_fraction",
+            )
+    if config.packing and config.group_by_length:
+        yield Contradiction(
+            ("packing", "group_by_length"),
+            "packed rows are all of one length, and group_by_length sorts by length",
+            "give one of them",
+        )
+    if config.perplexity_stride > config.perplexity_max_length:
+        yield Contradiction(
+            ("perplexity_stride", "perplexity_max_length"),
+            "perplexity_stride is larger than perplexity_max_length: tokens between windows would be skipped",
+            "lower perplexity_stride",
+        )
+
+
+def _quantization_contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    if not config.load_in_4bit:
+        for key, is_set in {
+            "bnb_4bit_quant_type": config.bnb_4bit_quant_type != "nf4",
+            "quantize_lm_head": config.quantize_lm_head,
+            "init_lora_weights": config.init_lora_weights == "loftq",
+        }.items():
+            if is_set:
+                yield Contradiction(
+                    (key, "load_in_4bit"),
+                    f"{key} asks for a quantized base model, and load_in_4bit is false",
+                    f"set load_in_4bit: true or leave {key} out",
+                )
+    for key in ("modules_to_not_convert", "modules_to_save"):
+        if config.quantize_lm_head and "lm_head" in getattr(config, key):
+            yield Contradiction(
+                ("quantize_lm_head", key),
+                f"quantize_lm_head is true, and {key} lists lm_head",
+                "choose one",
+            )
+
+
+def _adapter_contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    if config.adapter is None:
+        for key, is_set in {
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "init_lora_weights": config.init_lora_weights is not True,
+            "target_modules": config.target_modules is not None,
+            "modules_to_save": bool(config.modules_to_save),
+        }.items():
+            if is_set:
+                yield Contradiction(
+                    (key, "adapter"),
+                    f"{key} is given, and adapter is null",
+                    f"set adapter: lora or leave {key} out",
+                )
+    if config.loftq_iterations != 1 and config.init_lora_weights != "loftq":
+        yield Contradiction(
+            ("loftq_iterations", "init_lora_weights"),
+            "loftq_iterations is given, and init_lora_weights is not loftq",
+            "set init_lora_weights: loftq",
+        )

@@ -1,0 +1,27 @@
+"""RunConfig spells its choices out, so that reading one imports no torch. Here they meet the tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from fourfold.config import RunConfig
+
+
+def choices(key: str) -> set[str]:
+    schema = RunConfig.model_json_schema()["properties"][key]
+    return {value for part in schema.get("anyOf", [schema]) for value in part.get("enum", [])}
+
+
+@pytest.mark.parametrize(
+    ("key", "module", "table", "of_the_configuration"),
+    [
+        ("optim", "fourfold.training.options", "OPTIMIZERS", set()),
+        ("lr_scheduler_type", "fourfold.training.options", "LR_SCHEDULERS", set()),
+        ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
+        ("overlong", "fourfold.data.dataset", "OVERLONG", set()),
+        ("eval_comparison", "fourfold.evaluation.exact_match", "COMPARISONS", set()),
+    ],
+)
+def test_the_choices_are_the_rows_of_the_rooms_table(key, module, table, of_the_configuration):
+    rows = getattr(pytest.importorskip(module), table)
+    assert choices(key) == set(rows) | of_the_configuration
