@@ -15,9 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 def test_the_page_is_what_the_command_prints():
     command = [sys.executable, "-m", "fourfold.config"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert PAGE.read_text(encoding="utf-8") == printed, (
-        "run `python -m fourfold.config > docs/configuration.md`"
-    )
+    assert PAGE.read_text(encoding="utf-8") == printed, "run `python -m fourfold.config > docs/configuration.md`"
 
 
 def test_the_page_describes_every_key():

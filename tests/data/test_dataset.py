@@ -35,9 +35,7 @@ def test_prepared_rows_hold_tokens_labels_and_turns(tiny_tokenizer: Any) -> None
     report = prepared.report
     assert (report.rows_read, report.rows_kept, report.rows_overlong) == (2, 2, 0)
     assert report.num_tokens == sum(len(row["input_ids"]) for row in prepared.dataset)
-    assert report.num_supervised_tokens == sum(
-        label != -100 for row in prepared.dataset for label in row["labels"]
-    )
+    assert report.num_supervised_tokens == sum(label != -100 for row in prepared.dataset for label in row["labels"])
     assert "2 of 2 rows" in report.lines()[0]
 
 
@@ -52,9 +50,7 @@ def test_columns_of_other_names_are_mapped(tiny_tokenizer: Any, swapped: bool) -
 
 
 def test_overlong_rows_are_dropped_and_reported_with_their_numbers(tiny_tokenizer: Any) -> None:
-    prepared = prepare(
-        rows_of(["one", LONG, "two", LONG]), tiny_tokenizer, DataOptions(max_length=64), "rows"
-    )
+    prepared = prepare(rows_of(["one", LONG, "two", LONG]), tiny_tokenizer, DataOptions(max_length=64), "rows")
     assert [row["messages"][-1]["content"] for row in prepared.dataset] == ["one", "two"]
     report = prepared.report
     assert (report.rows_read, report.rows_kept, report.rows_overlong) == (4, 2, 2)
@@ -85,16 +81,12 @@ def test_only_overlong_rows_are_an_error(tiny_tokenizer: Any) -> None:
 
 
 def test_rows_with_nothing_to_learn_are_dropped_and_reported(tiny_tokenizer: Any) -> None:
-    prompt = tiny_tokenizer.apply_chat_template(
-        conversation("one")[:1], add_generation_prompt=True, return_dict=True
-    )
+    prompt = tiny_tokenizer.apply_chat_template(conversation("one")[:1], add_generation_prompt=True, return_dict=True)
     options = DataOptions(max_length=len(prompt["input_ids"]), overlong="truncate")
     with pytest.raises(DataError, match="all labels are masked"):
         prepare(rows_of(["one", "two"]), tiny_tokenizer, options, "rows")
 
-    rows = datasets.Dataset.from_list(
-        [{"prompt": LONG, "completion": "one"}, {"prompt": "a", "completion": "one"}]
-    )
+    rows = datasets.Dataset.from_list([{"prompt": LONG, "completion": "one"}, {"prompt": "a", "completion": "one"}])
     prepared = prepare(rows, tiny_tokenizer, DataOptions(max_length=64, overlong="truncate"), "rows")
     assert [row["messages"][0]["content"] for row in prepared.dataset] == ["a"]
     assert (prepared.report.rows_unlearned, prepared.report.first_unlearned) == (1, [1])
@@ -111,8 +103,7 @@ def test_a_bad_row_is_named_with_its_number_and_key(tiny_tokenizer: Any, num_pro
 def test_a_template_that_refuses_a_row_is_named_with_the_row(tiny_tokenizer: Any) -> None:
     tokenizer = deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
-        "{% if messages[-1]['content'] == 'two' %}{{ raise_exception('no two') }}{% endif %}"
-        + tokenizer.chat_template
+        "{% if messages[-1]['content'] == 'two' %}{{ raise_exception('no two') }}{% endif %}" + tokenizer.chat_template
     )
     with pytest.raises(DataError, match=r"row 2: the chat template refuses(.|\n)*no two"):
         prepare(rows_of(["one", "two"]), tokenizer, DataOptions(), "rows")

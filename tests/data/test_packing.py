@@ -87,9 +87,7 @@ def test_logits_of_packed_rows_are_those_of_the_documents_alone(tiny_llama: Path
     assert len(packed) >= 2
     batch = Collator(PAD)(packed)
     with torch.no_grad():
-        logits = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         for row, row_logits in zip(packed, logits, strict=True):
             for part in document_slices(row):
                 alone = model(input_ids=torch.tensor([row["input_ids"][part]])).logits[0]

@@ -118,9 +118,7 @@ def test_unmarked_templates_give_the_labels_that_trls_marked_ones_give(
             assert turn["content"] in ours
     assert strip_thoughts(ours) == strip_thoughts(expected)
     again = encode_conversation(messages, marked)
-    assert [label != IGNORE_INDEX for label in again.labels] == [
-        bool(m) for m in reference["assistant_masks"]
-    ]
+    assert [label != IGNORE_INDEX for label in again.labels] == [bool(m) for m in reference["assistant_masks"]]
 
 
 def strip_thoughts(text: str) -> str:

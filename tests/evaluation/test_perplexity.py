@@ -84,9 +84,7 @@ def test_progress_ends_with_all_windows_and_the_mode_is_kept(model: Any, tiny_to
 
 
 @pytest.mark.parametrize("wrong", [{"max_length": 1}, {"stride": 0}, {"stride": 1024}, {"batch_size": 0}])
-def test_options_that_are_not_allowed_are_named(
-    model: Any, tiny_tokenizer: Any, wrong: dict[str, int]
-) -> None:
+def test_options_that_are_not_allowed_are_named(model: Any, tiny_tokenizer: Any, wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"key {next(iter(wrong))}"):
         perplexity(model, tiny_tokenizer, TEXT, **wrong)
 

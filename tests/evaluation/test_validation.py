@@ -38,9 +38,7 @@ def plain_losses(model: Any) -> list[float]:
         with torch.no_grad():
             logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0]
         logs = logits - logits.exp().sum(-1, keepdim=True).log()
-        losses += [
-            -float(logs[position, label]) for position, label in enumerate(row["labels"][1:]) if label != -100
-        ]
+        losses += [-float(logs[position, label]) for position, label in enumerate(row["labels"][1:]) if label != -100]
     return losses
 
 
@@ -72,9 +70,7 @@ def test_an_adapters_loss_is_taken_too(model: Any) -> None:
 
 def test_logits_are_computed_for_supervised_positions_alone(model: Any) -> None:
     shapes = []
-    handle = model.lm_head.register_forward_hook(
-        lambda module, inputs, output: shapes.append(tuple(output.shape[:2]))
-    )
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
     validation_loss(model, rows()[1:2], Collator(PAD), 1)
     handle.remove()
     assert shapes == [(1, 1)]

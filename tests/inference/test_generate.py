@@ -28,9 +28,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_greedy_replies_do_not_depend_on_the_batch(model: Any, tokenizer: Any, batch_size: int) -> None:
-    one = generate_replies(
-        model, tokenizer, CONVERSATIONS, GenerationOptions(max_new_tokens=24, batch_size=1)
-    )
+    one = generate_replies(model, tokenizer, CONVERSATIONS, GenerationOptions(max_new_tokens=24, batch_size=1))
     many = generate_replies(
         model, tokenizer, CONVERSATIONS, GenerationOptions(max_new_tokens=24, batch_size=batch_size)
     )
@@ -121,9 +119,7 @@ def test_no_conversations_give_no_replies(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_a_streamed_reply_is_the_batched_one_in_pieces(
-    model: Any, tokenizer: Any, temperature: float
-) -> None:
+def test_a_streamed_reply_is_the_batched_one_in_pieces(model: Any, tokenizer: Any, temperature: float) -> None:
     options = GenerationOptions(max_new_tokens=24, temperature=temperature)
     conversation = CONVERSATIONS[1]
     pieces = list(stream_reply(model, tokenizer, conversation, options))

@@ -47,9 +47,7 @@ OVERRIDES = (
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")]
-ConfigFile = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="YAML file of the run, or the folder of a run.")
-]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run, or the folder of a run.")]
 
 
 class Onto(StrEnum):
@@ -84,9 +82,7 @@ def train(context: typer.Context, config: ConfigFile, json: Json = False, verbos
 
 
 @app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
-def evaluate(
-    context: typer.Context, config: ConfigFile, json: Json = False, verbose: Verbose = False
-) -> None:
+def evaluate(context: typer.Context, config: ConfigFile, json: Json = False, verbose: Verbose = False) -> None:
     """Measure a run: loss and exact match on held-out rows, perplexity on text."""
     with reporting_errors(json):
         run_config = _read_config(config, context.args)
@@ -171,9 +167,7 @@ def merge(
 
 @app.command()
 def chat(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder of a run or a model, or a hub's name.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder of a run or a model, or a hub's name.")],
     prompt: Annotated[
         str | None, typer.Option(help="Answer this and leave; - reads it from the standard input.")
     ] = None,

@@ -100,9 +100,7 @@ def _axolotl_datasets(key: str) -> Conversion:
         ours: dict[str, Any] = {key: dataset["path"]}
         if "type" in dataset:
             if dataset["type"] not in AXOLOTL_ROW_FORMATS:
-                raise ValueError(
-                    f"row types read: {', '.join(AXOLOTL_ROW_FORMATS)}; see row_format and columns"
-                )
+                raise ValueError(f"row types read: {', '.join(AXOLOTL_ROW_FORMATS)}; see row_format and columns")
             ours["row_format"] = AXOLOTL_ROW_FORMATS[dataset["type"]]
         if "field_messages" in dataset:
             ours["columns"] = {"messages": dataset["field_messages"]}

@@ -205,9 +205,7 @@ def _parse_override(key: str, text: str, faults: list[_Fault]) -> Any:
         value = text
         if not (key in RunConfig.model_fields and is_text(key)):
             faults.append(
-                _Fault(
-                    f"{_COMMAND_LINE}  {key} is not valid YAML", found=text, hint="put the value in quotes"
-                )
+                _Fault(f"{_COMMAND_LINE}  {key} is not valid YAML", found=text, hint="put the value in quotes")
             )
     if key in RunConfig.model_fields and is_text(key) and value is not None:
         return text
@@ -293,9 +291,7 @@ def _validate(entries: dict[str, _Entry], source: str, faults: list[_Fault]) -> 
             entry = entries[key]
             faults.append(_Fault(entry.said, found=_shown(entry.value), allowed=allowed_values(key)))
         else:
-            faults.append(
-                _Fault(f"{source}  {key} is missing", hint=str(RunConfig.model_fields[key].description))
-            )
+            faults.append(_Fault(f"{source}  {key} is missing", hint=str(RunConfig.model_fields[key].description)))
     # The faulty keys stand at their defaults here, so that contradictions among the others are found as well.
     sound = {key: value for key, value in values.items() if key not in faulty}
     partial = RunConfig.model_construct(**{"model_name_or_path": ""} | sound)

@@ -12,9 +12,7 @@ __all__ = ["EXCLUSIVE_KEYS", "GROUPS", "Contradiction", "RunConfig", "contradict
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-PiSSAIterations = Annotated[
-    str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$", description="pissa_niter_N (N a number)")
-]
+PiSSAIterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$", description="pissa_niter_N (N a number)")]
 CudaDevice = Annotated[str, Field(pattern=r"^cuda(:[0-9]+)?$", description="cuda or cuda:N (N a number)")]
 ChatTemplate = Annotated[
     str,
@@ -52,9 +50,7 @@ class RunConfig(BaseModel):
     """
 
     # Keys such as model_revision are the field's own names: pydantic's guard on `model_` is off.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     # Model
     model_name_or_path: str = Field(
@@ -88,9 +84,7 @@ class RunConfig(BaseModel):
     # Adapter
     adapter: Literal["lora"] | None = Field("lora", description="What is trained on top of the base model.")
     lora_r: Count = Field(16, description="Rank of the adapter.")
-    lora_alpha: Count = Field(
-        32, description="Scale of the adapter: alpha / r, or alpha / sqrt(r) with use_rslora."
-    )
+    lora_alpha: Count = Field(32, description="Scale of the adapter: alpha / r, or alpha / sqrt(r) with use_rslora.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     use_rslora: bool = Field(False, description="Rank-stabilized scaling.")
     use_dora: bool = Field(False, description="Weight-decomposed adapter (DoRA).")
@@ -116,9 +110,7 @@ class RunConfig(BaseModel):
     row_format: Literal["auto", "messages", "alpaca", "prompt_completion"] = Field(
         "auto", description="What a row looks like; auto: told by its columns."
     )
-    columns: dict[str, str] = Field(
-        {}, description="Names of the row format's fields in the data: {prompt: question}."
-    )
+    columns: dict[str, str] = Field({}, description="Names of the row format's fields in the data: {prompt: question}.")
     max_length: int = Field(1024, ge=2, description="Longest conversation, in tokens.")
     packing: bool = Field(
         False, description="Fill each row of max_length with several conversations that never see each other."
@@ -130,9 +122,7 @@ class RunConfig(BaseModel):
     chat_template: ChatTemplate | None = Field(
         None, description="Jinja text or .jinja file in place of the tokenizer's own chat template."
     )
-    pad_token: str | None = Field(
-        None, min_length=1, description="Padding token, for a tokenizer that has none."
-    )
+    pad_token: str | None = Field(None, min_length=1, description="Padding token, for a tokenizer that has none.")
     dataset_num_proc: Count | None = Field(None, description="Processes that tokenize; null: one.")
 
     # Training
@@ -162,16 +152,10 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor"] = Field(
-        "adamw_torch", description="Optimizer."
-    )
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor"] = Field("adamw_torch", description="Optimizer.")
     logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
-    eval_steps: Count | None = Field(
-        None, description="Optimizer steps between two evaluations; null: once an epoch."
-    )
-    save_steps: Count | None = Field(
-        None, description="Optimizer steps between two checkpoints; null: once an epoch."
-    )
+    eval_steps: Count | None = Field(None, description="Optimizer steps between two evaluations; null: once an epoch.")
+    save_steps: Count | None = Field(None, description="Optimizer steps between two checkpoints; null: once an epoch.")
     save_total_limit: Count | None = Field(2, description="Checkpoints to keep; null: all.")
     seed: CountOrZero = Field(42, description="Seed of data order, adapters, dropout and held-out rows.")
     dataloader_num_workers: CountOrZero = Field(0, description="Processes that load batches.")
@@ -192,9 +176,7 @@ class RunConfig(BaseModel):
         "strip",
         description="When an answer is right: equal text, equal JSON value, or equal number after ####.",
     )
-    perplexity_text: str | None = Field(
-        None, min_length=1, description="Text file on which perplexity is measured."
-    )
+    perplexity_text: str | None = Field(None, min_length=1, description="Text file on which perplexity is measured.")
     perplexity_max_length: int = Field(1024, ge=2, description="Window of that measure, in tokens.")
     perplexity_stride: Count = Field(512, description="Tokens by which the window moves on.")
     perplexity_max_tokens: Count | None = Field(None, description="Tokens of the text to use; null: all.")
@@ -208,9 +190,7 @@ class RunConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved configuration: every key with its value. `load_config` reads back an equal object."""
-        text: str = yaml.safe_dump(
-            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
-        )
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
         return text
 
 

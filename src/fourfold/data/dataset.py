@@ -102,9 +102,7 @@ class DataReport:
         ]
         if self.rows_packed is not None:
             filled = self.num_tokens / (self.rows_packed * self.max_length)
-            lines.append(
-                f"  packed into {self.rows_packed:,} sequences of {self.max_length}, {filled:.0%} filled"
-            )
+            lines.append(f"  packed into {self.rows_packed:,} sequences of {self.max_length}, {filled:.0%} filled")
         if self.rows_overlong:
             done = {"drop": "dropped", "truncate": "truncated"}[self.overlong]
             rows = _named(self.first_overlong, self.rows_overlong)

@@ -155,17 +155,13 @@ def _checked(turns: list[Any]) -> list[Message]:
             allowed="a conversation that ends with an answer to learn",
         )
     if messages[0]["role"] == "assistant":
-        raise DataError(
-            "key 'role': the assistant speaks first", found="assistant", allowed="system or user first"
-        )
+        raise DataError("key 'role': the assistant speaks first", found="assistant", allowed="system or user first")
     return messages
 
 
 def _checked_turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(
-            f"{where}: not a message", found=_brief(turn), allowed='{"role": ..., "content": ...}'
-        )
+        raise DataError(f"{where}: not a message", found=_brief(turn), allowed='{"role": ..., "content": ...}')
     # Arrow fills the keys that only other rows have with None.
     extra = [key for key, value in turn.items() if key not in ("role", "content") and value is not None]
     if extra:

@@ -42,9 +42,7 @@ def load_rows(source: str, split: str = "train") -> datasets.Dataset:
     else:
         rows = _load_from_hub(source, split)
     if len(rows) == 0:
-        raise DataError(
-            f"data set {source} (split {split!r}) is empty", found="0 rows", allowed="at least one row"
-        )
+        raise DataError(f"data set {source} (split {split!r}) is empty", found="0 rows", allowed="at least one row")
     return rows
 
 
@@ -82,9 +80,7 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         for file in json_files:
             _name_undecodable_line(file)
-        raise DataError(
-            f"folder {path} (split {split!r}) cannot be read", found=error.__cause__ or error
-        ) from error
+        raise DataError(f"folder {path} (split {split!r}) cannot be read", found=error.__cause__ or error) from error
 
 
 def _load_from_hub(source: str, split: str) -> datasets.Dataset:

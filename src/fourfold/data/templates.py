@@ -108,17 +108,13 @@ def encode_conversation(messages: list[Message], tokenizer: Any, train_on_prompt
         learned = [False] * len(input_ids)
         for first, end in spans:
             learned[first:end] = [True] * (end - first)
-    labels = [
-        token if is_learned else IGNORE_INDEX for token, is_learned in zip(input_ids, learned, strict=True)
-    ]
+    labels = [token if is_learned else IGNORE_INDEX for token, is_learned in zip(input_ids, learned, strict=True)]
     return Encoded(input_ids, labels)
 
 
 def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         raise DataError(
             "the chat template refuses the conversation",
@@ -154,9 +150,7 @@ def _answer_spans(
         # A token that straddles the border holds the answer's first character, so it is learned.
         first = next(position for position, (_, stop) in enumerate(offsets) if stop > start)
         if text.startswith(rendered):
-            within = [
-                position for position in range(first, len(offsets)) if offsets[position][1] <= len(rendered)
-            ]
+            within = [position for position in range(first, len(offsets)) if offsets[position][1] <= len(rendered)]
             end = next((position for position in reversed(within) if input_ids[position] in added), None)
             rest = None if end is None else text[offsets[end][1] : len(rendered)]
         else:
@@ -170,9 +164,7 @@ def _answer_spans(
             end = next((position for position in after if input_ids[position] in added), None)
             rest = None if end is None else text[stop : offsets[end][0]]
         if end is None or rest is None or rest.strip():
-            raise _cannot_split(
-                index, "no special token ends the answer, so the model could not learn to stop"
-            )
+            raise _cannot_split(index, "no special token ends the answer, so the model could not learn to stop")
         spans.append((first, end + 1))
     return spans
 
@@ -187,9 +179,7 @@ def _answer_start(tokenizer: Any, before: list[Message], text: str) -> int:
     if not text.startswith(_render(tokenizer, before)):
         raise _cannot_split(len(before), "the turns before it are rendered otherwise once it follows")
     return next(
-        position
-        for position in range(len(prompt))
-        if position == len(text) or text[position] != prompt[position]
+        position for position in range(len(prompt)) if position == len(text) or text[position] != prompt[position]
     )
 
 

@@ -84,9 +84,7 @@ def exact_match(
     answers = generate_replies(model, tokenizer, prompts, options, on_progress)
     samples = [
         Sample(prompt, conversation[-1]["content"], answer, _reads_as(answer, reference, read))
-        for prompt, conversation, answer, reference in zip(
-            prompts, conversations, answers, references, strict=True
-        )
+        for prompt, conversation, answer, reference in zip(prompts, conversations, answers, references, strict=True)
     ]
     num_correct = sum(sample.correct for sample in samples)
     return ExactMatch(num_correct / len(samples), num_correct, len(samples), samples)

@@ -76,9 +76,7 @@ def perplexity(
         raise ConfigError("key batch_size", found=batch_size, allowed="at least 1")
     ids = torch.tensor(tokenizer(text)["input_ids"][:max_tokens])
     if len(ids) < 2:
-        raise DataError(
-            "the text is too short for a perplexity", found=f"{len(ids)} tokens", allowed="2 or more"
-        )
+        raise DataError("the text is too short for a perplexity", found=f"{len(ids)} tokens", allowed="2 or more")
     windows = list(_windows(len(ids), max_length, stride))
     total, num_tokens, done = 0.0, 0, 0
     with eval_mode(model), torch.no_grad():

@@ -56,7 +56,5 @@ def validation_loss(
             if on_progress is not None:
                 on_progress(start + len(rows), len(dataset))
     if num_tokens == 0:
-        raise DataError(
-            "the held-out rows have no supervised token", found=f"{len(dataset)} rows, all masked"
-        )
+        raise DataError("the held-out rows have no supervised token", found=f"{len(dataset)} rows, all masked")
     return ValidationLoss(loss=total / num_tokens, num_tokens=num_tokens)

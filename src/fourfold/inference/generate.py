@@ -86,9 +86,7 @@ def generate_replies(
     with eval_mode(model), _seeded(options.seed), torch.no_grad():
         for start in range(0, len(order), options.batch_size):
             chosen = order[start : start + options.batch_size]
-            input_ids, attention_mask = _left_padded(
-                [prompts[index] for index in chosen], config.pad_token_id
-            )
+            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], config.pad_token_id)
             generated = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
@@ -102,9 +100,7 @@ def generate_replies(
     return replies
 
 
-def stream_reply(
-    model: Any, tokenizer: Any, messages: list[Message], options: GenerationOptions
-) -> Iterator[str]:
+def stream_reply(model: Any, tokenizer: Any, messages: list[Message], options: GenerationOptions) -> Iterator[str]:
     """The assistant's next turn, piece by piece; joined, the pieces are what `generate_replies` returns.
 
     Closing the iterator (or leaving the loop over it) stops the generation after the token at hand.
@@ -211,9 +207,7 @@ def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -
 
 
 def _prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     return ids
 
 

@@ -285,8 +285,9 @@ def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
 
 
 def _expert_shapes(model: nn.Module, skipped: list[str]) -> dict[str, torch.Size]:
-    """Names and shapes of the 3-D expert parameters; raises on a 3-D parameter of another kind, rather than leave
-    it.""" shapes, unknown = {}, [] for path, module in model.named_modules():
+    """Names and shapes of the 3-D expert parameters; a 3-D parameter of another kind is refused rather than left."""
+    shapes, unknown = {}, []
+    for path, module in model.named_modules():
         for name, parameter in expert_parameters(module).items():
             full_name = f"{path}.{name}" if path else name
             if matches(full_name, skipped):

@@ -166,9 +166,10 @@ def _check_finite(flat: Tensor, name: str) -> None:
     # whose sum overflows is looked at element by element.
     if not torch.isfinite(flat.sum()) and not torch.isfinite(flat).all():
         bad = (~torch.isfinite(flat)).nonzero().reshape(-1)
+        first = int(bad[0])
         raise QuantizationError(
             f"{name} holds values that are not finite",
-            found=f"{bad.numel()} of {flat.numel()} elements, the first at flat index {int(bad[0])}:
-            {float(flat[bad[0]])}", allowed="finite values", hint="the checkpoint is damaged, or was saved from a run
-            that diverged: get it again",
+            found=f"{bad.numel()} of {flat.numel()} elements, the first at flat index {first}: {float(flat[first])}",
+            allowed="finite values",
+            hint="the checkpoint is damaged, or was saved from a run that diverged: get it again",
         )
