@@ -3,7 +3,7 @@
     checkpoint-120/
       adapter_model.safetensors, adapter_config.json    PEFT's own format
       tokenizer.json, chat_template.jinja, ...          the tokenizer's own format
-      optimizer.safetensors, optimizer.json             tensors; parameter groups, scheduler, trained parameters
+      optimizer.safetensors, optimizer.json             tensors; groups, scheduler, trained parameters
       rng_state_0.safetensors, rng_state_0.json         one pair a process
       trainer_state.json                                step, epoch, log history, as the Trainer writes it
       manifest.json                                     every file above with its size; written last
@@ -52,9 +52,16 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 # Without these a checkpoint cannot be resumed, whatever its manifest says.
-_REQUIRED = ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "trainer_state.json")
+_REQUIRED = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+    "optimizer.json",
+    "trainer_state.json",
+)
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+_EARLIER = "resume from an earlier checkpoint, or start anew"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,8 +74,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders in `output_dir`, oldest step first, whole or not."""
     if not output_dir.is_dir():
         return []
-    steps = {path: _CHECKPOINT_NAME.fullmatch(path.name) for path in output_dir.iterdir() if path.is_dir()}
-    return sorted((path for path, step in steps.items() if step), key=lambda path: int(path.name.split("-")[1]))
+    folders = [
+        path for path in output_dir.iterdir() if path.is_dir() and _CHECKPOINT_NAME.fullmatch(path.name)
+    ]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def prune_checkpoints(output_dir: Path, keep: int) -> None:
@@ -181,7 +190,7 @@ def check_checkpoint(path: Path) -> None:
             )
     manifest = path / MANIFEST
     if not manifest.is_file():
-        raise CheckpointError(f"{path} is not whole: {manifest} is missing", hint="resume from an earlier one")
+        raise CheckpointError(f"{path} is not whole: {manifest} is missing", hint=_EARLIER)
     try:
         sizes: dict[str, int] = json.loads(manifest.read_text())["files"]
     except (ValueError, KeyError) as error:
@@ -189,13 +198,13 @@ def check_checkpoint(path: Path) -> None:
     for name in sorted({*sizes, *_REQUIRED}):
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{path} is not whole: {file} is missing", hint="resume from an earlier one")
+            raise CheckpointError(f"{path} is not whole: {file} is missing", hint=_EARLIER)
         if name in sizes and file.stat().st_size != sizes[name]:
             raise CheckpointError(
                 f"{path} is not whole: {file} is not as it was written",
                 found=f"{file.stat().st_size:,} bytes",
                 allowed=f"{sizes[name]:,} bytes",
-                hint="resume from an earlier one",
+                hint=_EARLIER,
             )
 
 
@@ -314,7 +323,9 @@ def _load_pair(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[s
     try:
         return load_file(tensors_file), json.loads(record_file.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not whole: {error.filename or tensors_file} is missing") from error
+        raise CheckpointError(
+            f"{folder} is not whole: {error.filename or tensors_file} is missing"
+        ) from error
     except SafetensorError as error:
         raise CheckpointError(f"{tensors_file} cannot be read", found=error) from error
     except ValueError as error:

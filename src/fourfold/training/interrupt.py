@@ -1,5 +1,6 @@
 """Leaving a run in good order when the person or the system asks for it."""
 
+# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
 from __future__ import annotations
 
 import contextlib
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class TrainingInterrupted(TrainingError):
+class TrainingInterrupted(TrainingError):  # noqa: N818 - an orderly end, not a fault
     """The run was asked to stop, and left a checkpoint.
 
     Attributes:
@@ -49,6 +50,10 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+
+    def reset(self) -> None:
+        """Forget a signal of an earlier run."""
+        self.signal_number = None
 
     def request(self, signal_number: int, _: FrameType | None) -> None:
         """A signal handler. The second signal finds the former handlers back in place and ends the run."""

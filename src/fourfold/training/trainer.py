@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,7 @@ from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
@@ -32,7 +27,6 @@ from fourfold.memory.meter import memory_used
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
-    list_checkpoints,
     load_optimizer_state,
     load_rng_state,
     partial_path,
@@ -42,6 +36,7 @@ from fourfold.training.checkpoint import (
     whole_folder,
     write_manifest,
 )
+from fourfold.training.guard import StepGuard
 from fourfold.training.interrupt import (
     EvaluationInterrupted,
     InterruptCallback,
@@ -50,6 +45,7 @@ from fourfold.training.interrupt import (
 )
 from fourfold.training.loss import IGNORE_INDEX, SupervisedLoss, supervised_cross_entropy
 from fourfold.training.options import TrainingOptions, to_sft_config
+from fourfold.training.progress import ProgressCallback
 
 __all__ = ["FourfoldTrainer", "build_trainer"]
 
@@ -74,36 +70,6 @@ class _Tally:
         self.num_tokens = self.num_tokens + num_tokens
 
 
-class _StepGuard(TrainerCallback):
-    """Times the optimizer steps and stops the run before a gradient that is not finite is applied."""
-
-    def __init__(self, trainer: FourfoldTrainer) -> None:
-        self.trainer = trainer
-        self.seconds = 0.0
-        self._began = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds = 0.0
-        self.trainer.require_restored()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._began = time.perf_counter()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.require_finite_step()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds += time.perf_counter() - self._began
-
-
 class FourfoldTrainer(SFTTrainer):
     """TRL's SFTTrainer for a PEFT model and rows that are tokenized and masked already.
 
@@ -124,14 +90,12 @@ class FourfoldTrainer(SFTTrainer):
         # compute_loss divides by the tokens of the whole step, so the Trainer has to count them and must
         # not divide by the number of microbatches.
         self.model_accepts_loss_kwargs = True
-        for printer in (PrinterCallback, ProgressCallback):
-            self.remove_callback(printer)
-        self._guard = _StepGuard(self)
+        self.remove_callback(PrinterCallback)  # disable_tqdm chose it; progress is told by our own callback
+        self._guard = StepGuard()
         self._interrupt = InterruptCallback()
         self.add_callback(self._guard)
         self.add_callback(self._interrupt)
         self._tallies = {"train": _Tally(), "eval": _Tally()}
-        self._step_loss: torch.Tensor | float = 0.0
         self._tokens_seen = 0
         self._head_is_plain: bool | None = None
         self._resuming = False
@@ -171,7 +135,7 @@ class FourfoldTrainer(SFTTrainer):
         return "logits_to_keep" in inspect.signature(self.model.get_base_model().forward).parameters
 
     def _supervised_loss(self, model: nn.Module, inputs: dict[str, Any]) -> SupervisedLoss | None:
-        """The loss from the decoder's last hidden states, or None where the LM head alone is not the logits."""
+        """The loss from the last hidden states; None where the LM head's output is not the logits."""
         base = self.model.get_base_model()
         captured: list[torch.Tensor] = []
 
@@ -198,31 +162,15 @@ class FourfoldTrainer(SFTTrainer):
             return supervised_cross_entropy(hidden_states, inputs["labels"], lm_head)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._resuming:
+            # Should the Trainer restore by hooks of other names one day, it must not go unnoticed.
+            raise TrainingError(
+                "The optimizer was not restored from the checkpoint",
+                hint="this version of Transformers is not supported; use the one the run began with",
+            )
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self._step_loss = self._step_loss + loss
+        self._guard.add_loss(loss)
         return loss
-
-    def require_finite_step(self) -> None:
-        """Check the loss and the gradients of the step about to be applied; one wait for the device.
-
-        Raises:
-            TrainingError: Naming the step and the last good checkpoint.
-        """
-        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        loss, norm_value = torch.stack([torch.as_tensor(self._step_loss, device=norm.device), norm]).tolist()
-        self._step_loss = 0.0
-        if all(abs(value) < float("inf") for value in (loss, norm_value)):
-            return
-        checkpoints = list_checkpoints(Path(self.args.output_dir))
-        raise TrainingError(
-            f"The loss or its gradient is not finite at step {self.state.global_step + 1}",
-            found=f"loss {loss}, gradient norm {norm_value}",
-            hint=(
-                "lower learning_rate or look at the rows of this step; "
-                + (f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet")
-            ),
-        )
 
     # ---- Evaluation and logs ----
 
@@ -238,7 +186,7 @@ class FourfoldTrainer(SFTTrainer):
         return output
 
     def _take(self, mode: str) -> list[float]:
-        """The sums of all processes since the last call: loss, supervised tokens, correct ones, all tokens."""
+        """Sums over all processes since the last call: loss, supervised, correct and all tokens."""
         tally, self._tallies[mode] = self._tallies[mode], _Tally()
         values = (tally.loss_sum, tally.num_supervised, tally.num_correct, tally.num_tokens)
         # fp64 counts tokens exactly where fp32 stops at 16 million; MPS has none.
@@ -279,7 +227,7 @@ class FourfoldTrainer(SFTTrainer):
             TrainingError: The loss is not finite, or the disk is full.
         """
         resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
-        self._interrupt.signal_number = None
+        self._interrupt.reset()
         self._resuming = resume is not None
         output: TrainOutput | None = None
         with catch_interrupts(self._interrupt):
@@ -287,12 +235,16 @@ class FourfoldTrainer(SFTTrainer):
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
             except EvaluationInterrupted:
                 self._save_checkpoint(self.model, None)
+            finally:
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, ProgressCallback):
+                        callback.close()
         step, signal_number = self.state.global_step, self._interrupt.signal_number
         if signal_number is not None and (output is None or step < self.state.max_steps):
             raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
         return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:  # noqa: ARG002 - the Trainer's
         folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
         with self._shared_folder(folder) as partial:
@@ -338,23 +290,13 @@ class FourfoldTrainer(SFTTrainer):
         self.lr_scheduler.load_state_dict(scheduler_state)
         self._restored = None
         self._resuming = False
-        self._tokens_seen = max((int(entry.get("num_tokens", 0)) for entry in self.state.log_history), default=0)
+        self._tokens_seen = max(
+            (int(entry.get("num_tokens", 0)) for entry in self.state.log_history), default=0
+        )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_rng_state(Path(checkpoint), self.args.process_index)
-
-    def require_restored(self) -> None:
-        """Check that a run that resumes has its optimizer back, should the Trainer come to call other hooks.
-
-        Raises:
-            TrainingError: It has not.
-        """
-        if self._resuming:
-            raise TrainingError(
-                "The optimizer was not restored from the checkpoint",
-                hint="this version of Transformers is not supported; use the one the run began with",
-            )
 
 
 def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -389,7 +331,9 @@ def build_trainer(
             hint="give an evaluation data set, or set eval_strategy: no",
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("The model has no parameter to train", hint="add adapters, or load them as trainable")
+        raise ConfigError(
+            "The model has no parameter to train", hint="add adapters, or load them as trainable"
+        )
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         if dataset is not None:
             _require_labels(name, dataset)
@@ -409,7 +353,9 @@ def _require_labels(name: str, dataset: Dataset) -> None:
         raise DataError(f"The {name} data set has no rows")
     missing = {"input_ids", "labels"} - set(dataset.column_names)
     if missing:
-        raise DataError(f"The {name} data set lacks columns", found=dataset.column_names, allowed=sorted(missing))
+        raise DataError(
+            f"The {name} data set lacks columns", found=dataset.column_names, allowed=sorted(missing)
+        )
     if all(label == IGNORE_INDEX for labels in dataset["labels"] for label in labels):
         raise DataError(
             f"All labels of the {name} data set are masked, so there is nothing to learn from",
