@@ -102,6 +102,20 @@ def test_loss_equals_that_of_trl(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
+def test_packed_batch_has_the_loss_of_its_rows(tmp_path: Path) -> None:
+    rows = list(tiny.rows(6))
+    packed = {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
+        "position_ids": torch.tensor([[at for row in rows for at in range(len(row["input_ids"]))]]),
+    }
+    trainer = tiny.trainer(tmp_path)
+    trainer.model.train()
+    together = trainer.compute_loss(trainer.model, packed)
+    apart = trainer.compute_loss(trainer.model, tiny.collate(rows))
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
+
+
 def test_model_that_caps_its_logits_gets_the_loss_of_its_own_forward(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Gemma2Config(

@@ -67,7 +67,8 @@ class ProgressCallback(TrainerCallback):
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}", style="cyan"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(),
+                TextColumn("left"),
                 console=self._console,
                 expand=True,
             )
