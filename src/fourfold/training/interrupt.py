@@ -1,0 +1,113 @@
+"""Leaving a run in good order when the person or the system asks for it."""
+
+# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fourfold.errors import TrainingError
+
+__all__ = ["EvaluationInterrupted", "InterruptCallback", "TrainingInterrupted", "catch_interrupts"]
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingInterrupted(TrainingError):  # noqa: N818 - an orderly end, not a fault
+    """The run was asked to stop, and left a checkpoint.
+
+    Attributes:
+        signal_number: The signal that asked; shells expect the exit status 128 + this.
+        checkpoint: The checkpoint to resume from.
+    """
+
+    def __init__(self, signal_number: int, step: int, checkpoint: Path) -> None:
+        self.signal_number = signal_number
+        self.checkpoint = checkpoint
+        super().__init__(
+            f"Training was interrupted after step {step}; nothing is lost",
+            found=signal.Signals(signal_number).name,
+            hint=f"run the same command with --resume_from_checkpoint auto; it goes on from {checkpoint}",
+        )
+
+
+class EvaluationInterrupted(Exception):  # noqa: N818 - a signal within the trainer, never an error to a person
+    """Leaves an evaluation, which has nothing to save, so that the step before it can be saved now."""
+
+
+class InterruptCallback(TrainerCallback):
+    """Turns a pending signal into: finish this optimizer step, save, stop."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def reset(self) -> None:
+        """Forget a signal of an earlier run."""
+        self.signal_number = None
+
+    def request(self, signal_number: int, _: FrameType | None) -> None:
+        """A signal handler. The second signal finds the former handlers back in place and ends the run."""
+        self.signal_number = signal_number
+        logger.warning(
+            "%s: finishing this step, then saving a checkpoint. Once more to quit at once, without saving.",
+            signal.Signals(signal_number).name,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.signal_number is not None:
+            control.should_evaluate = False
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.signal_number is not None:
+            control.should_evaluate = False
+        return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.signal_number is not None:
+            raise EvaluationInterrupted
+
+
+@contextlib.contextmanager
+def catch_interrupts(callback: InterruptCallback) -> Iterator[None]:
+    """Send SIGINT and SIGTERM to `callback`, the first time; the handlers before are back afterwards.
+
+    Outside the main thread Python allows no handlers, and a signal keeps its usual effect.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        restore()
+        callback.request(number, frame)
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()

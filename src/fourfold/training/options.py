@@ -1,0 +1,198 @@
+"""The options of a training run, under the names that Hugging Face gave them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from fourfold.errors import ConfigError
+
+__all__ = ["COMPUTE_DTYPES", "LR_SCHEDULERS", "OPTIMIZERS", "STRATEGIES", "TrainingOptions", "to_sft_config"]
+
+# name -> the Trainer's name for it. All keep their state in plain tensors, as the checkpoint needs.
+OPTIMIZERS: dict[str, str] = {
+    "adamw_torch": "adamw_torch",
+    "adamw_torch_fused": "adamw_torch_fused",
+    "adafactor": "adafactor",
+}
+
+# name -> whether it knows a warm-up
+LR_SCHEDULERS: dict[str, bool] = {
+    "linear": True,
+    "cosine": True,
+    "constant": False,
+    "constant_with_warmup": True,
+}
+
+# name -> the Trainer's mixed-precision switches
+COMPUTE_DTYPES: dict[str, dict[str, bool]] = {
+    "bfloat16": {"bf16": True, "fp16": False},
+    "float32": {"bf16": False, "fp16": False},
+}
+
+# when to evaluate and when to save
+STRATEGIES = ("no", "steps", "epoch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a model is trained.
+
+    Attributes:
+        output_dir: The run folder; checkpoints are written into it.
+        max_steps: Optimizer steps; above 0 it overrides `num_train_epochs`.
+        warmup_ratio: Share of all steps, 0 <= ratio < 1. At most one of this and `warmup_steps` may be set.
+        eval_steps, save_steps: Optimizer steps between two evaluations and two checkpoints; they count
+            where the strategy is "steps".
+        save_total_limit: How many checkpoints are kept, the newest; None keeps all.
+        compute_dtype: "bfloat16" runs matrix products under autocast; parameters keep their own dtype.
+        group_by_length: Batches hold rows of like length; less padding, less randomness.
+        report_to: Trackers by the Trainer's names, such as "tensorboard"; none by default.
+        use_cpu: None takes an accelerator where there is one.
+
+    Raises:
+        ConfigError: A value is out of its range or not in its table.
+    """
+
+    output_dir: Path
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optim: str = "adamw_torch"
+    logging_steps: int = 10
+    eval_strategy: str = "no"
+    eval_steps: int = 100
+    save_strategy: str = "steps"
+    save_steps: int = 100
+    save_total_limit: int | None = 2
+    gradient_checkpointing: bool = False
+    compute_dtype: str = "bfloat16"
+    seed: int = 42
+    report_to: tuple[str, ...] = ()
+    dataloader_num_workers: int = 0
+    group_by_length: bool = False
+    use_cpu: bool | None = None
+
+    def __post_init__(self) -> None:
+        _require_known("optim", self.optim, OPTIMIZERS)
+        _require_known("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULERS)
+        _require_known("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _require_known("eval_strategy", self.eval_strategy, STRATEGIES)
+        _require_known("save_strategy", self.save_strategy, STRATEGIES)
+        for key in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+        ):
+            _require(key, getattr(self, key), getattr(self, key) >= 1, "a whole number, 1 or more")
+        limit = self.save_total_limit
+        _require("save_total_limit", limit, limit is None or limit >= 1, "1 or more, or null to keep all")
+        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "a number above 0")
+        _require("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "0 <= warmup_ratio < 1")
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
+            _require(key, getattr(self, key), getattr(self, key) >= 0, "0 or more")
+        epochs, steps = self.num_train_epochs, self.max_steps
+        _require("num_train_epochs", epochs, epochs > 0 or steps > 0, "above 0, or max_steps above 0")
+        if self.warmup_ratio and self.warmup_steps:
+            raise ConfigError(
+                "warmup_ratio and warmup_steps are both set",
+                found=f"warmup_ratio {self.warmup_ratio}, warmup_steps {self.warmup_steps}",
+                hint="keep one of them",
+            )
+        if (self.warmup_ratio or self.warmup_steps) and not LR_SCHEDULERS[self.lr_scheduler_type]:
+            raise ConfigError(
+                f"lr_scheduler_type {self.lr_scheduler_type!r} has no warm-up",
+                hint=f"use '{self.lr_scheduler_type}_with_warmup', or set the warm-up to 0",
+            )
+
+
+def _require_known(key: str, value: str, table: Container[str]) -> None:
+    if value not in table:
+        raise ConfigError(f"{key} is not known", found=repr(value), allowed=table)  # type: ignore[arg-type]
+
+
+def _require(key: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is out of range", found=value, allowed=allowed)
+
+
+def to_sft_config(options: TrainingOptions) -> SFTConfig:
+    """TRL's configuration for `options`.
+
+    The rows come tokenized and masked, so TRL's own preparation, truncation and packing are off.
+    """
+    use_cpu = not torch.accelerator.is_available() if options.use_cpu is None else options.use_cpu
+    return SFTConfig(
+        output_dir=str(options.output_dir),
+        num_train_epochs=options.num_train_epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        per_device_eval_batch_size=options.per_device_eval_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler_type,
+        # Transformers 5 reads a number below 1 as a share of all steps.
+        warmup_steps=options.warmup_ratio or options.warmup_steps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim=OPTIMIZERS[options.optim],
+        logging_strategy="steps",
+        logging_steps=options.logging_steps,
+        logging_first_step=True,
+        # A loss that is not finite must be seen, not averaged away.
+        logging_nan_inf_filter=False,
+        eval_strategy=options.eval_strategy,
+        eval_steps=options.eval_steps,
+        prediction_loss_only=True,
+        save_strategy=options.save_strategy,
+        save_steps=options.save_steps,
+        save_total_limit=options.save_total_limit,
+        **_recomputation(options.gradient_checkpointing),
+        **COMPUTE_DTYPES[options.compute_dtype],
+        seed=options.seed,
+        data_seed=options.seed,
+        report_to=list(options.report_to) or "none",
+        dataloader_num_workers=options.dataloader_num_workers,
+        dataloader_pin_memory=not use_cpu,
+        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
+        use_cpu=use_cpu,
+        average_tokens_across_devices=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        packing=False,
+        padding_free=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def _recomputation(on: bool) -> dict[str, Any]:
+    """The switches of activation checkpointing, by the name this version of Transformers gives them.
+
+    TRL reads and defaults the older name, so both are given where both exist. Non-reentrant
+    checkpointing is the one that works where only the adapters need gradients.
+    """
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    switches: dict[str, Any] = {}
+    for prefix in ("gradient", "activation"):
+        if f"{prefix}_checkpointing" in known:
+            switches[f"{prefix}_checkpointing"] = on
+            switches[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": False} if on else None
+    return switches

@@ -1,0 +1,168 @@
+"""What a run says while it runs: a live line on a terminal, plain lines in a log, JSON for machines."""
+
+# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
+from __future__ import annotations
+
+import enum
+import json
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fourfold.training.run_folder import metrics_record
+
+__all__ = ["ProgressCallback", "ProgressStyle", "choose_style"]
+
+
+class ProgressStyle(enum.Enum):
+    """How progress is told."""
+
+    LIVE = "live"
+    PLAIN = "plain"
+    JSON = "json"
+    SILENT = "silent"
+
+
+def choose_style(stream: TextIO, *, json: bool = False) -> ProgressStyle:
+    """JSON when asked for, else a live display where `stream` is a terminal and plain lines where not."""
+    if json:
+        return ProgressStyle.JSON
+    return ProgressStyle.LIVE if stream.isatty() else ProgressStyle.PLAIN
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells step, loss, tokens a second, memory and time left.
+
+    Args:
+        style: How.
+        stream: Where to; standard output by default.
+    """
+
+    def __init__(self, style: ProgressStyle, stream: TextIO | None = None) -> None:
+        self.style = style
+        self.stream = sys.stdout if stream is None else stream
+        self._console = Console(file=self.stream, highlight=False)
+        self._latest: dict[str, Any] = {}
+        self._began = 0.0
+        self._first_step = 0
+        self._progress: Progress | None = None
+        self._live: Live | None = None
+        self._task = TaskID(0)
+        self._evaluated = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._latest = {}
+        self._began = time.monotonic()
+        self._first_step = state.global_step
+        if self.style is ProgressStyle.LIVE and state.is_world_process_zero:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}", style="cyan"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._progress.add_task(
+                "train", total=state.max_steps, completed=state.global_step, figures=""
+            )
+            # The cursor comes back even if the run ends by an error: see close().
+            self._live = Live(self._progress, console=self._console, refresh_per_second=4)
+            self._live.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluated = 0
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step, description="train")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluated += 1
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"evaluate (batch {self._evaluated})")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None or self.style is ProgressStyle.SILENT:
+            return
+        record = metrics_record(state.global_step, logs)
+        if self.style is ProgressStyle.JSON:
+            print(
+                json.dumps({"event": "log", "max_steps": state.max_steps, **record}),
+                file=self.stream,
+                flush=True,
+            )
+            return
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        self._latest.update(record)
+        if self._progress is not None:
+            self._progress.update(self._task, figures=figures(self._latest))
+            if "eval_loss" in logs:
+                self._progress.console.print(
+                    f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}", style="green"
+                )
+        elif self.style is ProgressStyle.PLAIN:
+            head = f"step {state.global_step}/{state.max_steps}"
+            if "loss" in logs:
+                line = f"{head}  {figures(record)}  {self._time_left(state)} left"
+            else:
+                line = f"{head}  validation loss {logs['eval_loss']:.4f}"
+            print(line, file=self.stream, flush=True)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.style is ProgressStyle.JSON and state.is_world_process_zero:
+            self._print_json({"event": "save", "step": state.global_step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; to be called when training ends by an error, too. Safe to call twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = self._progress = None
+
+    def _print_json(self, record: dict[str, Any]) -> None:
+        print(json.dumps(record), file=self.stream, flush=True)
+
+    def _time_left(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        seconds = (time.monotonic() - self._began) / max(done, 1) * (state.max_steps - state.global_step)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours:d}:{minutes:02d}:{seconds:02d}"
+
+
+def figures(record: dict[str, Any]) -> str:
+    """The figures of one log, short enough for one line: loss, speed and the peak of memory."""
+    parts = []
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.4f}")
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
+    if "memory_peak_bytes" in record:
+        parts.append(f"{record['memory_peak_bytes'] / 2**30:.2f} GiB")
+    return "  ".join(parts)

@@ -1,0 +1,277 @@
+"""The run folder: what a run leaves behind, so that it can be read, drawn, used and made again.
+
+config.yaml      the configuration as it was resolved
+metrics.jsonl    one JSON object a line for each log
+loss.png         training and validation loss by step
+adapter/         PEFT's own format, the tokenizer and its chat template
+README.md        the model card: how it was made
+checkpoint-N/    see fourfold.training.checkpoint
+"""
+
+# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from peft import PeftModel
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fourfold.errors import CheckpointError
+from fourfold.training.checkpoint import whole_folder
+
+__all__ = [
+    "MetricsCallback",
+    "ModelCard",
+    "append_metrics",
+    "draw_loss",
+    "installed_versions",
+    "keep_metrics_until",
+    "metrics_record",
+    "read_metrics",
+    "save_adapter",
+    "write_config",
+    "write_model_card",
+]
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+LOSS_PICTURE = "loss.png"
+ADAPTER_FOLDER = "adapter"
+CARD_FILE = "README.md"
+
+_PACKAGES = ("fourfold", "torch", "transformers", "peft", "trl", "datasets", "safetensors")
+
+
+def write_config(run_folder: Path, config: str | Mapping[str, Any]) -> Path:
+    """Write the resolved configuration, YAML text or a mapping that YAML can hold."""
+    text = config if isinstance(config, str) else _yaml(config)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    path = run_folder / CONFIG_FILE
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def metrics_record(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """One log event as JSON can hold it; a number that is not finite becomes null."""
+    record: dict[str, Any] = {"step": step}
+    for key, value in logs.items():
+        record[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return record
+
+
+def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line to a metrics file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, in order; a last line cut short by a crash is left out.
+
+    Raises:
+        CheckpointError: Another line is not JSON; the message names it.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise CheckpointError(f"{path}, line {number} is not JSON", found=line[:80]) from error
+    return records
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the records after `step`, which a run resumed from there writes again."""
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes each log into the run folder's metrics file; a run that begins anew begins the file anew."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if state.global_step:
+                keep_metrics_until(self.path, state.global_step)
+            else:
+                self.path.write_text("", encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs is not None:
+            append_metrics(self.path, metrics_record(state.global_step, logs))
+
+
+def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str = "") -> Path:
+    """Draw training and validation loss by optimizer step.
+
+    Args:
+        path: The picture; its suffix chooses the format.
+        records: As `read_metrics` gives them.
+    """
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#4269d0", linewidth=1.6, label="training")
+    if validation:
+        axes.plot(
+            *zip(*validation, strict=True),
+            color="#ff725c",
+            linewidth=1.6,
+            marker="o",
+            markersize=4.5,
+            label="validation",
+        )
+        step, loss = validation[-1]
+        axes.annotate(
+            f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color="#ff725c"
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per token (nats)")
+    if title:
+        axes.set_title(title, loc="left", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or validation:
+        axes.legend(frameon=False)
+    figure.savefig(path)
+    return path
+
+
+def save_adapter(run_folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Save the adapter with its tokenizer and chat template, whole or not at all.
+
+    Raises:
+        TrainingError: The disk is full; an adapter saved earlier is untouched.
+    """
+    path = run_folder / ADAPTER_FOLDER
+    with whole_folder(path) as partial:
+        model.save_pretrained(partial, safe_serialization=True)
+        tokenizer.save_pretrained(partial)
+    return path
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model card says. Each mapping becomes a table of its keys and values, as they are.
+
+    Attributes:
+        name: The title.
+        base_model: The name or path of the base model.
+        data: Where the rows came from, how many were trained on, evaluated on and left out.
+        quantization, lora, hyperparameters: As configured.
+        results: What was measured, such as losses, exact match, memory and time.
+        command: What was run.
+    """
+
+    name: str
+    base_model: str
+    data: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    lora: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any]
+    results: Mapping[str, Any]
+    command: str
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+
+
+def write_model_card(run_folder: Path, card: ModelCard) -> Path:
+    """Write the model card as Markdown under the Hub's metadata header."""
+    header = {
+        "base_model": card.base_model,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["fourfold", "lora", "qlora"],
+    }
+    sections = {
+        "Results": card.results,
+        "Data": card.data,
+        "Quantization": card.quantization,
+        "LoRA": card.lora,
+        "Hyperparameters": card.hyperparameters,
+        "Versions": card.versions,
+    }
+    loss = [f"![loss by step]({LOSS_PICTURE})", ""] if (run_folder / LOSS_PICTURE).exists() else []
+    lines = [
+        f"---\n{_yaml(header)}---",
+        "",
+        f"# {card.name}",
+        "",
+        f"A LoRA adapter for `{card.base_model}`, trained by fourfold. "
+        f"The adapter stands in `{ADAPTER_FOLDER}/` in PEFT's own format; "
+        f"`{CONFIG_FILE}` is the whole configuration.",
+        "",
+        *loss,
+        "## Made by",
+        "",
+        f"```\n{card.command}\n```",
+        "",
+    ]
+    for title, values in sections.items():
+        if values:
+            rows = [f"| {key} | {_cell(value)} |" for key, value in values.items()]
+            lines += [f"## {title}", "", "| | |", "|---|---|", *rows, ""]
+    path = run_folder / CARD_FILE
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")

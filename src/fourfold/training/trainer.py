@@ -1,0 +1,363 @@
+"""The trainer: TRL's, with an exact and cheap loss, whole checkpoints and an orderly way out."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from trl import SFTTrainer
+
+from fourfold.errors import ConfigError, DataError, TrainingError
+from fourfold.memory.meter import memory_used
+from fourfold.training.checkpoint import (
+    checkpoint_path,
+    find_checkpoint,
+    load_optimizer_state,
+    load_rng_state,
+    partial_path,
+    prune_checkpoints,
+    save_optimizer_state,
+    save_rng_state,
+    whole_folder,
+    write_manifest,
+)
+from fourfold.training.guard import StepGuard
+from fourfold.training.interrupt import (
+    EvaluationInterrupted,
+    InterruptCallback,
+    TrainingInterrupted,
+    catch_interrupts,
+)
+from fourfold.training.loss import IGNORE_INDEX, SupervisedLoss, supervised_cross_entropy
+from fourfold.training.options import TrainingOptions, to_sft_config
+from fourfold.training.progress import ProgressCallback
+
+__all__ = ["FourfoldTrainer", "build_trainer"]
+
+logger = logging.getLogger(__name__)
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+@dataclass
+class _Tally:
+    """What was counted since the last log, as tensors on the device, so that counting never waits for it."""
+
+    loss_sum: torch.Tensor | float = 0.0
+    num_supervised: torch.Tensor | int = 0
+    num_correct: torch.Tensor | int = 0
+    num_tokens: torch.Tensor | int = 0
+
+    def add(self, loss: SupervisedLoss, num_tokens: torch.Tensor | int) -> None:
+        self.loss_sum = self.loss_sum + loss.loss_sum.detach()
+        self.num_supervised = self.num_supervised + loss.num_tokens
+        self.num_correct = self.num_correct + loss.num_correct
+        self.num_tokens = self.num_tokens + num_tokens
+
+
+class FourfoldTrainer(SFTTrainer):
+    """TRL's SFTTrainer for a PEFT model and rows that are tokenized and masked already.
+
+    - The loss of an optimizer step is the sum over all supervised tokens of all its microbatches and
+      processes divided by their number; so is the evaluation loss. Only supervised positions go through
+      the LM head.
+    - Checkpoints are those of `fourfold.training.checkpoint`.
+    - SIGINT and SIGTERM finish the step, save and raise `TrainingInterrupted`.
+    - A loss or gradient that is not finite raises TrainingError before it reaches the adapters.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                "Sharded training is not supported", found="DeepSpeed or FSDP", allowed="one process or DDP"
+            )
+        # compute_loss divides by the tokens of the whole step, so the Trainer has to count them and must
+        # not divide by the number of microbatches.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)  # disable_tqdm chose it; progress is told by our own callback
+        self._guard = StepGuard()
+        self._interrupt = InterruptCallback()
+        self.add_callback(self._guard)
+        self.add_callback(self._interrupt)
+        self._tallies = {"train": _Tally(), "eval": _Tally()}
+        self._tokens_seen = 0
+        self._head_is_plain: bool | None = None
+        self._resuming = False
+        self._restored: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    # ---- Loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the step's loss, a scalar in fp32.
+
+        TRL's own loss serves the models whose logits are more than the LM head's output (a soft cap, a
+        scale), mixtures of experts with a balancing loss, and callers that want the logits.
+        """
+        if return_outputs or self.aux_loss_enabled or not self._takes_logits_to_keep():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self._supervised_loss(model, inputs)
+        if loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mask = inputs.get("attention_mask")
+        num_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        self._tallies["train" if self.model.training else "eval"].add(loss, num_tokens)
+        # At least 1, so that a batch without a supervised token is a finite zero.
+        num_items = torch.as_tensor(loss.num_tokens if num_items_in_batch is None else num_items_in_batch)
+        mean = loss.loss_sum / num_items.clamp(min=1).to(loss.loss_sum.device)
+        if num_items_in_batch is not None:
+            # The count is that of all processes, and DDP averages the gradients over them.
+            mean = mean * self.accelerator.num_processes
+        return mean
+
+    def _takes_logits_to_keep(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.get_base_model().forward).parameters
+
+    def _supervised_loss(self, model: nn.Module, inputs: dict[str, Any]) -> SupervisedLoss | None:
+        """The loss from the last hidden states; None where the LM head's output is not the logits."""
+        base = self.model.get_base_model()
+        captured: list[torch.Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            captured.append(output[0])
+
+        # The model is called as a whole, so that DDP and autocast see the call; its own LM head gets the last
+        # position only, and a forward hook hands out the hidden states of all.
+        handle = base.base_model.register_forward_hook(keep)
+        try:
+            forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**forward_inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            handle.remove()
+        (hidden_states,) = captured
+        lm_head = base.get_output_embeddings()
+        with self.accelerator.autocast():
+            if self._head_is_plain is None:
+                self._head_is_plain = _agree(outputs.logits, lm_head(hidden_states[:, -1:].detach()))
+                if not self._head_is_plain:
+                    logger.info("%s scales or caps its logits; TRL computes the loss", type(base).__name__)
+            if not self._head_is_plain:
+                return None
+            return supervised_cross_entropy(hidden_states, inputs["labels"], lm_head)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._resuming:
+            # Should the Trainer restore by hooks of other names one day, it must not go unnoticed.
+            raise TrainingError(
+                "The optimizer was not restored from the checkpoint",
+                hint="this version of Transformers is not supported; use the one the run began with",
+            )
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._guard.add_loss(loss)
+        return loss
+
+    # ---- Evaluation and logs ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's loop, with the loss averaged over tokens; the Trainer's own averages over batches."""
+        self._tallies["eval"] = _Tally()
+        output = super().evaluation_loop(*args, **kwargs)
+        loss_sum, num_supervised, num_correct, _ = self._take("eval")
+        if num_supervised:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = loss_sum / num_supervised
+            output.metrics[f"{prefix}_mean_token_accuracy"] = num_correct / num_supervised
+        return output
+
+    def _take(self, mode: str) -> list[float]:
+        """Sums over all processes since the last call: loss, supervised, correct and all tokens."""
+        tally, self._tallies[mode] = self._tallies[mode], _Tally()
+        values = (tally.loss_sum, tally.num_supervised, tally.num_correct, tally.num_tokens)
+        # fp64 counts tokens exactly where fp32 stops at 16 million; MPS has none.
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
+        sums = torch.stack([torch.as_tensor(value).to(self.args.device, dtype) for value in values])
+        totals: list[float] = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return totals
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a training log: mean_token_accuracy, num_tokens, tokens_per_second and memory in bytes."""
+        if "loss" in logs:
+            _, num_supervised, num_correct, num_tokens = self._take("train")
+            self._tokens_seen += int(num_tokens)
+            if num_supervised:
+                logs["mean_token_accuracy"] = num_correct / num_supervised
+                logs["num_tokens"] = self._tokens_seen
+                logs["tokens_per_second"] = num_tokens / self._guard.seconds
+            self._guard.seconds = 0.0
+            memory = memory_used(self.args.device)
+            logs["memory_current_bytes"] = memory.current_bytes
+            logs["memory_peak_bytes"] = memory.peak_bytes
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder has a card of its own, and the Trainer's would be written over it."""
+
+    # ---- Running, checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> TrainOutput:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: "auto" for the newest whole checkpoint of the run folder, or a path.
+
+        Raises:
+            CheckpointError: The checkpoint is missing, not whole, a pickle, or of another model.
+            TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+            TrainingError: The loss is not finite, or the disk is full.
+        """
+        resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
+        self._interrupt.reset()
+        self._resuming = resume is not None
+        output: TrainOutput | None = None
+        with catch_interrupts(self._interrupt):
+            try:
+                output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
+            except EvaluationInterrupted:
+                self._save_checkpoint(self.model, None)
+            finally:
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, ProgressCallback):
+                        callback.close()
+        step, signal_number = self.state.global_step, self._interrupt.signal_number
+        if signal_number is not None and (output is None or step < self.state.max_steps):
+            raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:  # noqa: ARG002 - the Trainer's
+        folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
+        self.store_flos()
+        with self._shared_folder(folder) as partial:
+            save_rng_state(partial, self.args.process_index)
+            if self.args.should_save:
+                self.model.save_pretrained(partial, safe_serialization=True)
+                self.processing_class.save_pretrained(partial)
+                save_optimizer_state(
+                    partial, self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable()
+                )
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(partial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and self.args.save_total_limit is not None:
+            prune_checkpoints(folder.parent, keep=self.args.save_total_limit)
+
+    @contextlib.contextmanager
+    def _shared_folder(self, folder: Path) -> Iterator[Path]:
+        """The main process's `whole_folder`, into which the others write too."""
+        if not self.args.should_save:
+            self.accelerator.wait_for_everyone()
+            yield partial_path(folder)
+            return
+        with whole_folder(folder) as partial:
+            self.accelerator.wait_for_everyone()
+            yield partial
+
+    def _trainable(self) -> dict[str, torch.Size]:
+        return {name: value.shape for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
+        self._restored = load_optimizer_state(Path(resume_from_checkpoint), self._trainable())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._restored is None:
+            return
+        optimizer_state, scheduler_state = self._restored
+        self.optimizer.load_state_dict(optimizer_state)
+        self.lr_scheduler.load_state_dict(scheduler_state)
+        self._restored = None
+        self._resuming = False
+        self._tokens_seen = max(
+            (int(entry.get("num_tokens", 0)) for entry in self.state.log_history), default=0
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng_state(Path(checkpoint), self.args.process_index)
+
+
+def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two logits are the same but for their roundings; the coarsest here is bf16's."""
+    return torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+
+
+def build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    collator: Collator,
+    options: TrainingOptions,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FourfoldTrainer:
+    """A trainer for rows that are tokenized and masked.
+
+    Args:
+        model: Its adapters are trained as they are; their dtype is not changed.
+        train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label.
+        collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids.
+
+    Raises:
+        ConfigError: Evaluation is asked for without rows for it, or nothing in the model can be trained.
+        DataError: There are no rows, or no row has a label.
+    """
+    if options.eval_strategy != "no" and eval_dataset is None:
+        raise ConfigError(
+            "eval_strategy asks for evaluation, but there are no rows to evaluate on",
+            found=options.eval_strategy,
+            hint="give an evaluation data set, or set eval_strategy: no",
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "The model has no parameter to train", hint="add adapters, or load them as trainable"
+        )
+    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+        if dataset is not None:
+            _require_labels(name, dataset)
+    return FourfoldTrainer(
+        model=model,
+        args=to_sft_config(options),
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def _require_labels(name: str, dataset: Dataset) -> None:
+    if len(dataset) == 0:
+        raise DataError(f"The {name} data set has no rows")
+    missing = {"input_ids", "labels"} - set(dataset.column_names)
+    if missing:
+        raise DataError(
+            f"The {name} data set lacks columns", found=dataset.column_names, allowed=sorted(missing)
+        )
+    if all(label == IGNORE_INDEX for labels in dataset["labels"] for label in labels):
+        raise DataError(
+            f"All labels of the {name} data set are masked, so there is nothing to learn from",
+            hint="check that the template marks the answers",
+        )

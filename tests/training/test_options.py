@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fourfold.errors import ConfigError
+from fourfold.training.options import LR_SCHEDULERS, OPTIMIZERS, TrainingOptions, to_sft_config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim", "adam"),
+        ("lr_scheduler_type", "cosin"),
+        ("compute_dtype", "float16"),
+        ("eval_strategy", "sometimes"),
+        ("save_strategy", "never"),
+        ("gradient_accumulation_steps", 0),
+        ("learning_rate", 0.0),
+        ("warmup_ratio", 1.0),
+        ("max_grad_norm", -1.0),
+        ("save_total_limit", 0),
+        ("num_train_epochs", 0.0),
+    ],
+)
+def test_bad_value_is_refused_by_its_key(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        TrainingOptions(output_dir=Path("run"), **{key: value})
+
+
+def test_warm_up_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ConfigError, match="constant_with_warmup"):
+        TrainingOptions(output_dir=Path("run"), lr_scheduler_type="constant", warmup_steps=5)
+    with pytest.raises(ConfigError, match="both set"):
+        TrainingOptions(output_dir=Path("run"), warmup_ratio=0.1, warmup_steps=5)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
+def test_every_row_of_the_tables_makes_a_config(tmp_path: Path, optim: str, scheduler: str) -> None:
+    config = to_sft_config(TrainingOptions(output_dir=tmp_path, optim=optim, lr_scheduler_type=scheduler))
+    assert config.optim == optim
+    assert config.lr_scheduler_type == scheduler
+
+
+def test_trl_neither_truncates_nor_packs_nor_prepares(tmp_path: Path) -> None:
+    config = to_sft_config(TrainingOptions(output_dir=tmp_path))
+    assert config.max_length is None
+    assert not config.packing
+    assert config.dataset_kwargs == {"skip_prepare_dataset": True}
+    assert config.report_to == []
+
+
+def test_gradient_checkpointing_is_off_unless_asked_for_and_never_reentrant(tmp_path: Path) -> None:
+    assert not to_sft_config(TrainingOptions(output_dir=tmp_path)).gradient_checkpointing
+    config = to_sft_config(TrainingOptions(output_dir=tmp_path, gradient_checkpointing=True))
+    assert config.gradient_checkpointing
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_warm_up_ratio_becomes_a_share_of_all_steps(tmp_path: Path) -> None:
+    config = to_sft_config(TrainingOptions(output_dir=tmp_path, warmup_ratio=0.1))
+    assert config.get_warmup_steps(200) == 20

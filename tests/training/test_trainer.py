@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer, TrainerCallback
+from trl import SFTTrainer
+
+from fourfold.errors import ConfigError, DataError, TrainingError
+from fourfold.training.trainer import FourfoldTrainer
+
+
+class GradientKeeper(TrainerCallback):
+    """Copies the gradients of the first step, before they are clipped by nothing and applied."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.grads:
+            self.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def first_step(tmp_path: Path, dtype: torch.dtype, **options) -> tuple[dict[str, torch.Tensor], float]:
+    keeper = GradientKeeper()
+    model = tiny.peft_model(dtype)
+    trainer = tiny.trainer(
+        tmp_path, model, dataset=tiny.rows(8), callbacks=(keeper,), max_steps=1, max_grad_norm=0.0, **options
+    )
+    trainer.train()
+    return keeper.grads, trainer.state.log_history[0]["loss"]
+
+
+def reference_step(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], float]:
+    """Plain PyTorch over the eight rows one by one: sum over tokens, divided by their number."""
+    model = tiny.peft_model(dtype)
+    total, count = torch.zeros((), dtype=dtype), 0
+    for row in tiny.rows(8):
+        labels = torch.tensor(row["labels"])[1:]
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels != -100).sum())
+    (total / count).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, (total / count).item()
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (1, 8), (3, 3)])
+def test_loss_and_gradients_do_not_depend_on_accumulation(
+    tmp_path: Path, batch: int, accumulation: int
+) -> None:
+    grads, loss = first_step(
+        tmp_path,
+        torch.float32,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+    )
+    wanted_grads, wanted_loss = reference_step(torch.float32)
+    assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    assert grads.keys() == wanted_grads.keys()
+    for name, want in wanted_grads.items():
+        torch.testing.assert_close(grads[name], want, rtol=2e-4, atol=2e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    plain, loss = first_step(tmp_path / "plain", torch.float32)
+    recomputed, same_loss = first_step(tmp_path / "recomputed", torch.float32, gradient_checkpointing=True)
+    assert loss == same_loss
+    for name, grad in plain.items():
+        assert torch.equal(grad, recomputed[name])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"), [(torch.float32, "float32"), (torch.bfloat16, "bfloat16")]
+)
+def test_adapters_keep_their_dtype_and_learn(tmp_path: Path, dtype: torch.dtype, compute_dtype: str) -> None:
+    model = tiny.peft_model(dtype)
+    before = tiny.adapter_weights(model)
+    trainer = tiny.trainer(
+        tmp_path, model, compute_dtype=compute_dtype, num_train_epochs=3.0, gradient_checkpointing=True
+    )
+    trainer.train()
+    after = tiny.adapter_weights(model)
+    assert all(after[name].dtype == before[name].dtype == torch.float32 for name in before)
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_loss_equals_that_of_trl(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path)
+    batch = tiny.collate(list(tiny.rows(8)))
+    items = (batch["labels"][:, 1:] != -100).sum()
+    trainer.model.train()
+    ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_packed_batch_has_the_loss_of_its_rows(tmp_path: Path) -> None:
+    rows = list(tiny.rows(6))
+    packed = {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
+        "position_ids": torch.tensor([[at for row in rows for at in range(len(row["input_ids"]))]]),
+    }
+    trainer = tiny.trainer(tmp_path)
+    trainer.model.train()
+    together = trainer.compute_loss(trainer.model, packed)
+    apart = trainer.compute_loss(trainer.model, tiny.collate(rows))
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
+
+
+def test_model_that_caps_its_logits_gets_the_loss_of_its_own_forward(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=tiny.VOCAB,
+        final_logit_softcapping=0.5,
+        pad_token_id=0,
+        initializer_range=0.5,
+        attn_implementation="eager",
+    )
+    model = get_peft_model(Gemma2ForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    trainer = tiny.trainer(tmp_path, model)
+    batch = tiny.collate(list(tiny.rows(4)))
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        wanted = model(**batch).loss
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+
+
+def test_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path: Path) -> None:
+    model = tiny.peft_model()
+    held_out = tiny.rows(7, seed=11)
+    trainer = tiny.trainer(tmp_path, model, eval_dataset=held_out, per_device_eval_batch_size=2)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in held_out:
+            labels = torch.tensor(row["labels"])[1:]
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += int((labels != -100).sum())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_logs_carry_speed_memory_and_accuracy(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, max_steps=3, eval_dataset=tiny.rows(4), eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "step", "mean_token_accuracy"} <= entry.keys()
+    assert entry["tokens_per_second"] > 0
+    assert entry["memory_peak_bytes"] >= entry["memory_current_bytes"] > 0
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    json.dumps(trainer.state.log_history)
+
+
+def test_non_finite_loss_stops_the_run_and_names_step_and_checkpoint(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.get_base_model().model.norm.weight.data[0] = math.nan
+
+    trainer = tiny.trainer(tmp_path, callbacks=(Poison(),), save_strategy="steps", save_steps=2)
+    with pytest.raises(TrainingError, match=r"not finite at step 4(.|\n)*loss nan(.|\n)*checkpoint-2"):
+        trainer.train()
+    assert all(torch.isfinite(value).all() for value in tiny.adapter_weights(trainer.model).values())
+
+
+def test_rows_without_any_label_are_refused(tmp_path: Path) -> None:
+    masked = Dataset.from_list([{"input_ids": [3, 4], "labels": [-100, -100]}])
+    with pytest.raises(DataError, match="All labels of the training data set are masked"):
+        tiny.trainer(tmp_path, dataset=masked)
+    with pytest.raises(DataError, match="no rows"):
+        tiny.trainer(tmp_path, dataset=masked.select([]))
+
+
+def test_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eval_strategy"):
+        tiny.trainer(tmp_path, eval_strategy="steps")
+
+
+def test_every_private_hook_that_is_overridden_exists_in_the_trainer() -> None:
+    ours = {name for name in vars(FourfoldTrainer) if name.startswith("_") and not name.startswith("__")}
+    own = {"_take", "_takes_logits_to_keep", "_supervised_loss", "_shared_folder", "_trainable"}
+    assert all(hasattr(Trainer, name) for name in ours - own)
+    assert {"_save_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"} <= ours
