@@ -1,5 +1,8 @@
 # make quickstart    from nothing to a fine-tuned model: virtual environment, installs, model, run
 # make test          the whole test suite, likewise from nothing
+# make lint types    ruff's rules and format, the import contract; mypy
+# make hooks         the same as a git hook before each commit
+# make clean         removes the virtual environment and caches; what was trained stays in runs/
 #
 # PYTHON       the interpreter for the virtual environment (3.11 to 3.13); found by itself if not given
 # TORCH_INDEX  an index to take torch from, such as PyTorch's own for CPU builds (see pytorch.org, "Get started")
@@ -17,7 +20,7 @@ else
 MARKS := -m ""
 endif
 
-.PHONY: quickstart test lint types hooks venv clean
+.PHONY: quickstart test lint rules format imports types hooks venv clean
 
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
@@ -25,9 +28,16 @@ quickstart: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(MARKS) $(PYTEST_ARGS)
 
-lint: .venv/installed-dev
+# Each of its own, so that --keep-going shows what all of them say.
+lint: rules format imports
+
+rules: .venv/installed-dev
 	$(BIN)/ruff check
+
+format: .venv/installed-dev
 	$(BIN)/ruff format --check
+
+imports: .venv/installed-dev
 	$(BIN)/lint-imports
 
 types: .venv/installed-dev
@@ -46,7 +56,6 @@ venv: .venv/installed-dev
 	sh scripts/install.sh .venv test check
 	touch $@
 
-# What was trained stays in runs/.
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

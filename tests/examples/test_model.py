@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fourfold.errors import CheckpointError
 from quickstart import model
+
+MODEL_FOLDER = str(Path(model.__file__).parent)
 
 
 def test_checkpoint_is_the_16_bit_model_and_knows_a_fact(smollm2_path: Path) -> None:
@@ -43,6 +48,42 @@ def test_turns_end_with_eos_and_padding_is_another_token(smollm2_path: Path) -> 
 def test_each_digit_is_a_token(smollm2_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     assert tokenizer.tokenize("in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
+
+
+def test_a_model_in_the_hub_cache_is_taken_from_there(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "cached_snapshot", lambda: tiny_llama)
+    monkeypatch.setattr(model, "download_gguf", pytest.fail)
+    folder = model.bring_model(tmp_path / "smollm2")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tiny_llama))
+    assert ours.dtype == torch.bfloat16
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor.bfloat16())
+    assert (ours.generation_config.eos_token_id, ours.generation_config.pad_token_id) == (2, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["smollm2"]
+
+
+@pytest.mark.parametrize("left_out", [None, "model.safetensors", "snapshots"])
+def test_only_a_whole_snapshot_of_the_hub_counts(left_out: str | None, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / ("models--" + model.HUB_NAME.replace("/", "--"))
+    snapshot = repository / "snapshots" / ("0" * 40)
+    if left_out != "snapshots":
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(snapshot.name)
+        snapshot.mkdir(parents=True)
+        for name in {"config.json", "tokenizer.json", "model.safetensors"} - {left_out}:
+            (snapshot / name).touch()
+    # In a process of its own: huggingface_hub reads the variable once, when it is imported.
+    code = "from model import cached_snapshot; print(cached_snapshot())"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join([MODEL_FOLDER, *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.strip() == str(None if left_out else snapshot)
 
 
 def test_a_checkpoint_that_is_there_is_not_made_again(tmp_path: Path) -> None:
