@@ -21,6 +21,7 @@ __all__ = [
     "DataError",
     "FourfoldError",
     "QuantizationError",
+    "SaveError",
     "TrainingError",
     "VerificationError",
 ]
@@ -84,6 +85,10 @@ class DataError(FourfoldError):
 
 class TrainingError(FourfoldError):
     """A run that cannot go on."""
+
+
+class SaveError(FourfoldError):
+    """A folder that could not be written; what stood there before is untouched."""
 
 
 class VerificationError(FourfoldError):

@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 
 from fourfold.errors import CheckpointError, TrainingError
+from fourfold.files import whole_folder
 from fourfold.training.checkpoint import (
     check_checkpoint,
     find_checkpoint,
     list_checkpoints,
     prune_checkpoints,
-    whole_folder,
 )
 
 
@@ -140,7 +140,7 @@ def test_disk_that_fills_while_syncing_leaves_no_trace(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TrainingError, match="disk is full"), whole_folder(target) as partial:
+    with pytest.raises(SaveError, match="disk is full"), whole_folder(target) as partial:
         (partial / "file").write_text("new")
     assert (target / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]

@@ -15,10 +15,8 @@ holds pickles (optimizer.pt, rng_state.pth, training_args.bin); none is written 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -31,7 +29,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fourfold.errors import CheckpointError, TrainingError
+from fourfold.errors import CheckpointError
+from fourfold.files import whole_folder
 
 __all__ = [
     "check_checkpoint",
@@ -40,11 +39,10 @@ __all__ = [
     "list_checkpoints",
     "load_optimizer_state",
     "load_rng_state",
-    "partial_path",
     "prune_checkpoints",
     "save_optimizer_state",
     "save_rng_state",
-    "whole_folder",
+    "whole_checkpoint",
     "write_manifest",
 ]
 
@@ -62,7 +60,6 @@ _REQUIRED = (
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _EARLIER = "resume from an earlier checkpoint, or start anew"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -86,83 +83,16 @@ def prune_checkpoints(output_dir: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def partial_path(path: Path) -> Path:
-    """Where `path` is being written until it is whole."""
-    return path.with_name(f".{path.name}.partial")
-
-
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the block ends, and leaves no trace if it fails.
-
-    What stood at `path` stays whole until the new folder replaces it.
-
-    Raises:
-        TrainingError: The disk is full; the folder written so far is gone, so its space is free again.
-    """
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+def whole_checkpoint(path: Path) -> Iterator[Path]:
+    """`whole_folder`, which on a full disk also says what a checkpoint takes and where to resume from."""
+    earlier = list_checkpoints(path.parent)
+    hint = "free some space and resume"
+    if earlier:
+        size = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file())
+        hint = f"a checkpoint takes about {size:,} bytes; free that much and resume from {earlier[-1]}"
+    with whole_folder(path, hint=hint) as partial:
         yield partial
-        _sync(partial)
-        _replace(partial, path)
-    except BaseException as error:
-        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        shutil.rmtree(partial, ignore_errors=True)
-        if _is_disk_full(error):
-            left = shutil.disk_usage(path.parent).free
-            raise TrainingError(
-                f"The disk is full: {path} was not saved, and what was saved before it is untouched",
-                found=f"{left:,} bytes free after removing the {written:,} bytes already written",
-                hint=_space_hint(path),
-            ) from error
-        raise
-
-
-def _space_hint(path: Path) -> str:
-    step = _CHECKPOINT_NAME.fullmatch(path.name)
-    earlier = list_checkpoints(path.parent) if step else []
-    if not earlier:
-        return "free some space and resume"
-    size = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file())
-    return f"a checkpoint takes about {size:,} bytes; free that much and resume from {earlier[-1]}"
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
-    # The Rust writers of safetensors and tokenizers put the number into the text.
-    return any(f"os error {number}" in str(error) for number in _DISK_FULL)
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    _sync_entry(folder)
-
-
-def _sync_entry(folder: Path) -> None:
-    """Flush the names in a folder, where the system lets a folder be opened (Windows does not)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(partial: Path, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if path.exists():
-        path.rename(aside)
-    partial.rename(path)
-    _sync_entry(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_manifest(folder: Path) -> None:

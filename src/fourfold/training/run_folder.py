@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from fourfold.errors import CheckpointError
-from fourfold.training.checkpoint import whole_folder
+from fourfold.files import whole_folder
 
 __all__ = [
     "MetricsCallback",

@@ -23,17 +23,17 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from fourfold.errors import ConfigError, DataError, TrainingError
+from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
     load_optimizer_state,
     load_rng_state,
-    partial_path,
     prune_checkpoints,
     save_optimizer_state,
     save_rng_state,
-    whole_folder,
+    whole_checkpoint,
     write_manifest,
 )
 from fourfold.training.guard import StepGuard
@@ -265,12 +265,12 @@ class FourfoldTrainer(SFTTrainer):
 
     @contextlib.contextmanager
     def _shared_folder(self, folder: Path) -> Iterator[Path]:
-        """The main process's `whole_folder`, into which the others write too."""
+        """The main process's `whole_checkpoint`, into which the others write too."""
         if not self.args.should_save:
             self.accelerator.wait_for_everyone()
             yield partial_path(folder)
             return
-        with whole_folder(folder) as partial:
+        with whole_checkpoint(folder) as partial:
             self.accelerator.wait_for_everyone()
             yield partial
 

@@ -1,0 +1,61 @@
+# make quickstart    from nothing to a fine-tuned model: virtual environment, installs, model, run
+# make test          the whole test suite, likewise from nothing
+# make lint types    ruff's rules and format, the import contract; mypy
+# make hooks         the same as a git hook before each commit
+# make clean         removes the virtual environment and caches; what was trained stays in runs/
+#
+# PYTHON       the interpreter for the virtual environment (3.11 to 3.13); found by itself if not given
+# TORCH_INDEX  an index to take torch from, such as PyTorch's own for CPU builds (see pytorch.org, "Get started")
+# PYTEST_ARGS  more arguments for pytest
+
+BIN := .venv/bin
+NUM_GPUS := $(shell sh scripts/count_gpus.sh)
+
+# The tests that this machine can run; pyproject.toml leaves those for GPUs out.
+ifeq ($(NUM_GPUS),0)
+MARKS :=
+else ifeq ($(NUM_GPUS),1)
+MARKS := -m "not multigpu"
+else
+MARKS := -m ""
+endif
+
+.PHONY: quickstart test lint rules format imports types hooks venv clean
+
+quickstart: .venv/installed
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest $(MARKS) $(PYTEST_ARGS)
+
+# Each of its own, so that --keep-going shows what all of them say.
+lint: rules format imports
+
+rules: .venv/installed-dev
+	$(BIN)/ruff check
+
+format: .venv/installed-dev
+	$(BIN)/ruff format --check
+
+imports: .venv/installed-dev
+	$(BIN)/lint-imports
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+hooks: .venv/installed-dev
+	$(BIN)/pre-commit install
+
+venv: .venv/installed-dev
+
+.venv/installed: pyproject.toml scripts/install.sh
+	sh scripts/install.sh .venv
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	sh scripts/install.sh .venv test check
+	touch $@
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""Folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from fourfold.errors import SaveError
+
+__all__ = ["partial_path", "whole_folder"]
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is being written until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, hint: str = "free some space and run it again") -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the block ends, and leaves no trace if it fails.
+
+    What stood at `path` stays whole until the new folder replaces it.
+
+    Raises:
+        SaveError: The disk is full; the folder written so far is gone, so its space is free again.
+    """
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _sync(partial)
+        _replace(partial, path)
+    except BaseException as error:
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        shutil.rmtree(partial, ignore_errors=True)
+        if _is_disk_full(error):
+            left = shutil.disk_usage(path.parent).free
+            raise SaveError(
+                f"The disk is full: {path} was not saved, and what was saved before it is untouched",
+                found=f"{left:,} bytes free after removing the {written:,} bytes already written",
+                hint=hint,
+            ) from error
+        raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    # The Rust writers of safetensors and tokenizers put the number into the text.
+    return any(f"os error {number}" in str(error) for number in _DISK_FULL)
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_entry(folder)
+
+
+def _sync_entry(folder: Path) -> None:
+    """Flush the names in a folder, where the system lets a folder be opened (Windows does not)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        path.rename(aside)
+    partial.rename(path)
+    _sync_entry(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
