@@ -174,6 +174,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         use_cpu=use_cpu,
         average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         remove_unused_columns=False,
         packing=False,
