@@ -10,7 +10,7 @@ import tiny
 import torch
 from peft import PeftModel
 
-from fourfold.errors import CheckpointError, TrainingError
+from fourfold.errors import CheckpointError, SaveError
 from fourfold.files import whole_folder
 from fourfold.training.checkpoint import (
     check_checkpoint,
@@ -119,7 +119,7 @@ def test_full_disk_leaves_the_former_checkpoint_whole_and_says_so(
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(
-            TrainingError, match=r"The disk is full: .*checkpoint-6(.|\n)*bytes free"
+            SaveError, match=r"The disk is full: .*checkpoint-6(.|\n)*bytes free"
         ) as error:
             run(tmp_path, resume="auto", save_strategy="steps", save_steps=3)
     finally:

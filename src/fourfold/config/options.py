@@ -1,0 +1,139 @@
+"""From the run's configuration to the narrow options that each room defines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from fourfold.config.run import RunConfig
+from fourfold.data import DataOptions
+from fourfold.errors import ConfigError
+from fourfold.inference import GenerationOptions
+from fourfold.models.loading import default_device, default_dtype
+from fourfold.quantization.hf_quantizer import FourfoldConfig
+from fourfold.training.options import TrainingOptions
+
+__all__ = [
+    "compute_dtype",
+    "data_options",
+    "device",
+    "generation_options",
+    "load_options",
+    "lora_config",
+    "training_options",
+]
+
+
+def device(config: RunConfig) -> torch.device:
+    """Where the run computes."""
+    return default_device() if config.device == "auto" else torch.device(config.device)
+
+
+def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dtype:
+    """What the run computes in. Raises ConfigError for fp16 training, which needs loss scaling."""
+    if config.bnb_4bit_compute_dtype == "auto":
+        dtype = default_dtype(device(config))
+        return torch.float32 if for_training and dtype == torch.float16 else dtype
+    dtype = getattr(torch, config.bnb_4bit_compute_dtype)
+    if for_training and dtype == torch.float16:
+        raise ConfigError(
+            "training in fp16 needs loss scaling, which is not there yet",
+            found="bnb_4bit_compute_dtype: float16",
+            allowed=["bfloat16", "float32", "auto"],
+        )
+    return dtype
+
+
+def load_options(config: RunConfig, *, for_training: bool = False) -> dict[str, Any]:
+    """The keyword arguments of `load_model`."""
+    quantization = None
+    if config.load_in_4bit:
+        quantization = FourfoldConfig(
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_blocksize=config.bnb_4bit_blocksize,
+            modules_to_not_convert=config.modules_to_not_convert,
+            quantize_lm_head=config.quantize_lm_head,
+        )
+    return {
+        "quantization": quantization,
+        "dtype": compute_dtype(config, for_training=for_training),
+        "device": device(config),
+        "revision": config.model_revision,
+        "attn_implementation": config.attn_implementation,
+    }
+
+
+def lora_config(config: RunConfig) -> LoraConfig:
+    """PEFT's configuration; initialisations that read the base weight are `prepare`'s to do."""
+    simple = config.init_lora_weights in (True, "gaussian")
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=config.init_lora_weights if simple else True,
+        target_modules=config.target_modules,
+        modules_to_save=config.modules_to_save or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def data_options(config: RunConfig, *, packing: bool | None = None) -> DataOptions:
+    return DataOptions(
+        max_length=config.max_length,
+        train_on_prompt=config.train_on_prompt,
+        overlong=config.overlong,
+        row_format=None if config.row_format == "auto" else config.row_format,
+        columns=config.columns or None,
+        packing=config.packing if packing is None else packing,
+        num_proc=config.dataset_num_proc,
+    )
+
+
+def generation_options(config: RunConfig) -> GenerationOptions:
+    """Of the comparison by generation: greedy, so that it can be repeated."""
+    return GenerationOptions(
+        max_new_tokens=config.eval_max_new_tokens, batch_size=config.eval_generate_batch_size, seed=config.seed
+    )
+
+
+def training_options(config: RunConfig, *, has_eval_rows: bool) -> TrainingOptions:
+    def rhythm(steps: int | None) -> tuple[str, int]:
+        return ("epoch", 1) if steps is None else ("steps", steps)
+
+    eval_strategy, eval_steps = rhythm(config.eval_steps) if has_eval_rows else ("no", 1)
+    save_strategy, save_steps = rhythm(config.save_steps)
+    return TrainingOptions(
+        output_dir=Path(config.output_dir),
+        num_train_epochs=config.num_train_epochs or 1.0,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_ratio=config.warmup_ratio or 0.0,
+        warmup_steps=config.warmup_steps or 0,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        logging_steps=config.logging_steps,
+        eval_strategy=eval_strategy,
+        eval_steps=eval_steps,
+        save_strategy=save_strategy,
+        save_steps=save_steps,
+        save_total_limit=config.save_total_limit,
+        gradient_checkpointing=config.gradient_checkpointing,
+        # The model is loaded in the dtype it computes in; autocast would only cast what is cast already.
+        compute_dtype="float32",
+        seed=config.seed,
+        report_to=tuple(config.report_to),
+        dataloader_num_workers=config.dataloader_num_workers,
+        group_by_length=config.group_by_length,
+        use_cpu=device(config).type == "cpu",
+    )
