@@ -1,1 +1,8 @@
-"""Operators: X.py holds the schema and the PyTorch reference; a GPU kernel stands beside it as X_triton.py."""
+"""Operators: X.py holds the schema and the PyTorch reference; a GPU kernel stands beside it as X_triton.py, a native one
+for the CPU as X_cpu.c with the X_cpu.py that loads it. Importing this room registers the kernels that this machine has."""
+
+from __future__ import annotations
+
+from fourfold.kernels import blockwise, blockwise_cpu
+
+__all__ = ["blockwise", "blockwise_cpu"]

@@ -14,11 +14,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize_blockwise", "dequantize_scales"]
+__all__ = [
+    "dequantize_blockwise",
+    "dequantize_blockwise_reference",
+    "dequantize_scales",
+    "dequantize_scales_reference",
+]
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,9 +51,24 @@ def _decode(codes: Tensor, codebook: Tensor, num_elements: int) -> Tensor:
     return codebook.index_select(0, nibbles.int())
 
 
-@torch.library.custom_op("fourfold::dequantize_blockwise", mutates_args=())
+# Defined by schema rather than by torch.library.custom_op, whose Python layers cost three times as much a call as a
+# small weight takes to dequantize.
+torch.library.define(
+    "fourfold::dequantize_blockwise",
+    "(Tensor codes, Tensor codebook, Tensor absmax, SymInt block_size, SymInt[] shape, ScalarType dtype) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fourfold::dequantize_scales",
+    "(Tensor codes, Tensor code_map, Tensor nested_absmax, Tensor offset, SymInt nested_block_size) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_blockwise_op = torch.ops.fourfold.dequantize_blockwise.default
+_scales_op = torch.ops.fourfold.dequantize_scales.default
+
+
 def dequantize_blockwise(
-    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
+    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Dequantize blockwise codes.
 
@@ -61,6 +83,13 @@ def dequantize_blockwise(
     Returns:
         Tensor of `shape` and `dtype`.
     """
+    return cast(Tensor, _blockwise_op(codes, codebook, absmax, block_size, shape, dtype))
+
+
+def dequantize_blockwise_reference(
+    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """`dequantize_blockwise` in PyTorch: what every kernel must equal bit for bit, and what runs where there is none."""
     num_elements = math.prod(shape)
     values = _decode(codes, codebook, num_elements)
     out = torch.empty(num_elements, dtype=dtype, device=codes.device)
@@ -74,14 +103,12 @@ def dequantize_blockwise(
     return out.view(shape)
 
 
-@dequantize_blockwise.register_fake
-def _(
+def _blockwise_fake(
     codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("fourfold::dequantize_scales", mutates_args=())
 def dequantize_scales(
     codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int
 ) -> Tensor:
@@ -98,14 +125,27 @@ def dequantize_scales(
         fp32 [num_blocks]. Multiplication and addition round separately, as bitsandbytes does it: a fused multiply-add
         would change one scale in eight by its last bit.
     """
-    scales = torch.ops.fourfold.dequantize_blockwise(
+    return cast(Tensor, _scales_op(codes, code_map, nested_absmax, offset, nested_block_size))
+
+
+def dequantize_scales_reference(
+    codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int
+) -> Tensor:
+    """`dequantize_scales` in PyTorch."""
+    scales = dequantize_blockwise(
         codes, code_map, nested_absmax, nested_block_size, list(codes.shape), torch.float32
     )
     return scales + offset
 
 
-@dequantize_scales.register_fake
-def _(
+def _scales_fake(
     codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int
 ) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+# "default" serves every device that has no kernel of its own.
+torch.library.impl("fourfold::dequantize_blockwise", "default", dequantize_blockwise_reference)
+torch.library.impl("fourfold::dequantize_scales", "default", dequantize_scales_reference)
+torch.library.register_fake("fourfold::dequantize_blockwise", _blockwise_fake)
+torch.library.register_fake("fourfold::dequantize_scales", _scales_fake)
