@@ -1,13 +1,13 @@
 """One tree of errors. Each message says what is wrong, what was found, what is allowed and what to do.
 
-    FourfoldError
-    ├── ConfigError          a key, a value or a combination of keys in the run's configuration
-    ├── QuantizationError    a tensor or an option that cannot be quantized
-    ├── CheckpointError      a model or checkpoint on disk that is missing, cut short, or of a kind we refuse
-    ├── AdapterError         LoRA targets or initialisation that do not fit the model
-    ├── DataError            rows, templates and tokenizers
-    ├── TrainingError        a run that cannot go on
-    └── VerificationError    what was exported is not what was trained
+FourfoldError
+├── ConfigError          a key, a value or a combination of keys in the run's configuration
+├── QuantizationError    a tensor or an option that cannot be quantized
+├── CheckpointError      a model or checkpoint on disk that is missing, cut short, or of a kind we refuse
+├── AdapterError         LoRA targets or initialisation that do not fit the model
+├── DataError            rows, templates and tokenizers
+├── TrainingError        a run that cannot go on
+└── VerificationError    what was exported is not what was trained
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Operators: X.py holds the schema and the PyTorch reference; a GPU kernel stands beside it as X_triton.py, a native one
-for the CPU as X_cpu.c with the X_cpu.py that loads it. Importing this room registers the kernels that this machine has."""
+"""Operators: X.py holds the schema and the PyTorch reference; a GPU kernel stands beside it as X_triton.py.
+
+A native kernel for the CPU is X_cpu.c, with the X_cpu.py that loads it. Importing this room registers what was built.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Blockwise dequantization: the operators' schemas and their PyTorch references.
 
-A quantized tensor is a flat row of codes. Blocks of `block_size` consecutive codes share one scale, `absmax`, and a
-code is an index into a codebook, so that element i is
+A quantized tensor is a flat row of codes. Blocks of `block_size` consecutive codes share one scale, `absmax`, and
+a code is an index into a codebook, so that element i is
 
     fp32(codebook[code[i]] * absmax[i // block_size]), rounded once to the wanted dtype.
 
-A codebook of 16 entries means 4-bit codes, two to a byte, the even element in the high nibble; one of 256 entries means
-one byte a code. Scales may be quantized themselves (double quantization, QLoRA, https://arxiv.org/abs/2305.14314, section
-3): then absmax[b] = fp32(map[q[b]] * nested_absmax[b // nested_block_size]) + offset, with two roundings.
+A codebook of 16 entries means 4-bit codes, two to a byte, the even element in the high nibble; one of 256 entries
+means one byte a code. Scales may be quantized themselves (double quantization, QLoRA,
+https://arxiv.org/abs/2305.14314, section 3): then absmax[b] = fp32(map[q[b]] * nested_absmax[b // nested_block_size]) + offset, with two roundings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 @functools.lru_cache(maxsize=64)
 def _pair_table(codebook_values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float64[256] whose entry `byte` holds the bits of the two fp32 values that the byte's nibbles stand for."""
+    """float64[256] whose entry `byte` holds the bits of the two fp32 values that its nibbles stand for."""
     codebook = torch.tensor(codebook_values, dtype=torch.float32, device=device)
     byte = torch.arange(256, device=device)
     # One gather of eight bytes instead of two of four is what makes the reference fast enough for the CPU.
@@ -42,8 +42,8 @@ def _decode(codes: Tensor, codebook: Tensor, num_elements: int) -> Tensor:
     flat = codes.reshape(-1)
     if codebook.numel() == 256:
         return codebook.index_select(0, flat.int())
-    # A codebook is one of a few constants of 16 numbers, so reading it back as a key is cheap on the CPU; on a GPU the
-    # read would synchronise, and two small gathers are used instead.
+    # A codebook is one of a few constants of 16 numbers, so reading it back as a key is cheap on the CPU; on a GPU
+    # the read would synchronise, and two small gathers are used instead.
     if codebook.device.type == "cpu":
         table = _pair_table(tuple(codebook.tolist()), codebook.device)
         return table.index_select(0, flat.int()).view(torch.float32)[:num_elements]
@@ -51,16 +51,18 @@ def _decode(codes: Tensor, codebook: Tensor, num_elements: int) -> Tensor:
     return codebook.index_select(0, nibbles.int())
 
 
-# Defined by schema rather than by torch.library.custom_op, whose Python layers cost three times as much a call as a
-# small weight takes to dequantize.
+# Defined by schema rather than by torch.library.custom_op, whose Python layers take 13 microseconds a call instead
+# of 5: a small weight is dequantized in 7.
 torch.library.define(
     "fourfold::dequantize_blockwise",
-    "(Tensor codes, Tensor codebook, Tensor absmax, SymInt block_size, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "(Tensor codes, Tensor codebook, Tensor absmax, SymInt block_size, SymInt[] shape, ScalarType dtype)"
+    " -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fourfold::dequantize_scales",
-    "(Tensor codes, Tensor code_map, Tensor nested_absmax, Tensor offset, SymInt nested_block_size) -> Tensor",
+    "(Tensor codes, Tensor code_map, Tensor nested_absmax, Tensor offset, SymInt nested_block_size)"
+    " -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _blockwise_op = torch.ops.fourfold.dequantize_blockwise.default
@@ -89,7 +91,7 @@ def dequantize_blockwise(
 def dequantize_blockwise_reference(
     codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """`dequantize_blockwise` in PyTorch: what every kernel must equal bit for bit, and what runs where there is none."""
+    """`dequantize_blockwise` in PyTorch: what a kernel must equal bit for bit, and what runs where none is."""
     num_elements = math.prod(shape)
     values = _decode(codes, codebook, num_elements)
     out = torch.empty(num_elements, dtype=dtype, device=codes.device)
@@ -104,7 +106,7 @@ def dequantize_blockwise_reference(
 
 
 def _blockwise_fake(
-    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
+    codes: Tensor, _codebook: Tensor, _absmax: Tensor, _block_size: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
@@ -122,8 +124,8 @@ def dequantize_scales(
         nested_block_size: scales that share one nested scale.
 
     Returns:
-        fp32 [num_blocks]. Multiplication and addition round separately, as bitsandbytes does it: a fused multiply-add
-        would change one scale in eight by its last bit.
+        fp32 [num_blocks]. Multiplication and addition round separately, as bitsandbytes does it: a fused
+        multiply-add would change one scale in eight by its last bit.
     """
     return cast(Tensor, _scales_op(codes, code_map, nested_absmax, offset, nested_block_size))
 
@@ -139,7 +141,7 @@ def dequantize_scales_reference(
 
 
 def _scales_fake(
-    codes: Tensor, code_map: Tensor, nested_absmax: Tensor, offset: Tensor, nested_block_size: int
+    codes: Tensor, _code_map: Tensor, _nested_absmax: Tensor, _offset: Tensor, _nested_block_size: int
 ) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)
 

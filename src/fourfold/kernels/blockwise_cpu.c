@@ -263,13 +263,17 @@ INLINE void byte_block(const job_t *job, int64_t first, int64_t count, float abs
         return;
     }
     uint16_t *out = (uint16_t *)job->out + first;
-    for (int64_t i = 0; i < count; i += 16) {
-        int64_t width = count - i < 16 ? count - i : 16;
-        float values[16] = {0};
+    float values[16] = {0};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        for (int j = 0; j < 16; j++) values[j] = job->codebook[codes[i + j]] * absmax;
+        round16(values, job->dtype, out + i);
+    }
+    if (i < count) {
         uint16_t rounded[16];
-        for (int64_t j = 0; j < width; j++) values[j] = job->codebook[codes[i + j]] * absmax;
+        for (int64_t j = 0; j < count - i; j++) values[j] = job->codebook[codes[i + j]] * absmax;
         round16(values, job->dtype, rounded);
-        memcpy(out + i, rounded, (size_t)width * sizeof *rounded);
+        memcpy(out + i, rounded, (size_t)(count - i) * sizeof *rounded);
     }
 }
 
