@@ -1,8 +1,8 @@
 """Builds the native CPU kernel; everything else about the package stands in pyproject.toml.
 
-The kernel is a plain shared library, loaded with ctypes: it does not see Python's or PyTorch's headers, so one
-binary serves every version of both. It is optional: without a C compiler the installation goes on, and the PyTorch
-reference computes the same bits.
+The kernel is a plain shared library, loaded with ctypes: it does not see Python's or PyTorch's headers, so
+one binary serves every version of both. It is optional: without a C compiler the installation goes on, and
+the PyTorch reference computes the same bits.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Dequantization on the CPU: the native kernel, the PyTorch reference and bitsandbytes, interleaved in one run.
+"""Dequantization on the CPU: the native kernel, the PyTorch reference and bitsandbytes, interleaved.
 
     python benchmarks/kernels/blockwise_cpu.py [--repeats 15] [--out benchmarks/results/blockwise_cpu.json]
 
-Each call takes codes and scales and allocates its result, as a model's layer does; scales are double-quantized in one
-half of the rows. "fill" writes a constant into a fresh tensor of the result's size: the bound set by memory and page
-faults, which no dequantization passes. "copy" reads and writes the result's bytes, with both tensors in place.
+Each call takes codes and scales and allocates its result, as a model's layer does; scales are
+double-quantized in one half of the rows. "fill" writes a constant into a fresh tensor of the result's size:
+what PyTorch's allocation and page faults cost. "copy" reads and writes the result's bytes, both in place.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
 
     names = ["native", "reference", "bitsandbytes", "fill", "copy"]
     print(
-        f"least microseconds a call / ns a weight; native kernel: {cpu_kernel()}, {torch.get_num_threads()} threads"
+        f"least microseconds a call / ns a weight; native: {cpu_kernel()}, {torch.get_num_threads()} threads"
     )
     print(
         f"{'shape':>12} {'dtype':>9} {'scales':>7} " + " ".join(f"{name:>17}" for name in names) + "  ratio"

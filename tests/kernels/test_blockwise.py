@@ -1,4 +1,4 @@
-"""The reference against plain arithmetic and bitsandbytes, the native kernel against the reference, the schema."""
+"""Reference against plain arithmetic and bitsandbytes, native kernel against reference, and the schema."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """Blockwise dequantization: the operators' schemas and their PyTorch references.
 
-A quantized tensor is a flat row of codes. Blocks of `block_size` consecutive codes share one scale, `absmax`, and
-a code is an index into a codebook, so that element i is
+A quantized tensor is a flat row of codes. Blocks of `block_size` consecutive codes share one scale, `absmax`,
+and a code is an index into a codebook, so that element i is
 
     fp32(codebook[code[i]] * absmax[i // block_size]), rounded once to the wanted dtype.
 
-A codebook of 16 entries means 4-bit codes, two to a byte, the even element in the high nibble; one of 256 entries
-means one byte a code. Scales may be quantized themselves (double quantization, QLoRA,
-https://arxiv.org/abs/2305.14314, section 3): then absmax[b] = fp32(map[q[b]] * nested_absmax[b // nested_block_size]) + offset, with two roundings.
+A codebook of 16 entries means 4-bit codes, two to a byte, the even element in the high nibble; one of 256
+entries means one byte a code. Scales may be quantized themselves (double quantization, QLoRA,
+https://arxiv.org/abs/2305.14314, section 3): then, with two roundings,
+
+    absmax[b] = fp32(map[q[b]] * nested_absmax[b // nested_block_size]) + offset.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ def _decode(codes: Tensor, codebook: Tensor, num_elements: int) -> Tensor:
     flat = codes.reshape(-1)
     if codebook.numel() == 256:
         return codebook.index_select(0, flat.int())
-    # A codebook is one of a few constants of 16 numbers, so reading it back as a key is cheap on the CPU; on a GPU
-    # the read would synchronise, and two small gathers are used instead.
+    # A codebook is one of a few constants of 16 numbers, so reading it back as a key is cheap on the CPU; on
+    # a GPU the read would synchronise, and two small gathers are used instead.
     if codebook.device.type == "cpu":
         table = _pair_table(tuple(codebook.tolist()), codebook.device)
         return table.index_select(0, flat.int()).view(torch.float32)[:num_elements]
@@ -51,8 +53,8 @@ def _decode(codes: Tensor, codebook: Tensor, num_elements: int) -> Tensor:
     return codebook.index_select(0, nibbles.int())
 
 
-# Defined by schema rather than by torch.library.custom_op, whose Python layers take 13 microseconds a call instead
-# of 5: a small weight is dequantized in 7.
+# Defined by schema rather than by torch.library.custom_op, whose Python layers take 13 microseconds a call
+# instead of 5: a small weight is dequantized in 7.
 torch.library.define(
     "fourfold::dequantize_blockwise",
     "(Tensor codes, Tensor codebook, Tensor absmax, SymInt block_size, SymInt[] shape, ScalarType dtype)"
@@ -91,7 +93,7 @@ def dequantize_blockwise(
 def dequantize_blockwise_reference(
     codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """`dequantize_blockwise` in PyTorch: what a kernel must equal bit for bit, and what runs where none is."""
+    """`dequantize_blockwise` in PyTorch: what a kernel must equal bit for bit, or else what runs."""
     num_elements = math.prod(shape)
     values = _decode(codes, codebook, num_elements)
     out = torch.empty(num_elements, dtype=dtype, device=codes.device)

@@ -7,6 +7,10 @@
  * One binary serves every x86-64 machine: the instruction set is chosen at run time. Compile with -ffp-contract=off, since
  * a fused multiply-add would change the last bit of double-quantized scales.
  */
+#if defined(__linux__)
+#define _DEFAULT_SOURCE
+#include <sys/mman.h>
+#endif
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -350,6 +354,18 @@ EXPORT int fourfold_instruction_set(void) {
     return GENERIC;
 }
 
+/* A result of 32 MiB or more is a mapping of its own, new at each call, and with small pages most of the time would go into
+ * faulting it in: eight times as long as the kernel itself. The mapping ends with the tensor, so nothing outlives it. */
+static void ask_for_huge_pages(void *out, int64_t num_bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t huge = UINT64_C(1) << 21;
+    uintptr_t first = ((uintptr_t)out + huge - 1) & ~(huge - 1), end = ((uintptr_t)out + (uintptr_t)num_bytes) & ~(huge - 1);
+    if (num_bytes >= INT64_C(1) << 25) madvise((void *)first, end - first, MADV_HUGEPAGE); /* advice: it may be refused */
+#else
+    (void)out, (void)num_bytes;
+#endif
+}
+
 /* Dequantizes num_elements codes. The caller has checked the lengths of the arrays. */
 EXPORT void fourfold_dequantize(
     const uint8_t *codes, const float *codebook, int codebook_size, const float *absmax, const float *offset, void *out,
@@ -364,6 +380,7 @@ EXPORT void fourfold_dequantize(
         .num_elements = num_elements, .block_size = block_size, .chunk = blocks_a_chunk * block_size,
         .four_bit = codebook_size == 16, .dtype = dtype, .isa = isa, .next = 0,
     };
+    ask_for_huge_pages(out, num_elements * (dtype == FLOAT32 ? 4 : 2));
     if (num_threads > num_elements / least_a_thread) num_threads = (int)(num_elements / least_a_thread);
     if (parallel && num_threads > 1)
         parallel(work, &job, (unsigned)num_threads, 0);

@@ -1,7 +1,7 @@
-"""Blockwise dequantization on the CPU: loads the compiled blockwise_cpu.c and registers it with the operators.
+"""Blockwise dequantization on the CPU: loads the compiled blockwise_cpu.c and registers it.
 
-The library is built when the package is installed, if there is a C compiler. Without it the PyTorch references
-of `fourfold.kernels.blockwise` stay in place: the same bits, only slower.
+The library is built when the package is installed, if there is a C compiler. Without it the PyTorch
+references of `fourfold.kernels.blockwise` stay in place: the same bits, only slower.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def _openmp_parallel() -> ctypes.c_void_p:
     """The entry point of the OpenMP runtime that torch has loaded, or null, which means one thread.
 
-    Borrowing torch's runtime means borrowing its threads: a second runtime, or a pool of our own, would compete
-    with them for the same cores.
+    Borrowing torch's runtime means borrowing its threads: a second runtime, or a pool of our own, would
+    compete with them for the same cores.
     """
     if sys.platform == "win32":
         return ctypes.c_void_p()
@@ -48,7 +48,7 @@ class NativeKernel:
 
     Raises:
         OSError: The library cannot be loaded.
-        QuantizationError: This machine lacks the instruction set; or, in a call, the arrays do not fit together.
+        QuantizationError: This machine lacks the instruction set; or, in a call, arrays that do not fit.
     """
 
     def __init__(self, path: Path, instruction_set: str | None = None) -> None:
@@ -115,8 +115,8 @@ class NativeKernel:
                 "the arrays of a quantized tensor do not fit each other",
                 found=f"{codes.numel()} {codes.dtype} codes, {codebook_size} {codebook.dtype} code points, "
                 f"{absmax.numel()} {absmax.dtype} scales, blocks of {block_size}, for {dtype} {list(shape)}",
-                allowed="uint8 codes, 16 or 256 fp32 code points, one fp32 scale a block, an fp32 scalar offset "
-                "and an fp32, fp16 or bf16 result",
+                allowed="uint8 codes, 16 or 256 fp32 code points, one fp32 scale a block, an fp32 scalar "
+                "offset and an fp32, fp16 or bf16 result",
             )
         codes, codebook, absmax = codes.contiguous(), codebook.contiguous(), absmax.contiguous()
         out = torch.empty(shape, dtype=dtype)
