@@ -2,10 +2,9 @@
 
     python benchmarks/kernels/blockwise_cpu.py [--repeats 15] [--out benchmarks/results/blockwise_cpu.json]
 
-Each call takes codes and scales and allocates its result, as a model's layer does; scales are
-double-quantized in one half of the rows. "fill" writes a constant into a fresh tensor of the result's size:
-what PyTorch's allocation and page faults cost. "copy" reads and writes the result's bytes, both in place.
-"""
+Each call takes codes and scales and allocates its result, as a layer of a model does; scales are
+double-quantized in one half of the rows. "fill" writes a constant into a fresh tensor of the result's size, which
+is what PyTorch's allocation and page faults cost; "copy" reads and writes as many bytes, both in place.
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def candidates(
 def measure(
     functions: dict[str, Callable[[], Tensor]], num_elements: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Microseconds a call, the median and the least of `repeats` rounds; each round runs every candidate in turn."""
+    """Microseconds a call, median and least of `repeats` rounds that run every candidate in turn."""
     calls = max(1, min(100, 2_000_000 // num_elements))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
