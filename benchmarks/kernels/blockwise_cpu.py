@@ -3,8 +3,9 @@
     python benchmarks/kernels/blockwise_cpu.py [--repeats 15] [--out benchmarks/results/blockwise_cpu.json]
 
 Each call takes codes and scales and allocates its result, as a layer of a model does; scales are
-double-quantized in one half of the rows. "fill" writes a constant into a fresh tensor of the result's size, which
-is what PyTorch's allocation and page faults cost; "copy" reads and writes as many bytes, both in place.
+double-quantized in one half of the rows. "fill" writes a constant into a fresh tensor of the result's size,
+which is what PyTorch's allocation and page faults cost; "copy" reads and writes as many bytes, both in place.
+"""
 
 from __future__ import annotations
 
