@@ -114,9 +114,7 @@ def is_held_out(phrasing: int, date_style: int, amount_style: int) -> bool:
 def make_row(rng: Random, held_out: bool) -> Row:
     """One conversation: system prompt, note, answer."""
     while True:
-        phrasing, date_style, amount_style = map(
-            rng.randrange, (len(PHRASINGS), len(DATE_STYLES), len(AMOUNT_STYLES))
-        )
+        phrasing, date_style, amount_style = map(rng.randrange, (len(PHRASINGS), len(DATE_STYLES), len(AMOUNT_STYLES)))
         if is_held_out(phrasing, date_style, amount_style) == held_out:
             break
     code = rng.choice(list(CURRENCIES))

@@ -409,7 +409,10 @@ def _write_card(
     data = {"train_dataset": config.train_dataset, "training rows": train_data.report.rows_kept}
     data["rows above max_length"] = train_data.report.rows_overlong
     if eval_data is not None:
-        data |= {"held out": config.eval_dataset or "a part of train_dataset", "held-out rows": eval_data.report.rows_kept}
+        data |= {
+            "held out": config.eval_dataset or "a part of train_dataset",
+            "held-out rows": eval_data.report.rows_kept,
+        }
     run_folder.write_model_card(
         output,
         run_folder.ModelCard(

@@ -24,9 +24,7 @@ def test_checkpoint_is_the_16_bit_model_and_knows_a_fact(smollm2_path: Path) -> 
     assert smollm2.num_parameters() == 134_515_008
 
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     reply = smollm2.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(reply)
     assert reply[-1] == tokenizer.eos_token_id
@@ -39,9 +37,7 @@ def test_turns_end_with_eos_and_padding_is_another_token(smollm2_path: Path) -> 
     assert (generation.eos_token_id, generation.pad_token_id) == (2, 0)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer("<|im_start|>user<|im_end|>").input_ids[::2] == [1, 2]
 
 

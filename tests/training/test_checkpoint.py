@@ -118,9 +118,7 @@ def test_full_disk_leaves_the_former_checkpoint_whole_and_says_so(
     # A limit on the size of a file makes every writer fail as a full disk does, the Rust ones too.
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(
-            SaveError, match=r"The disk is full: .*checkpoint-6(.|\n)*bytes free"
-        ) as error:
+        with pytest.raises(SaveError, match=r"The disk is full: .*checkpoint-6(.|\n)*bytes free") as error:
             run(tmp_path, resume="auto", save_strategy="steps", save_steps=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -129,9 +127,7 @@ def test_full_disk_leaves_the_former_checkpoint_whole_and_says_so(
     check_checkpoint(tmp_path / "checkpoint-3")
 
 
-def test_disk_that_fills_while_syncing_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_that_fills_while_syncing_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "adapter"
     with whole_folder(target) as partial:
         (partial / "file").write_text("old")

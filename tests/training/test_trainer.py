@@ -51,9 +51,7 @@ def reference_step(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], float]:
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (1, 8), (3, 3)])
-def test_loss_and_gradients_do_not_depend_on_accumulation(
-    tmp_path: Path, batch: int, accumulation: int
-) -> None:
+def test_loss_and_gradients_do_not_depend_on_accumulation(tmp_path: Path, batch: int, accumulation: int) -> None:
     grads, loss = first_step(
         tmp_path,
         torch.float32,
@@ -75,9 +73,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
         assert torch.equal(grad, recomputed[name])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "compute_dtype"), [(torch.float32, "float32"), (torch.bfloat16, "bfloat16")]
-)
+@pytest.mark.parametrize(("dtype", "compute_dtype"), [(torch.float32, "float32"), (torch.bfloat16, "bfloat16")])
 def test_adapters_keep_their_dtype_and_learn(tmp_path: Path, dtype: torch.dtype, compute_dtype: str) -> None:
     model = tiny.peft_model(dtype)
     before = tiny.adapter_weights(model)
@@ -156,9 +152,7 @@ def test_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path: Path
 
 
 def test_logs_carry_speed_memory_and_accuracy(tmp_path: Path) -> None:
-    trainer = tiny.trainer(
-        tmp_path, max_steps=3, eval_dataset=tiny.rows(4), eval_strategy="steps", eval_steps=2
-    )
+    trainer = tiny.trainer(tmp_path, max_steps=3, eval_dataset=tiny.rows(4), eval_strategy="steps", eval_steps=2)
     trainer.train()
     entry = trainer.state.log_history[0]
     assert {"loss", "grad_norm", "learning_rate", "epoch", "step", "mean_token_accuracy"} <= entry.keys()

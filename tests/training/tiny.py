@@ -44,9 +44,7 @@ def base_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCau
     return LlamaForCausalLM(config).to(dtype)
 
 
-def peft_model(
-    dtype: torch.dtype = torch.float32, dropout: float = 0.0, r: int = 4, **lora: Any
-) -> PeftModel:
+def peft_model(dtype: torch.dtype = torch.float32, dropout: float = 0.0, r: int = 4, **lora: Any) -> PeftModel:
     torch.manual_seed(1)
     config = LoraConfig(r=r, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", **lora)
     # bf16 adapters of a bf16 base are made fp32 by PEFT, as for a quantized base; fp64 ones stay fp64.

@@ -71,9 +71,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders in `output_dir`, oldest step first, whole or not."""
     if not output_dir.is_dir():
         return []
-    folders = [
-        path for path in output_dir.iterdir() if path.is_dir() and _CHECKPOINT_NAME.fullmatch(path.name)
-    ]
+    folders = [path for path in output_dir.iterdir() if path.is_dir() and _CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -97,9 +95,7 @@ def whole_checkpoint(path: Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path) -> None:
     """Record the size in bytes of every file in `folder`; to be called when all are written."""
-    files = {
-        str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()
-    }
+    files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
 
@@ -195,9 +191,7 @@ def save_optimizer_state(
     (folder / "optimizer.json").write_text(json.dumps(record))
 
 
-def load_optimizer_state(
-    folder: Path, trainable: Mapping[str, torch.Size]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_optimizer_state(folder: Path, trainable: Mapping[str, torch.Size]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state dicts that `save_optimizer_state` wrote, tensors on the CPU: (optimizer, scheduler).
 
     Raises:
@@ -253,9 +247,7 @@ def _load_pair(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[s
     try:
         return load_file(tensors_file), json.loads(record_file.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is not whole: {error.filename or tensors_file} is missing"
-        ) from error
+        raise CheckpointError(f"{folder} is not whole: {error.filename or tensors_file} is missing") from error
     except SafetensorError as error:
         raise CheckpointError(f"{tensors_file} cannot be read", found=error) from error
     except ValueError as error:

@@ -65,14 +65,8 @@ class StepGuard(TrainerCallback):
             f"The loss or its gradient is not finite at step {state.global_step + 1}",
             found=f"loss {loss}, gradient norm {gradient_norm}",
             hint="lower learning_rate, or look for bad weights or rows; "
-            + (
-                f"the last good checkpoint is {checkpoints[-1]}"
-                if checkpoints
-                else "no checkpoint was saved yet"
-            ),
+            + (f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"),
         )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._began

@@ -37,9 +37,7 @@ class SupervisedLoss:
     num_correct: torch.Tensor
 
 
-def supervised_cross_entropy(
-    hidden_states: torch.Tensor, labels: torch.Tensor, lm_head: nn.Module
-) -> SupervisedLoss:
+def supervised_cross_entropy(hidden_states: torch.Tensor, labels: torch.Tensor, lm_head: nn.Module) -> SupervisedLoss:
     """Sum of the cross entropies of all positions whose next token has a label.
 
     Args:
@@ -53,9 +51,7 @@ def supervised_cross_entropy(
     hidden = hidden_states[:, :-1][supervised]  # [tokens, hidden]
     trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or bool(trainable))
-    loss_sum, num_correct = _ChunkedCrossEntropy.apply(
-        hidden, targets[supervised], lm_head, differentiable, *trainable
-    )
+    loss_sum, num_correct = _ChunkedCrossEntropy.apply(hidden, targets[supervised], lm_head, differentiable, *trainable)
     return SupervisedLoss(loss_sum, supervised.sum(), num_correct)
 
 

@@ -79,9 +79,7 @@ class ProgressCallback(TrainerCallback):
             self._live = Live(self._progress, console=self._console, refresh_per_second=4)
             self._live.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._evaluated = 0
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step, description="train")
@@ -128,9 +126,7 @@ class ProgressCallback(TrainerCallback):
                 line = f"{head}  validation loss {logs['eval_loss']:.4f}"
             print(line, file=self.stream, flush=True)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.style is ProgressStyle.JSON and state.is_world_process_zero:
             self._print_json({"event": "save", "step": state.global_step})
 

@@ -163,9 +163,7 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str = "")
             label="validation",
         )
         step, loss = validation[-1]
-        axes.annotate(
-            f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color="#ff725c"
-        )
+        axes.annotate(f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color="#ff725c")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per token (nats)")
     if title:

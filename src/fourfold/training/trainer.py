@@ -290,9 +290,7 @@ class FourfoldTrainer(SFTTrainer):
         self.lr_scheduler.load_state_dict(scheduler_state)
         self._restored = None
         self._resuming = False
-        self._tokens_seen = max(
-            (int(entry.get("num_tokens", 0)) for entry in self.state.log_history), default=0
-        )
+        self._tokens_seen = max((int(entry.get("num_tokens", 0)) for entry in self.state.log_history), default=0)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -331,9 +329,7 @@ def build_trainer(
             hint="give an evaluation data set, or set eval_strategy: no",
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "The model has no parameter to train", hint="add adapters, or load them as trainable"
-        )
+        raise ConfigError("The model has no parameter to train", hint="add adapters, or load them as trainable")
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         if dataset is not None:
             _require_labels(name, dataset)
@@ -353,9 +349,7 @@ def _require_labels(name: str, dataset: Dataset) -> None:
         raise DataError(f"The {name} data set has no rows")
     missing = {"input_ids", "labels"} - set(dataset.column_names)
     if missing:
-        raise DataError(
-            f"The {name} data set lacks columns", found=dataset.column_names, allowed=sorted(missing)
-        )
+        raise DataError(f"The {name} data set lacks columns", found=dataset.column_names, allowed=sorted(missing))
     if all(label == IGNORE_INDEX for labels in dataset["labels"] for label in labels):
         raise DataError(
             f"All labels of the {name} data set are masked, so there is nothing to learn from",
