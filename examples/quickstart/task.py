@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-NUM_TRAIN_ROWS = 480
+NUM_TRAIN_ROWS = 600
 NUM_HELD_OUT_ROWS = 120
 SEED = 20240307
 

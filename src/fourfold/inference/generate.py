@@ -83,7 +83,7 @@ def generate_replies(
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     replies = [""] * len(prompts)
-    with eval_mode(model), _seeded(options.seed), torch.no_grad():
+    with eval_mode(model), _contiguous_head_input(model), _seeded(options.seed), torch.no_grad():
         for start in range(0, len(order), options.batch_size):
             chosen = order[start : start + options.batch_size]
             input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], config.pad_token_id)
@@ -129,7 +129,7 @@ def stream_reply(model: Any, tokenizer: Any, messages: list[Message], options: G
             failures.append(failure)
             streamer.end()
 
-    with eval_mode(model), _seeded(options.seed):
+    with eval_mode(model), _contiguous_head_input(model), _seeded(options.seed):
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
@@ -172,6 +172,20 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _contiguous_head_input(model: Any) -> Iterator[None]:
+    """The output head sees contiguous hidden states.
+
+    `generate` hands it a strided slice of the prompt's last position. With a frozen weight PyTorch then takes a batched
+    product, for which the CPU copies the head once for each row: 3.2 GB at 60 rows of a 576 x 49,152 head in bf16.
+    """
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -188,6 +188,8 @@ def save_adapter(run_folder: Path, model: PeftModel, tokenizer: PreTrainedTokeni
     with whole_folder(path) as partial:
         model.save_pretrained(partial, safe_serialization=True)
         tokenizer.save_pretrained(partial)
+        # PEFT's card is a form to fill in; `write_model_card` puts a filled one there.
+        (partial / CARD_FILE).unlink(missing_ok=True)
     return path
 
 
@@ -242,7 +244,7 @@ def write_model_card(run_folder: Path, card: ModelCard) -> Path:
         "Hyperparameters": card.hyperparameters,
         "Versions": card.versions,
     }
-    loss = [f"![loss by step]({LOSS_PICTURE})", ""] if (run_folder / LOSS_PICTURE).exists() else []
+    loss = [f"![loss by step]({LOSS_PICTURE})"] if (run_folder / LOSS_PICTURE).exists() else []
     lines = [
         f"---\n{_yaml(header)}---",
         "",
@@ -253,6 +255,7 @@ def write_model_card(run_folder: Path, card: ModelCard) -> Path:
         f"`{CONFIG_FILE}` is the whole configuration.",
         "",
         *loss,
+        "",
         "## Made by",
         "",
         f"```\n{card.command}\n```",
@@ -264,6 +267,10 @@ def write_model_card(run_folder: Path, card: ModelCard) -> Path:
             lines += [f"## {title}", "", "| | |", "|---|---|", *rows, ""]
     path = run_folder / CARD_FILE
     path.write_text("\n".join(lines), encoding="utf-8")
+    if (run_folder / ADAPTER_FOLDER).is_dir():
+        # The adapter is what people pass on: it takes its card along, without the picture that stays here.
+        text = "\n".join(line for line in lines if line not in loss)
+        (run_folder / ADAPTER_FOLDER / CARD_FILE).write_text(text, encoding="utf-8")
     return path
 
 
