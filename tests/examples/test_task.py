@@ -11,7 +11,7 @@ from quickstart import task
 TRAIN = task.make_rows(task.NUM_TRAIN_ROWS, held_out=False)
 HELD_OUT = task.make_rows(task.NUM_HELD_OUT_ROWS, held_out=True)
 
-TEXTS_SHA256 = "03e8a81db6d148e32aef6c72a0dfbda737f55d1dde09b94c781aa19052972373"
+TEXTS_SHA256 = "ca1f4945dd57ebea28ac00674bc2711daeb8257ed202d0d76de739a26c1b28bf"
 
 
 def note(row: task.Row) -> str:

@@ -1,8 +1,8 @@
 """Adapters that start from the base weight: PiSSA and LoftQ.
 
-Both want W ~ Q + s B A from the first step on, Q quantized. PiSSA (https://arxiv.org/abs/2404.02948) gives A and B the leading
-singular directions of W and quantizes the rest. LoftQ (https://arxiv.org/abs/2310.08659) gives them the leading directions of
-what quantizing lost, and with more than one iteration quantizes W - s B A anew each time.
+Both want W ~ Q + s B A from the first step on, Q quantized. PiSSA (https://arxiv.org/abs/2404.02948) gives A and B the
+leading singular directions of W and quantizes the rest. LoftQ (https://arxiv.org/abs/2310.08659) gives them the leading
+directions of what quantizing lost, and with more than one iteration quantizes W - s B A anew each time.
 
 Whenever Q is not simply the quantized W, the adapter belongs to that Q and to no other base: the caller saves it too.
 """
@@ -44,8 +44,8 @@ def initialise(
     Args:
         model: The model, its adapter freshly made.
         method: "pissa" (exact singular values), "pissa_niter_N" (randomised, N subspace iterations) or "loftq".
-        original: Gives the original weight [out, in] of the module of a name in the base model. Without it PiSSA starts from
-            the dequantized weight; LoftQ cannot, since what quantizing lost is then unknown.
+        original: Gives the original weight [out, in] of the module of a name in the base model. Without it PiSSA starts
+            from the dequantized weight; LoftQ cannot, since what quantizing lost is then unknown.
         adapter_name: The adapter to set.
         loftq_iterations: Alternations of quantizing and decomposing, at least 1.
 

@@ -36,8 +36,8 @@ def is_weight_dependent(init_lora_weights: object) -> bool:
 class LoraQuantizedLinear(PeftLoraLinear):
     """y = x W^T + b + s (x A^T) B^T over a quantized, frozen W.
 
-    A and B are fp32 parameters; the products are computed in the dtype of `x`, and the gradients of A and B leave in fp32.
-    Everything else (several adapters, switching them off, DoRA, what is saved) is PEFT's.
+    A and B are fp32 parameters; the products are computed in the dtype of `x`, and the gradients of A and B leave in
+    fp32. Everything else (several adapters, switching them off, DoRA, what is saved) is PEFT's.
     """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:

@@ -1,8 +1,8 @@
 """Merging an adapter into its base, to an ordinary 16-bit model.
 
-An adapter was trained on top of the dequantized 4-bit weights. Merged onto those it gives the model that was trained; merged
-onto the original 16-bit weights it gives another one, usually close, which nobody has evaluated. Both are offered, and for
-both the logits are compared with the trained model's.
+An adapter was trained on top of the dequantized 4-bit weights. Merged onto those it gives the model that was trained;
+merged onto the original 16-bit weights it gives another one, usually close, which nobody has evaluated. Both are
+offered, and for both the logits are compared with the trained model's.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def load_model(
 
     Args:
         path_or_name: A folder, a `.gguf` file, or a hub's name.
-        quantization: Quantize a 16-bit checkpoint while it loads. A checkpoint that is quantized already stays as it is, and
-            needs none.
+        quantization: Quantize a 16-bit checkpoint while it loads. A checkpoint that is quantized already stays as it
+            is, and needs none.
         dtype: What is not quantized is held, and everything computed, in this dtype (default: `default_dtype`).
         device: Where to (default: `default_device`).
         revision: Branch, tag or commit on the hub.
@@ -129,7 +129,7 @@ def _our_entry(name: str, entry: dict[str, Any]) -> dict[str, Any]:
 def _load_gguf(
     path: Path, quantization: FourfoldConfig | None, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Transformers turns a GGUF file into a dense model, which is quantized afterwards: the 16-bit model is in memory once."""
+    """Transformers makes a dense model of a GGUF file; it is quantized afterwards: the 16-bit model is there once."""
     if not path.is_file():
         raise CheckpointError(f"no such file: {path}")
     options: dict[str, Any] = {}

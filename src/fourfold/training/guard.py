@@ -1,6 +1,6 @@
 """Watches each optimizer step: how long it takes, and whether its numbers are finite."""
 
-# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
+
 from __future__ import annotations
 
 import math

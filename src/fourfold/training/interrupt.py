@@ -1,6 +1,6 @@
 """Leaving a run in good order when the person or the system asks for it."""
 
-# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
+
 from __future__ import annotations
 
 import contextlib

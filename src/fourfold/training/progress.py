@@ -1,6 +1,6 @@
 """What a run says while it runs: a live line on a terminal, plain lines in a log, JSON for machines."""
 
-# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
+
 from __future__ import annotations
 
 import enum

@@ -8,7 +8,7 @@ README.md        the model card: how it was made
 checkpoint-N/    see fourfold.training.checkpoint
 """
 
-# ruff: noqa: ARG002 - the Trainer hands every hook all of these arguments
+
 from __future__ import annotations
 
 import importlib.metadata

@@ -244,7 +244,7 @@ class FourfoldTrainer(SFTTrainer):
             raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
         return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:  # noqa: ARG002 - the Trainer's
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
         with self._shared_folder(folder) as partial:
