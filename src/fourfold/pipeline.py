@@ -67,13 +67,14 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     """
     output = _claim_output_dir(config)
     say = _Speaker(progress)
-    transformers.set_seed(config.seed)
     tokenizer = _tokenizer(config)
     train_data, eval_data = _read_data(config, tokenizer)
     for data in (train_data, eval_data):
         say.lines(data.report.lines() if data else [])
     model = load_model(config.model_name_or_path, **choices.load_options(config, for_training=True))
     say.lines(model_size(model).lines())
+    # Here, so that the adapter starts alike however the base was loaded.
+    transformers.set_seed(config.seed)
     adapted = _adapt(config, model)
     trainer = build_trainer(
         adapted,
