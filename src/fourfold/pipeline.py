@@ -274,13 +274,13 @@ def _adapt(config: RunConfig, model: PreTrainedModel) -> PeftModel:
     if config.adapter is None:
         raise ConfigError("full fine-tuning is not there yet", found="adapter: null", allowed="adapter: lora")
     method = config.init_lora_weights
-    reads_weights = isinstance(method, str) and method != "gaussian"
+    reading = method if isinstance(method, str) and method != "gaussian" else None
     original = Path(config.model_name_or_path)
-    has_original = reads_weights and config.load_in_4bit and original.is_dir() and not _is_quantized(original)
+    has_original = reading is not None and config.load_in_4bit and original.is_dir() and not _is_quantized(original)
     return prepare(
         model,
         choices.lora_config(config),
-        init_lora_weights=method if reads_weights else None,
+        init_lora_weights=reading,
         original=original if has_original else None,
         loftq_iterations=config.loftq_iterations,
     )
