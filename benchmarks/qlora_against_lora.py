@@ -42,9 +42,10 @@ def final_loss(args: argparse.Namespace, folder: Path, *, load_in_4bit: bool) ->
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "num_train_epochs": 1,
-        "learning_rate": 5e-4,
-        "lora_r": 16,
-        "lora_alpha": 32,
+        "learning_rate": args.learning_rate,
+        "lora_r": args.rank,
+        "lora_alpha": 2 * args.rank,
+        "init_lora_weights": args.init if load_in_4bit else True,
         "seed": args.seed,
         "output_dir": folder / ("qlora" if load_in_4bit else "lora"),
     }
@@ -61,6 +62,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--init", default="true", help="init_lora_weights of the quantized side: true, loftq, pissa")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = {
@@ -77,7 +82,7 @@ def main() -> None:
         "results": results,
         "relative_difference": difference,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{'base':8} {'validation loss':>16} {'training loss':>14} {'seconds':>8}")
     for name, result in results.items():
         print(f"{name:8} {result['eval_loss']:16.4f} {result['train_loss']:14.4f} {result['train_seconds']:8.0f}")

@@ -51,7 +51,7 @@ def test_a_model_is_trained_evaluated_merged_and_answers_on_the_gpu(
     run = pipeline.train(config, "plain")
     records = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] - 0.5
     assert run.metrics["memory_peak_bytes"] <= torch.cuda.max_memory_allocated()
     evaluated = pipeline.evaluate(load_config(str(run.output_dir)))
     assert evaluated["eval_loss"] == pytest.approx(run.metrics["eval_loss"], rel=2e-2)

@@ -49,9 +49,11 @@ class FourfoldQuantizer(HfQuantizer):
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return True
 
-    @property
-    def quantized_element_size(self) -> float:
-        return get_format(self.quantization_config.bnb_4bit_quant_type).bits / 8
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        # Transformers warms the GPU's allocator up with this size: the 16-bit one would be the 16-bit model's peak.
+        if not self.pre_quantized and self.param_needs_quantization(model, param_name):
+            return get_format(self.quantization_config.bnb_4bit_quant_type).bits / 8
+        return param.element_size()
 
     def update_device_map(self, device_map: Any) -> Any:
         if device_map is None and torch.cuda.is_available():
