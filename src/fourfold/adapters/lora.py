@@ -152,7 +152,8 @@ class LoraQuantizedLinear(PeftLoraLinear):
             self.merged_adapters.clear()
 
     def __repr__(self) -> str:
-        return "lora." + super().__repr__().removeprefix("lora.")
+        text: str = super().__repr__()
+        return "lora." + text.removeprefix("lora.")
 
 
 class _LowRank(torch.autograd.Function):
