@@ -9,6 +9,7 @@ Whenever Q is not simply the quantized W, the adapter belongs to that Q and to n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -50,9 +51,10 @@ def initialise(
         loftq_iterations: Alternations of quantizing and decomposing, at least 1.
 
     Raises:
-        AdapterError: An unknown method, LoftQ without the original weights, or a rank above what a layer has.
+        AdapterError: An unknown method, LoftQ without the original weights, original weights of another shape, a rank
+            above what a layer has, or a model that is not quantized.
     """
-    if method != "loftq" and method != "pissa" and not method.startswith("pissa_niter_"):
+    if not re.fullmatch(r"loftq|pissa(_niter_\d+)?", method):
         raise AdapterError(
             "unknown initialisation",
             found=method,
@@ -63,12 +65,20 @@ def initialise(
             "LoftQ needs the original 16-bit weights",
             hint="load from the 16-bit checkpoint, not from a quantized one",
         )
-    for full_name, layer in model.named_modules():
-        if not isinstance(layer, LoraQuantizedLinear) or adapter_name not in layer.lora_A:
-            continue
-        name = full_name.removeprefix("base_model.model.")
+    layers = [
+        (name.removeprefix("base_model.model."), layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraQuantizedLinear) and adapter_name in layer.lora_A
+    ]
+    if not layers:
+        raise AdapterError(
+            "no layer with an adapter is quantized, and this initialisation is for quantized ones",
+            found=f"init_lora_weights={method!r}",
+            hint="load the model in 4 bits, or call PEFT's get_peft_model for this initialisation of a 16-bit model",
+        )
+    for name, layer in layers:
         base: QuantizedLinear = layer.get_base_layer()
-        weight = (original(name) if original else base.quantized.dequantize()).to(base.weight.device).float()
+        weight = _original_weight(name, base, original)
         rank = layer.r[adapter_name]
         if rank > min(weight.shape):
             raise AdapterError(
@@ -94,6 +104,22 @@ def initialise(
         root = layer.scaling[adapter_name] ** 0.5
         layer.lora_A[adapter_name].weight.data.copy_(factors[0] / root)
         layer.lora_B[adapter_name].weight.data.copy_(factors[1] / root)
+
+
+def _original_weight(name: str, base: QuantizedLinear, original: Callable[[str], Tensor] | None) -> Tensor:
+    """fp32 [out, in]: what the layer's weight was before it was quantized, or the best that is known of it."""
+    if original is None:
+        return base.quantized.dequantize().float()
+    weight = original(name)
+    if getattr(base, "source_is_transposed", False):
+        weight = weight.T
+    if weight.shape != base.quantized.shape:
+        raise AdapterError(
+            f"the original weight of {name} is another model's",
+            found=f"shape {tuple(weight.shape)}",
+            allowed=f"shape {tuple(base.quantized.shape)}",
+        )
+    return weight.to(base.weight.device).float()
 
 
 def _decompose(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tensor, Tensor]:

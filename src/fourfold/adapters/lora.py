@@ -18,6 +18,9 @@ from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["LoraQuantizedLinear", "is_weight_dependent", "register"]
 
+# Initialisations of PEFT that decompose or train on the base weight, and that `initialise` does not offer.
+_UNSUPPORTED_INITIALISATIONS = ("olora", "corda", "mica", "lora_ga")
+
 
 def register(config: LoraConfig) -> LoraConfig:
     """Make PEFT build LoraQuantizedLinear over QuantizedLinear for this configuration (PEFT's custom-module dispatch).
@@ -47,13 +50,26 @@ class LoraQuantizedLinear(PeftLoraLinear):
                 found=f"init_lora_weights={config.init_lora_weights!r}",
                 hint="make the adapter with fourfold.prepare(model, config, original=CHECKPOINT)",
             )
+        method = config.init_lora_weights
+        if isinstance(method, str) and method.lower().startswith(_UNSUPPORTED_INITIALISATIONS):
+            raise AdapterError(
+                "this initialisation needs a base weight that is not quantized",
+                found=f"init_lora_weights={method!r}",
+                allowed=[True, False, "gaussian", "orthogonal", "eva", "pissa", "pissa_niter_N", "loftq"],
+            )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         if config.use_dora:
             return _QuantizedDoraVariant()
         variant: LoraVariant | None = super().resolve_lora_variant(config=config, **kwargs)
-        return variant
+        if variant is not None:
+            raise AdapterError(
+                "this variant of LoRA does not work over a quantized weight",
+                found=type(variant).__name__,
+                allowed="LoRA, rsLoRA and DoRA",
+            )
+        return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -136,8 +152,8 @@ class LoraQuantizedLinear(PeftLoraLinear):
             self.merged_adapters.clear()
 
     def __repr__(self) -> str:
-        name: str = super().__repr__()
-        return name if name.startswith("lora.") else f"lora.{name}"
+        text: str = super().__repr__()
+        return "lora." + text.removeprefix("lora.")
 
 
 class _LowRank(torch.autograd.Function):

@@ -36,7 +36,7 @@ def check_checkpoint(folder: Path) -> None:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} cannot be read: {error}", hint="get the checkpoint again") from error
     elif single.is_file():
         shards = [single.name]
@@ -68,10 +68,10 @@ def check_safetensors(path: Path) -> None:
             raise CheckpointError(f"{path} is cut short", found=f"{size} bytes", hint="get the checkpoint again")
         try:
             header = json.loads(file.read(header_size))
-        except ValueError as error:
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} has no readable header: {error}", hint="get the checkpoint again") from error
-    data_size = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    expected = 8 + header_size + data_size
+    expected = 8 + header_size + max(ends, default=0)
     if size != expected:
         raise CheckpointError(
             f"{path} is cut short" if size < expected else f"{path} is longer than its header says",

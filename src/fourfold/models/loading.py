@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,7 @@ from fourfold.errors import CheckpointError
 from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
 from fourfold.quantization.hf_quantizer import quantize_model
+from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["default_device", "default_dtype", "load_model", "load_tokenizer"]
 
@@ -32,7 +35,8 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device computes in it; else fp16 on a GPU, fp32 on a CPU."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load_model(
@@ -56,7 +60,8 @@ def load_model(
         attn_implementation: As in Transformers.
 
     Raises:
-        CheckpointError: A missing, half-written or pickled checkpoint, or one quantized by a method we do not read.
+        CheckpointError: A missing, half-written or pickled checkpoint, one whose weights do not fit its config or
+            are not finite, or one quantized by a method we do not read.
         QuantizationError: Weights that are not finite, or options that do not fit the model.
     """
     path = Path(path_or_name)
@@ -72,7 +77,8 @@ def load_model(
         entry = entry if isinstance(entry, dict) else entry.to_dict()
         config.quantization_config = _our_entry(str(path_or_name), entry)
         quantization = None
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel
+    model, report = AutoModelForCausalLM.from_pretrained(
         str(path_or_name),
         config=config,
         quantization_config=quantization,
@@ -81,8 +87,45 @@ def load_model(
         revision=revision,
         attn_implementation=attn_implementation,
         use_safetensors=True,
+        # Both are refused below, by name.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    _check_loaded(str(path_or_name), model, report)
     return model
+
+
+def _check_loaded(name: str, model: nn.Module, report: dict[str, Any]) -> None:
+    """Transformers fills what a checkpoint lacks with random numbers and warns; here that is an error."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks weights of its model",
+            found=f"{len(missing)} missing: {', '.join(missing[:4])}",
+            hint="the checkpoint was half written, or is not a causal language model's: get it again",
+        )
+    wrong = [f"{key}: {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])]
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            wanted = (module.out_features, module.in_features)
+            if tuple(module.quantized.shape) != wanted:
+                wrong.append(f"{path}.weight: {tuple(module.quantized.shape)}, not {wanted}")
+    if wrong:
+        raise CheckpointError(
+            f"weights in {name} do not have the shapes of its config.json",
+            found="; ".join(wrong[:4]),
+            hint="config.json and the weights do not belong together: get the checkpoint again",
+        )
+    for path, parameter in model.named_parameters():
+        # A sum is finite only if all is; one that overflows is looked at element by element.
+        if parameter.is_floating_point() and not parameter.sum(dtype=torch.float32).isfinite():
+            bad = int((~parameter.isfinite()).sum())
+            if bad:
+                raise CheckpointError(
+                    f"{path} in {name} holds values that are not finite",
+                    found=f"{bad} of {parameter.numel()} elements",
+                    hint="the checkpoint is damaged, or was saved from a run that diverged: get it again",
+                )
 
 
 def load_tokenizer(path_or_name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -104,6 +147,10 @@ def load_tokenizer(path_or_name: str | Path, *, revision: str | None = None) -> 
 def _read_config(path_or_name: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(path_or_name, revision=revision)
+    except StrictDataclassError as error:
+        raise CheckpointError(
+            f"the config.json of {path_or_name} holds a value of a wrong type", found=" ".join(str(error).split())
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"no model {path_or_name!r}: {str(error).splitlines()[0]}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -13,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fourfold.adapters.initialisation import initialise
 from fourfold.adapters.lora import is_weight_dependent, register
 from fourfold.errors import AdapterError, CheckpointError
+from fourfold.models.checkpoint_files import check_safetensors
 from fourfold.models.families import default_target_modules
 from fourfold.models.weights import OriginalWeights
 
@@ -69,7 +72,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     """Put a saved adapter on its base.
 
     Raises:
-        CheckpointError: The folder holds no adapter, or holds it as a pickle.
+        CheckpointError: The folder holds no adapter, holds it as a pickle, or its files are damaged.
+        AdapterError: An adapter that belongs to a base which plain PEFT would have to compute anew.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
@@ -86,10 +90,31 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
                 hint="convert it on a machine you can lose: load it there and save it with safe_serialization=True",
             )
         raise CheckpointError(f"{folder / 'adapter_model.safetensors'} is missing", found=_listing(folder))
+    check_safetensors(folder / "adapter_model.safetensors")
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'} cannot be read: {error}", hint="it was half written: get it again"
+        ) from error
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
+        _check_initialisation(config, folder)
         register(config)
     return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+
+
+def _check_initialisation(config: LoraConfig, folder: Path) -> None:
+    """Make the configuration one of a finished adapter, whose A and B are read and not computed."""
+    if config.init_lora_weights == "loftq":
+        # PEFT keeps the word in what it saves; the base that is given is the adapter's own.
+        config.init_lora_weights = True
+    elif is_weight_dependent(config.init_lora_weights):
+        raise AdapterError(
+            f"{folder} belongs to a base that is left after its decomposition, not to the model's own weights",
+            found=f"init_lora_weights={config.init_lora_weights!r}",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion, which makes an ordinary adapter of it",
+        )
 
 
 def _listing(folder: Path) -> str:
@@ -99,16 +124,27 @@ def _listing(folder: Path) -> str:
 
 
 def _check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Every name must mean something: PEFT itself is content if one of them does."""
+    """Every name, and a pattern, must mean something: PEFT itself is content if one name of several does."""
     targets = config.target_modules
-    if targets is None or isinstance(targets, str):
+    if targets is None or targets == "all-linear":
         return
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding, Conv1D))]
-    wrong = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linears)]
+    if isinstance(targets, str):
+        wrong = [] if _any_match(targets, linears) else [targets]
+    else:
+        wrong = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linears)]
     if wrong:
         raise AdapterError(
             "target_modules names layers that the model does not have",
             found=sorted(wrong),
             allowed=[*sorted({name.rpartition(".")[2] for name in linears}), "all-linear"],
-            hint="take names from the list, or leave target_modules out for the family's default",
+            hint="take names from the list, or leave target_modules out for the family's default; a text instead of a "
+            "list is a regular expression over whole names such as 'model.layers.0.mlp.up_proj'",
         )
+
+
+def _any_match(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise AdapterError("target_modules is no regular expression", found=f"{pattern!r}: {error}") from error

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from twins import original_model
+
+from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint_files import check_checkpoint, check_safetensors
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    original_model().save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    return tmp_path / "model"
+
+
+def shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def test_a_whole_checkpoint_passes(sharded: Path, tiny_llama: Path) -> None:
+    check_checkpoint(sharded)
+    check_checkpoint(tiny_llama)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        check_checkpoint(tmp_path / "none")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing[\s\S]*an empty folder"):
+        check_checkpoint(tmp_path)
+
+
+def test_a_missing_configuration_is_refused(sharded: Path) -> None:
+    (sharded / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        check_checkpoint(sharded)
+
+
+def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weights"):
+        check_checkpoint(tmp_path)
+
+
+def test_a_missing_shard_is_refused_by_name(sharded: Path) -> None:
+    missing = shard(sharded)
+    missing.unlink()
+    with pytest.raises(CheckpointError, match=rf"{missing.name} is missing"):
+        check_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_a_shard_that_was_cut_short_is_refused_by_name(sharded: Path, keep: int) -> None:
+    cut = shard(sharded)
+    cut.write_bytes(cut.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"{cut.name} is cut short"):
+        check_checkpoint(sharded)
+
+
+def test_a_file_with_more_than_its_header_says_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    with (tmp_path / "a.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="longer than its header says"):
+        check_safetensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("header", [b"{not json", b"[1, 2]", b'{"a": 3}', b'{"a": {}}', b'{"a": {"data_offsets": []}}'])
+def test_a_broken_header_is_refused(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="no readable header"):
+        check_safetensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
+        check_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt"])
+def test_a_pickle_is_refused_and_not_opened(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is a pickle[\s\S]*safetensors"):
+        check_checkpoint(tmp_path)
+
+
+def test_safetensors_beside_a_pickle_are_taken(sharded: Path) -> None:
+    shutil.copy(shard(sharded), sharded / "pytorch_model.bin")
+    check_checkpoint(sharded)
