@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,6 +126,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
     is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
+    # Evaluation every so many steps may have ended before the last one.
     measured, samples = _measure(config, adapted, tokenizer, eval_data, say, with_loss=not is_evaluated)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
@@ -202,13 +204,21 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
         out: Folder to write; must not exist, or be empty.
         onto: A key of `ONTO`.
         bound: Largest relative error of the logits.
+
+    Raises:
+        CheckpointError: No finished run at `adapter`, or `out` is not free.
+        ConfigError: The adapter has no 16-bit base to merge onto.
+        VerificationError: Above the bound; nothing is written.
+        SaveError: The disk is full; nothing is written.
     """
     if onto not in ONTO:
         raise ConfigError("unknown base to merge onto", found=onto, allowed=ONTO)
     require_free(out)
     run = find_run(adapter)
     config, folder = run.config, run.adapter
-    options = choices.load_options(config)
+    # Summed, and compared, in fp32: only the weights that are written are rounded.
+    options = choices.load_options(config) | {"dtype": torch.float32}
+    dtype = torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16
     tokenizer = load_tokenizer(folder)
 
     def load_original() -> PeftModel:
@@ -232,6 +242,7 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
         tokenizer,
         merge_prompts(config, tokenizer),
         out,
+        dtype=dtype,
         onto=onto,
         load_original=load_original,
         bound=bound,
@@ -311,18 +322,9 @@ def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: Pre
         return
     if not folder.is_dir():
         with whole_folder(folder) as partial:
-            base.save_pretrained(partial, state_dict=_base_state(base))
+            base.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     model.peft_config["default"].base_model_name_or_path = str(folder)
-
-
-def _base_state(base: PreTrainedModel) -> dict[str, Any]:
-    """The state dict of a base under its own names, without the adapter's entries."""
-    return {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
-        for name, value in base.state_dict().items()
-        if ".lora_" not in name and ".modules_to_save." not in name
-    }
 
 
 def _measure(
