@@ -14,7 +14,7 @@ from fourfold.data import DataOptions
 from fourfold.errors import ConfigError
 from fourfold.inference import GenerationOptions
 from fourfold.models.loading import default_device, default_dtype
-from fourfold.quantization.hf_quantizer import FourfoldConfig
+from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.training.options import TrainingOptions
 
 __all__ = [
@@ -47,9 +47,9 @@ def device(config: RunConfig) -> torch.device:
 def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dtype:
     """What the run computes in. Raises ConfigError for fp16 training, which needs loss scaling."""
     if config.bnb_4bit_compute_dtype == "auto":
-        dtype = default_dtype(device(config))
-        return torch.float32 if for_training and dtype == torch.float16 else dtype
-    dtype = getattr(torch, config.bnb_4bit_compute_dtype)
+        default = default_dtype(device(config))
+        return torch.float32 if for_training and default == torch.float16 else default
+    dtype: torch.dtype = getattr(torch, config.bnb_4bit_compute_dtype)
     if for_training and dtype == torch.float16:
         raise ConfigError(
             "training in fp16 needs loss scaling, which is not there yet",
