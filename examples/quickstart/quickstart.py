@@ -18,7 +18,7 @@ from shutil import rmtree
 from typing import Any
 
 from model import bring_model
-from task import write_task
+from task import SYSTEM_PROMPT, write_task
 
 from fourfold import pipeline
 from fourfold.cli.terminal import progress_style, quiet_libraries, reporting_errors
@@ -93,7 +93,11 @@ def main() -> None:
   loss picture                    {run.output_dir / "loss.png"}
   model card                      {run.output_dir / "README.md"}
 
-Talk to it:  {Path(sys.executable).parent / "fourfold"} chat {run.output_dir} --prompt "Paid €41.20 to the baker on 3 May 2023."
+Talk to it:
+
+  {Path(sys.executable).parent / "fourfold"} chat {run.output_dir} \\
+    --system "{SYSTEM_PROMPT}" \\
+    --prompt "Paid €41.20 to the baker on 3 May 2023."
 """)
 
 

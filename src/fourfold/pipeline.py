@@ -95,7 +95,6 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     say = _Speaker(progress)
     options = choices.training_options(config)
     output, checkpoint = claim_output_dir(config)
-    transformers.set_seed(config.seed)
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
     for data in (train_data, eval_data):
@@ -105,6 +104,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     base = str(former_base) if former_base and former_base.is_dir() else config.model_name_or_path
     model = load_model(base, **choices.load_options(config, for_training=True))
     say.result("model", model_size(model))
+    # Here, so that the adapter starts alike however the base was loaded.
+    transformers.set_seed(config.seed)
     adapted = _adapt(config, model, is_initialised=checkpoint is not None)
     trainer = build_trainer(
         adapted,

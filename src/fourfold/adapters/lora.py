@@ -136,7 +136,8 @@ class LoraQuantizedLinear(PeftLoraLinear):
             self.merged_adapters.clear()
 
     def __repr__(self) -> str:
-        return "lora." + super().__repr__().removeprefix("lora.")
+        name: str = super().__repr__()
+        return name if name.startswith("lora.") else f"lora.{name}"
 
 
 class _LowRank(torch.autograd.Function):

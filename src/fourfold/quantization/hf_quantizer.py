@@ -71,6 +71,9 @@ class FourfoldQuantizer(HfQuantizer):
             if matches(name, skipped):
                 continue
             layer = _empty_layer(linear, config)
+            if not self.pre_quantized:
+                # Until the weight comes, its dtype stands for what the checkpoint is read in (Transformers < 5.18).
+                layer.weight = nn.Parameter(linear.weight, requires_grad=False)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         self._experts = _expert_shapes(model, skipped)

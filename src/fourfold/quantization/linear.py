@@ -24,7 +24,6 @@ class QuantizedWeight:
     maps, checkpoints, sharding) sees them. The scales are kept beside it: `module.to(dtype)` must not round them.
     """
 
-    weight: nn.Parameter
     _rest: QuantizedTensor | None
 
     @property
