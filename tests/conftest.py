@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fourfold.config import RunConfig
 from quickstart.model import bring_model
 
 CHATML_TEMPLATE = (
@@ -74,3 +78,51 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_rows(path: Path, count: int) -> Path:
+    """Conversations about payments, one JSON object a line."""
+    names = ("Anna", "Boris", "Clara", "Dina", "Emil", "Fritz")
+    rows = [
+        [
+            {"role": "user", "content": f"{names[index % 6]} paid {index} euros."},
+            {"role": "assistant", "content": json.dumps({"amount": index})},
+        ]
+        for index in range(count)
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_llama: Path) -> Callable[..., RunConfig]:
+    """Gives the configuration of a small run in a folder, with its rows: `tiny_run(folder, key=value, ...)`.
+
+    24 rows, of 4 to a step, for 4 optimizer steps with 2 checkpoints; 6 held-out rows; all in fp32 on the CPU.
+    """
+
+    def make(folder: Path, **keys: Any) -> RunConfig:
+        for name, count in (("train.jsonl", 24), ("held_out.jsonl", 6)):
+            if not (folder / name).exists():
+                write_rows(folder / name, count)
+        values: dict[str, Any] = {
+            "model_name_or_path": str(tiny_llama),
+            "output_dir": str(folder / "run"),
+            "train_dataset": str(folder / "train.jsonl"),
+            "eval_dataset": str(folder / "held_out.jsonl"),
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "max_length": 128,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "logging_steps": 2,
+            "save_steps": 2,
+            "bnb_4bit_compute_dtype": "float32",
+            "device": "cpu",
+        }
+        return RunConfig(**(values | keys))
+
+    return make

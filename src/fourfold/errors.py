@@ -7,6 +7,7 @@ FourfoldError
 ├── AdapterError         LoRA targets or initialisation that do not fit the model
 ├── DataError            rows, templates and tokenizers
 ├── TrainingError        a run that cannot go on
+├── SaveError            a folder that could not be written
 └── VerificationError    what was exported is not what was trained
 """
 
@@ -35,7 +36,12 @@ class FourfoldError(Exception):
         found: What stood there.
         allowed: What may stand there, as text or as the list of names.
         hint: What to do about it.
+
+    Attributes:
+        exit_code: What a command that ends by this error leaves with.
     """
+
+    exit_code = 1
 
     def __init__(
         self,
@@ -65,6 +71,8 @@ class FourfoldError(Exception):
 
 class ConfigError(FourfoldError):
     """A key, a value or a combination of keys in the run's configuration."""
+
+    exit_code = 2
 
 
 class QuantizationError(FourfoldError):

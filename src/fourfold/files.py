@@ -28,11 +28,16 @@ def whole_folder(path: Path, *, hint: str = "free some space and run it again") 
     What stood at `path` stays whole until the new folder replaces it.
 
     Raises:
-        SaveError: The disk is full; the folder written so far is gone, so its space is free again.
+        SaveError: The disk is full, and the folder written so far is gone, so its space is free again; or nothing can
+            be written there at all.
     """
     partial = partial_path(path)
+    _bring_back(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise SaveError(f"{path} cannot be written", found=error.strerror, hint="choose another folder") from error
     try:
         yield partial
         _sync(partial)
@@ -77,10 +82,24 @@ def _sync_entry(folder: Path) -> None:
 
 
 def _replace(partial: Path, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.old")
+    aside = _aside(path)
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
         path.rename(aside)
-    partial.rename(path)
+    try:
+        partial.rename(path)
+    except OSError:
+        _bring_back(path)
+        raise
     _sync_entry(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _bring_back(path: Path) -> None:
+    """Undo a replacement that stopped between its two renames."""
+    if _aside(path).exists() and not path.exists():
+        _aside(path).rename(path)

@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
-import math
-import shlex
+import json
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.adapters.initialisation import changes_base
-from fourfold.config import RunConfig, load_config
+from fourfold.config import RunConfig
 from fourfold.config import options as choices
-from fourfold.data import Collator, PreparedData, check_tokenizer, load_rows
-from fourfold.data import prepare as prepare_rows
+from fourfold.config.card import model_card
+from fourfold.data import Collator, DataReport, PreparedData
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
 from fourfold.export.merging import ONTO, MergeReport, write_merged
 from fourfold.files import whole_folder
 from fourfold.inference import GenerationOptions, Message, stream_reply
+from fourfold.inputs import (
+    BASE_FOLDER,
+    base_of,
+    claim_output_dir,
+    clear_former_run,
+    find_run,
+    merge_prompts,
+    original_checkpoint,
+    read_data,
+    read_held_out,
+    read_tokenizer,
+    require_free,
+)
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.size import ModelSize, model_size
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.training import run_folder
-from fourfold.training.checkpoint import list_checkpoints
 from fourfold.training.progress import ProgressCallback, ProgressStyle
 from fourfold.training.trainer import build_trainer
 
-__all__ = ["Run", "chat", "evaluate", "inspect", "merge", "quantize_checkpoint", "train"]
+__all__ = [
+    "ChatSession",
+    "Run",
+    "chat",
+    "evaluate",
+    "evaluate_with_samples",
+    "inspect",
+    "merge",
+    "quantize_checkpoint",
+    "train",
+]
 
 PROGRESS: dict[str, ProgressStyle] = {
     "terminal": ProgressStyle.LIVE,
@@ -62,39 +84,58 @@ class Run:
 def train(config: RunConfig, progress: str = "plain") -> Run:
     """Fine-tune a model as the configuration says, and leave a run folder.
 
+    Args:
+        config: The run.
+        progress: A key of `PROGRESS`.
+
     Raises:
         FourfoldError: Whatever does not fit, found as early as it can be; a run that was there before is untouched.
+        TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    output = _claim_output_dir(config)
     say = _Speaker(progress)
-    tokenizer = _tokenizer(config)
-    train_data, eval_data = _read_data(config, tokenizer)
+    options = choices.training_options(config)
+    output, checkpoint = claim_output_dir(config)
+    tokenizer = read_tokenizer(config)
+    train_data, eval_data = read_data(config, tokenizer)
     for data in (train_data, eval_data):
-        say.lines(data.report.lines() if data else [])
-    model = load_model(config.model_name_or_path, **choices.load_options(config, for_training=True))
-    say.lines(model_size(model).lines())
+        say.result("data", data.report if data else None)
+    # A resumed run goes on upon the base that its initialisation left, not upon one made anew.
+    former_base = checkpoint.parent / BASE_FOLDER if checkpoint else None
+    base = str(former_base) if former_base and former_base.is_dir() else config.model_name_or_path
+    model = load_model(base, **choices.load_options(config, for_training=True))
+    say.result("model", model_size(model))
     # Here, so that the adapter starts alike however the base was loaded.
     transformers.set_seed(config.seed)
-    adapted = _adapt(config, model)
+    adapted = _adapt(config, model, is_initialised=checkpoint is not None)
     trainer = build_trainer(
         adapted,
         tokenizer,
         train_data.dataset,
         eval_data.dataset if eval_data else None,
         Collator(tokenizer.pad_token_id, width=config.max_length if config.packing else None),
-        choices.training_options(config, has_eval_rows=eval_data is not None),
+        options,
         callbacks=[run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])],
     )
-    run_folder.write_config(output, config.to_yaml())
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    _save(config, output, adapted, tokenizer)
-    metrics = {"train_loss": result.training_loss, "train_seconds": result.metrics["train_runtime"]}
-    metrics |= _last_metrics(output)
-    measured, samples = _measure(config, adapted, tokenizer, eval_data, say, with_loss=False)
-    metrics |= measured
-    records = run_folder.read_metrics(output / run_folder.METRICS_FILE)
+    if checkpoint is None:
+        clear_former_run(output)
+    # How this run was started is no part of what it is: made again from its folder, it starts like any other.
+    started = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+    run_folder.write_config(output, config.model_copy(update=started).to_yaml())
+    _save_base(config, output, adapted, tokenizer)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    run_folder.save_adapter(output, adapted, tokenizer)
+    step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
+    logged = run_folder.read_metrics(metrics_file)
+    is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
+    # Evaluation every so many steps may have ended before the last one.
+    measured, samples = _measure(config, adapted, tokenizer, eval_data, say, with_loss=not is_evaluated)
+    if measured:
+        run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
+    records = run_folder.read_metrics(metrics_file)
+    metrics = _summary(records) | {"train_seconds": result.metrics["train_runtime"]} | measured
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
-    _write_card(config, output, train_data, eval_data, metrics, len(list_checkpoints(output)))
+    card = model_card(config, output, train_data.report, eval_data.report if eval_data else None, metrics)
+    run_folder.write_model_card(output, card)
     return Run(output, metrics, samples)
 
 
@@ -106,27 +147,45 @@ def evaluate(config: RunConfig, progress: str = "plain") -> dict[str, Any]:
 
 def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[dict[str, Any], list[Sample]]:
     """`evaluate`, and the rows that were compared by generation."""
-    tokenizer = _tokenizer(config)
-    model: PreTrainedModel | PeftModel = load_model(_base_of(config), **choices.load_options(config))
-    adapter = Path(config.output_dir) / run_folder.ADAPTER_FOLDER
-    if config.adapter is not None and adapter.is_dir():
-        model = load_adapter(model, adapter)
-    _, eval_data = _read_data(config, tokenizer, only_eval=True)
-    if eval_data is None and config.perplexity_text is None:
+    say = _Speaker(progress)
+    if config.eval_dataset is None and not config.eval_split_fraction and config.perplexity_text is None:
         raise ConfigError(
             "there is nothing to evaluate on", allowed=["eval_dataset", "eval_split_fraction", "perplexity_text"]
         )
-    return _measure(config, model, tokenizer, eval_data, _Speaker(progress), with_loss=True)
+    adapter = Path(config.output_dir) / run_folder.ADAPTER_FOLDER
+    has_adapter = config.adapter is not None and adapter.is_dir()
+    tokenizer = read_tokenizer(config, adapter if has_adapter else None)
+    eval_data = read_held_out(config, tokenizer)
+    say.result("data", eval_data.report if eval_data else None)
+    base = base_of(config) if has_adapter else config.model_name_or_path
+    model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config))
+    if has_adapter:
+        model = load_adapter(model, adapter)
+        say.line(f"measuring {adapter} on {base}")
+    else:
+        say.line(f"measuring {base} itself: there is no adapter in {adapter}")
+    return _measure(config, model, tokenizer, eval_data, say, with_loss=True)
 
 
 def quantize_checkpoint(config: RunConfig, out: Path) -> ModelSize:
-    """Write the quantized checkpoint of a model, its tokenizer beside it, whole or not at all."""
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty", hint="give a new folder")
-    model = load_model(config.model_name_or_path, **choices.load_options(config))
+    """Write the quantized checkpoint of a model, its tokenizer beside it, whole or not at all.
+
+    Raises:
+        CheckpointError: `out` is not free, or the model is not whole, or quantized already.
+        ConfigError: The configuration asks for no quantization.
+        SaveError: The disk is full.
+    """
+    require_free(out)
+    options = choices.load_options(config)
+    if options["quantization"] is None:
+        raise ConfigError("there is nothing to write without quantization", found="load_in_4bit: false")
+    model = load_model(config.model_name_or_path, **options)
+    if model.hf_quantizer.pre_quantized:
+        raise CheckpointError(f"{config.model_name_or_path} is quantized already", allowed="a 16-bit checkpoint")
+    tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
     with whole_folder(out) as partial:
         model.save_pretrained(partial)
-        load_tokenizer(config.model_name_or_path, revision=config.model_revision).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return model_size(model)
 
 
@@ -146,18 +205,25 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
         out: Folder to write; must not exist, or be empty.
         onto: A key of `ONTO`.
         bound: Largest relative error of the logits.
+
+    Raises:
+        CheckpointError: No finished run at `adapter`, or `out` is not free.
+        ConfigError: The adapter has no 16-bit base to merge onto.
+        VerificationError: Above the bound; nothing is written.
+        SaveError: The disk is full; nothing is written.
     """
     if onto not in ONTO:
         raise ConfigError("unknown base to merge onto", found=onto, allowed=ONTO)
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty", hint="give a new folder")
-    config, folder = _run_of(adapter)
-    options = choices.load_options(config)
+    require_free(out)
+    run = find_run(adapter)
+    config, folder = run.config, run.adapter
+    # Summed, and compared, in fp32: only the weights that are written are rounded.
+    options = choices.load_options(config) | {"dtype": torch.float32}
+    dtype = torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16
     tokenizer = load_tokenizer(folder)
-    trained = load_adapter(load_model(_base_of(config), **options), folder)
 
     def load_original() -> PeftModel:
-        if _base_of(config) != config.model_name_or_path:
+        if base_of(config) != config.model_name_or_path:
             raise ConfigError(
                 "this adapter belongs to a base that its initialisation changed",
                 found=f"init_lora_weights: {config.init_lora_weights}",
@@ -173,10 +239,11 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
         return load_adapter(original, folder)
 
     return write_merged(
-        trained,
+        load_adapter(load_model(base_of(config), **options), folder),
         tokenizer,
-        _merge_prompts(config, tokenizer),
+        merge_prompts(config, tokenizer),
         out,
+        dtype=dtype,
         onto=onto,
         load_original=load_original,
         bound=bound,
@@ -203,129 +270,62 @@ def chat(
     options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
         return ChatSession(load_model(model), load_tokenizer(model), options)
-    config, folder = _run_of(model)
-    base = load_model(_base_of(config), **choices.load_options(config))
-    return ChatSession(load_adapter(base, folder), load_tokenizer(folder), options)
+    run = find_run(model)
+    base = load_model(base_of(run.config), **choices.load_options(run.config))
+    return ChatSession(load_adapter(base, run.adapter), load_tokenizer(run.adapter), options)
 
 
 class _Speaker:
-    """Prints what happens before and after training, where progress is for people."""
+    """Prints what happens around training: lines for people, JSON lines for machines."""
 
     def __init__(self, progress: str) -> None:
-        self.is_heard = progress in ("terminal", "plain")
+        if progress not in PROGRESS:
+            raise ConfigError("unknown kind of progress", found=progress, allowed=PROGRESS)
+        self.progress = progress
 
-    def lines(self, lines: list[str]) -> None:
-        for line in lines if self.is_heard else []:
+    def line(self, line: str) -> None:
+        if self.progress in ("terminal", "plain"):
             sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+            sys.stdout.flush()
+
+    def result(self, event: str, result: DataReport | ModelSize | None) -> None:
+        """Say a result by its `lines()`, or as a JSON event of its fields."""
+        if result is None:
+            return
+        if self.progress == "json":
+            sys.stdout.write(json.dumps({"event": event, **asdict(result)}) + "\n")
+            sys.stdout.flush()
+        for line in result.lines():
+            self.line(line)
 
 
-def _claim_output_dir(config: RunConfig) -> Path:
-    output = Path(config.output_dir)
-    holds_run = (output / run_folder.METRICS_FILE).exists() or bool(list_checkpoints(output))
-    if holds_run and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
-        raise ConfigError(
-            f"output_dir {output} holds a run already",
-            hint="go on with --resume_from_checkpoint auto, start anew with --overwrite_output_dir, or name another",
-        )
-    if config.train_dataset is None:
-        raise ConfigError("train_dataset is not given", hint="name a JSON-lines file, or a data set on the hub")
-    output.mkdir(parents=True, exist_ok=True)
-    return output
-
-
-def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
-    if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template
-    if config.pad_token is not None:
-        if config.pad_token not in tokenizer.get_vocab():
-            raise DataError(
-                "pad_token is not in the tokenizer's vocabulary",
-                found=config.pad_token,
-                hint="choose a token that is there, such as one of its special tokens",
-            )
-        tokenizer.pad_token = config.pad_token
-    check_tokenizer(tokenizer)
-    return tokenizer
-
-
-def _read_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, only_eval: bool = False
-) -> tuple[PreparedData, PreparedData | None]:
-    """Training rows and, where asked for, held-out ones. Held-out rows are never packed: each is scored by itself."""
-    held_out: Dataset | None = load_rows(config.eval_dataset, "test") if config.eval_dataset else None
-    rows: Dataset | None = None
-    if config.train_dataset is not None and (held_out is None or not only_eval):
-        rows = load_rows(config.train_dataset)
-        if held_out is None and config.eval_split_fraction > 0:
-            parts = rows.train_test_split(test_size=config.eval_split_fraction, seed=config.seed)
-            rows, held_out = parts["train"], parts["test"]
-    eval_data = None
-    if held_out is not None:
-        eval_data = prepare_rows(held_out, tokenizer, choices.data_options(config, packing=False), "held-out rows")
-    if only_eval:
-        return eval_data, eval_data  # type: ignore[return-value]  # the first is not looked at
-    assert rows is not None
-    return prepare_rows(rows, tokenizer, choices.data_options(config), "training rows"), eval_data
-
-
-def _adapt(config: RunConfig, model: PreTrainedModel) -> PeftModel:
+def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -> PeftModel:
+    """Put the adapter on; `is_initialised`: its weights, and the base they belong to, come from a checkpoint."""
     if config.adapter is None:
         raise ConfigError("full fine-tuning is not there yet", found="adapter: null", allowed="adapter: lora")
-    method = config.init_lora_weights
-    reading = method if isinstance(method, str) and method != "gaussian" else None
-    original = Path(config.model_name_or_path)
-    has_original = reading is not None and config.load_in_4bit and original.is_dir() and not _is_quantized(original)
+    method = config.init_lora_weights if isinstance(config.init_lora_weights, str) else None
+    if method == "gaussian" or (is_initialised and getattr(model, "is_quantized", False)):
+        method = None
     return prepare(
         model,
         choices.lora_config(config),
-        init_lora_weights=reading,
-        original=original if has_original else None,
+        init_lora_weights=method,
+        original=original_checkpoint(config) if method else None,
         loftq_iterations=config.loftq_iterations,
     )
 
 
-def _is_quantized(folder: Path) -> bool:
-    return '"quantization_config"' in (folder / "config.json").read_text()
-
-
-def _save(config: RunConfig, output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The adapter and, where its initialisation changed the base, that base, to which alone it belongs."""
-    if config.load_in_4bit and changes_base(config.init_lora_weights, config.loftq_iterations):
-        base = output / "base"
-        with whole_folder(base) as partial:
-            model.get_base_model().save_pretrained(partial, state_dict=_base_state(model))
+def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where the adapter's initialisation changed the quantized base: that base, to which alone the adapter belongs."""
+    base = model.get_base_model()
+    folder = output / BASE_FOLDER
+    if not getattr(base, "is_quantized", False) or not changes_base(config.init_lora_weights, config.loftq_iterations):
+        return
+    if not folder.is_dir():
+        with whole_folder(folder) as partial:
+            base.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        model.peft_config["default"].base_model_name_or_path = str(base)
-    run_folder.save_adapter(output, model, tokenizer)
-
-
-def _base_state(model: PeftModel) -> dict[str, Any]:
-    """The state dict of the base under its own names, without the adapter's entries."""
-    state = model.get_base_model().state_dict()
-    return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
-
-
-def _base_of(config: RunConfig) -> str:
-    """The base a run's adapter belongs to: the one in its folder, if its initialisation changed it."""
-    own = Path(config.output_dir) / "base"
-    return str(own) if own.is_dir() and config.adapter is not None else config.model_name_or_path
-
-
-def _run_of(folder: str) -> tuple[RunConfig, Path]:
-    """Configuration and adapter folder of a run, given its folder or its adapter's."""
-    path = Path(folder)
-    for run in (path, path.parent):
-        if (run / run_folder.CONFIG_FILE).is_file():
-            # A run that was moved is where it is now, not where its configuration says.
-            config = load_config(str(run), [f"--output_dir={run}"])
-            adapter = path if (path / "adapter_config.json").is_file() else run / run_folder.ADAPTER_FOLDER
-            return config, adapter
-    raise CheckpointError(
-        f"no run at {folder}",
-        allowed=f"a folder with {run_folder.CONFIG_FILE} and {run_folder.ADAPTER_FOLDER}/, as train leaves it",
-    )
+    model.peft_config["default"].base_model_name_or_path = str(folder)
 
 
 def _measure(
@@ -346,7 +346,7 @@ def _measure(
     if eval_data is not None and config.eval_generate_rows > 0:
         conversations = [row["messages"] for row in eval_data.dataset.select_columns("messages")]
         chosen = conversations[: config.eval_generate_rows]
-        say.lines([f"answering {len(chosen)} held-out rows"])
+        say.line(f"answering {len(chosen)} held-out rows")
         matched = exact_match(
             model, tokenizer, chosen, choices.generation_options(config), normalise=config.eval_comparison
         )
@@ -368,70 +368,22 @@ def _measure(
     return metrics, samples
 
 
-def _last_metrics(output: Path) -> dict[str, Any]:
-    """The last evaluation loss, the highest memory and the median speed that the run logged."""
-    records = run_folder.read_metrics(output / run_folder.METRICS_FILE)
-    last: dict[str, Any] = {}
-    for key, choose in (("eval_loss", lambda v: v[-1]), ("memory_peak_bytes", max), ("tokens_per_second", _median)):
+def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's log: mean loss over all steps, last evaluation loss, highest memory and median speed."""
+    summary: dict[str, Any] = {}
+    losses, last_step = 0.0, 0
+    for record in records:
+        if record.get("loss") is not None:
+            # Each logged loss is the mean over the steps since the one before.
+            losses, last_step = losses + record["loss"] * (record["step"] - last_step), record["step"]
+    if last_step:
+        summary["train_loss"] = losses / last_step
+    for key, choose in (
+        ("eval_loss", lambda values: values[-1]),
+        ("memory_peak_bytes", max),
+        ("tokens_per_second", statistics.median),
+    ):
         values = [record[key] for record in records if record.get(key) is not None]
         if values:
-            last[key] = choose(values)
-    return last
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def _merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
-    source = config.eval_dataset or config.train_dataset
-    assert source is not None
-    rows = load_rows(source, "test" if config.eval_dataset else "train")
-    rows = rows.select(range(min(8, len(rows))))
-    prepared = prepare_rows(rows, tokenizer, choices.data_options(config, packing=False), "prompts")
-    budget = math.ceil(512 / len(prepared.dataset))
-    return [row["input_ids"][:budget] for row in prepared.dataset]
-
-
-def _write_card(
-    config: RunConfig,
-    output: Path,
-    train_data: PreparedData,
-    eval_data: PreparedData | None,
-    metrics: dict[str, Any],
-    num_checkpoints: int,
-) -> None:
-    values = config.model_dump()
-
-    def chosen(*prefixes: str) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if key.startswith(prefixes) and value is not None}
-
-    data = {"train_dataset": config.train_dataset, "training rows": train_data.report.rows_kept}
-    data["rows above max_length"] = train_data.report.rows_overlong
-    if eval_data is not None:
-        data |= {
-            "held out": config.eval_dataset or "a part of train_dataset",
-            "held-out rows": eval_data.report.rows_kept,
-        }
-    run_folder.write_model_card(
-        output,
-        run_folder.ModelCard(
-            name=output.name,
-            base_model=config.model_name_or_path,
-            data=data,
-            quantization=chosen("load_in_4bit", "bnb_", "quantize_", "modules_to_not"),
-            lora=chosen("lora_", "use_", "target_", "init_lora"),
-            hyperparameters={
-                **chosen("num_train", "max_steps", "per_device_train", "gradient_", "learning_", "lr_", "warmup_"),
-                **chosen("weight_decay", "max_grad", "optim", "seed", "max_length", "packing"),
-            },
-            results={**metrics, "checkpoints kept": num_checkpoints},
-            command=shlex.join(["fourfold", "train", f"{output}/{run_folder.CONFIG_FILE}"]),
-        ),
-    )
-
-
-def samples_as_dicts(samples: list[Sample]) -> list[dict[str, Any]]:
-    """Samples as JSON can hold them."""
-    return [asdict(sample) for sample in samples]
+            summary[key] = choose(values)
+    return summary

@@ -38,7 +38,9 @@ def test_resolved_yaml_loads_again_to_an_equal_object(tmp_path, values):
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(path) == config
-    assert load_config(tmp_path) == config  # the folder of a run
+    # A run's folder: the same, where it is now.
+    assert load_config(tmp_path) == config.model_copy(update={"output_dir": str(tmp_path)})
+    assert load_config(tmp_path, ["--output_dir=x"]).output_dir == "x"
     assert yaml.safe_load(config.to_yaml()).keys() == RunConfig.model_fields.keys()
 
 

@@ -15,12 +15,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fourfold.errors import ConfigError, FourfoldError
+from fourfold.errors import FourfoldError
 
 __all__ = ["print_json", "print_result", "progress_style", "quiet_libraries", "reporting_errors"]
 
-EXIT_FAULT = 1
-EXIT_CONFIGURATION = 2
 EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells have it
 
 
@@ -69,7 +67,7 @@ def reporting_errors(as_json: bool) -> Iterator[None]:
         if as_json:
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
         _print_error(error)
-        raise typer.Exit(EXIT_CONFIGURATION if isinstance(error, ConfigError) else EXIT_FAULT) from error
+        raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as interrupt:
         typer.echo("Interrupted.", err=True)
         raise typer.Exit(EXIT_INTERRUPT) from interrupt

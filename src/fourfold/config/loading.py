@@ -56,7 +56,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """Read a run's configuration.
 
     Args:
-        path: YAML file, or the folder of a run (its config.yaml is read); None: overrides alone.
+        path: YAML file, or the folder of a run (its config.yaml is read, and output_dir is that folder: a run that was
+            moved is where it is now); None: overrides alone.
         overrides: Command-line words: `--key value`, `--key=value`, `--flag`, `--no-flag`. Values are YAML.
             An override wins over the file, and displaces the other key of a pair in EXCLUSIVE_KEYS.
 
@@ -70,6 +71,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         # Nothing is known of the file's keys: what else there is to say would be noise.
         raise ConfigError(_numbered(faults, source))
     in_file = _resolve_aliases(file_entries, faults)
+    if path is not None and Path(path).is_dir():
+        in_file["output_dir"] = _entry("output_dir", str(path), source)
     on_command_line = _resolve_aliases(_read_overrides(overrides, faults), faults)
     for pair in EXCLUSIVE_KEYS:
         for key, other in (pair, pair[::-1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,26 @@ __all__ = [
 
 
 def device(config: RunConfig) -> torch.device:
-    """Where the run computes."""
-    return default_device() if config.device == "auto" else torch.device(config.device)
+    """Where the run computes. Raises ConfigError for a GPU that is not there."""
+    if config.device == "auto":
+        return default_device()
+    chosen = torch.device(config.device)
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise ConfigError(
+            "device is not there",
+            found=config.device,
+            allowed=["auto", "cpu", *(f"cuda:{index}" for index in range(count))],
+            hint="`fourfold env` shows what this machine has",
+        )
+    return chosen
 
 
 def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dtype:
     """What the run computes in. Raises ConfigError for fp16 training, which needs loss scaling."""
     if config.bnb_4bit_compute_dtype == "auto":
-        dtype = default_dtype(device(config))
-        return torch.float32 if for_training and dtype == torch.float16 else dtype
+        default = default_dtype(device(config))
+        return torch.float32 if for_training and default == torch.float16 else default
     dtype: torch.dtype = getattr(torch, config.bnb_4bit_compute_dtype)
     if for_training and dtype == torch.float16:
         raise ConfigError(
@@ -102,7 +114,17 @@ def generation_options(config: RunConfig) -> GenerationOptions:
     )
 
 
-def training_options(config: RunConfig, *, has_eval_rows: bool) -> TrainingOptions:
+def training_options(config: RunConfig) -> TrainingOptions:
+    """Raises ConfigError for a tracker in report_to that is not installed."""
+    missing = [name for name in config.report_to if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "report_to names trackers that are not installed",
+            found=", ".join(missing),
+            hint=f"pip install {' '.join(missing)}, or leave them out",
+        )
+    has_eval_rows = config.eval_dataset is not None or config.eval_split_fraction > 0
+
     def rhythm(steps: int | None) -> tuple[str, int]:
         return ("epoch", 1) if steps is None else ("steps", steps)
 

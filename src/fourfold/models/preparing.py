@@ -18,6 +18,7 @@ from fourfold.errors import AdapterError, CheckpointError
 from fourfold.models.checkpoint_files import check_safetensors
 from fourfold.models.families import default_target_modules
 from fourfold.models.weights import OriginalWeights
+from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["load_adapter", "prepare"]
 
@@ -60,6 +61,15 @@ def prepare(
             found=f"use_dora with init_lora_weights={method!r}",
             hint="use one of the two",
         )
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        if method == "loftq":
+            raise AdapterError(
+                "LoftQ makes up for what quantizing loses, and this model is not quantized",
+                hint="load the model in 4 bits, or use another initialisation",
+            )
+        # Over ordinary layers PiSSA is PEFT's own: it splits the base, here and again wherever the adapter is loaded.
+        config.init_lora_weights = method
+        return get_peft_model(model, config)
     # What is saved describes a finished adapter: whoever loads it must not decompose the base once more.
     config.init_lora_weights = True
     prepared = get_peft_model(model, config)

@@ -117,6 +117,18 @@ class FourfoldQuantizer(HfQuantizer):
         self.expert_tensors = {}
         return model
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """A base that PEFT has put adapters into is saved under its own names, without their entries."""
+        if not any(".base_layer." in name or ".original_module." in name for name, _ in model.named_parameters()):
+            return None, {}
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # adapters by Transformers' own integration: there the adapters are what is saved
+        return {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+            for name, value in model.state_dict().items()
+            if ".lora_" not in name and ".modules_to_save." not in name
+        }, {}
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):

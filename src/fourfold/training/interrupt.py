@@ -26,17 +26,18 @@ class TrainingInterrupted(TrainingError):  # noqa: N818 - an orderly end, not a 
     """The run was asked to stop, and left a checkpoint.
 
     Attributes:
-        signal_number: The signal that asked; shells expect the exit status 128 + this.
+        signal_number: The signal that asked; the exit code is 128 + this, as shells have it.
         checkpoint: The checkpoint to resume from.
     """
 
     def __init__(self, signal_number: int, step: int, checkpoint: Path) -> None:
         self.signal_number = signal_number
         self.checkpoint = checkpoint
+        self.exit_code = 128 + signal_number
         super().__init__(
             f"Training was interrupted after step {step}; nothing is lost",
             found=signal.Signals(signal_number).name,
-            hint=f"run the same command with --resume_from_checkpoint auto; it goes on from {checkpoint}",
+            hint=f"`fourfold train {checkpoint.parent} --resume_from_checkpoint auto` goes on from {checkpoint.name}",
         )
 
 

@@ -90,6 +90,10 @@ class ProgressCallback(TrainerCallback):
         if self._progress is not None:
             self._progress.update(self._task, description=f"evaluate (batch {self._evaluated})")
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, description="train")
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -181,7 +181,7 @@ def save_adapter(run_folder: Path, model: PeftModel, tokenizer: PreTrainedTokeni
     """Save the adapter with its tokenizer and chat template, whole or not at all.
 
     Raises:
-        TrainingError: The disk is full; an adapter saved earlier is untouched.
+        SaveError: The disk is full; an adapter saved earlier is untouched.
     """
     path = run_folder / ADAPTER_FOLDER
     with whole_folder(path) as partial:

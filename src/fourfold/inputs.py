@@ -1,0 +1,239 @@
+"""What the verbs start from, by a run's configuration: its folder, tokenizer, rows and base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerBase
+
+from fourfold.config import RunConfig, load_config
+from fourfold.config import options as choices
+from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
+from fourfold.data import prepare as prepare_rows
+from fourfold.errors import CheckpointError, ConfigError, DataError
+from fourfold.models.loading import load_tokenizer
+from fourfold.training import run_folder
+from fourfold.training.checkpoint import find_checkpoint, list_checkpoints
+
+__all__ = [
+    "BASE_FOLDER",
+    "FinishedRun",
+    "base_of",
+    "claim_output_dir",
+    "clear_former_run",
+    "find_run",
+    "merge_prompts",
+    "original_checkpoint",
+    "read_data",
+    "read_held_out",
+    "read_tokenizer",
+    "require_free",
+]
+
+# In the run folder, where the adapter's initialisation changed the base.
+BASE_FOLDER = "base"
+
+
+def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
+    """The run folder and the checkpoint to resume from, if any; a run that is there already is left as it is.
+
+    Raises:
+        ConfigError: The folder holds a run that is neither resumed nor overwritten, or is a file; or nothing to train
+            on is given.
+        CheckpointError: The checkpoint to resume from is missing or not whole.
+    """
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir {output} is a file", allowed="a folder, or a name that is free")
+    holds_run = (output / run_folder.METRICS_FILE).exists() or bool(list_checkpoints(output))
+    if holds_run and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir {output} holds a run already",
+            hint="go on with --resume_from_checkpoint auto, start anew with --overwrite_output_dir, or name another",
+        )
+    if config.train_dataset is None:
+        raise ConfigError("train_dataset is not given", hint="name a JSON-lines file, or a data set on the hub")
+    return output, find_checkpoint(output, config.resume_from_checkpoint)
+
+
+def clear_former_run(output: Path) -> None:
+    """Delete what an earlier run left: its checkpoints would outrank the new ones, its base belongs to its adapter."""
+    for folder in [*list_checkpoints(output), output / BASE_FOLDER, output / run_folder.ADAPTER_FOLDER]:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    for name in (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE):
+        (output / name).unlink(missing_ok=True)
+
+
+def require_free(out: Path) -> None:
+    """Raise CheckpointError unless `out` is a name that is free, or an empty folder."""
+    if out.is_file():
+        raise CheckpointError(f"{out} is a file", hint="give a new folder")
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty", hint="give a new folder")
+
+
+def read_tokenizer(config: RunConfig, source: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source` (default: the model's), with the configuration's chat template and pad token.
+
+    Raises:
+        CheckpointError: There is none.
+        DataError: It lacks a chat template or a pad token, or the configured ones do not do.
+    """
+    tokenizer = load_tokenizer(source or config.model_name_or_path, revision=None if source else config.model_revision)
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template_text(config.chat_template)
+    if config.pad_token is not None:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise DataError(
+                "pad_token is not in the tokenizer's vocabulary",
+                found=config.pad_token,
+                hint="choose a token that is there, such as one of its special tokens",
+            )
+        tokenizer.pad_token = config.pad_token
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    if "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise DataError(f"no such file: {path}", allowed="Jinja text or a .jinja file", hint="check key chat_template")
+    return path.read_text(encoding="utf-8")
+
+
+def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreparedData, PreparedData | None]:
+    """Training rows and, where asked for, held-out ones."""
+    assert config.train_dataset is not None
+    options = choices.data_options(config)
+    if config.eval_dataset or not config.eval_split_fraction:
+        train_data = prepare_rows(load_rows(config.train_dataset), tokenizer, options, config.train_dataset)
+    else:
+        train_data = _prepare_part(config, tokenizer, options, "train")
+    return train_data, read_held_out(config, tokenizer)
+
+
+def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
+    """Held-out rows, if there are any. They are never packed: each is scored by itself."""
+    options = choices.data_options(config, packing=False)
+    if config.eval_dataset:
+        return prepare_rows(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
+    return _prepare_part(config, tokenizer, options, "held-out") if config.eval_split_fraction else None
+
+
+def _prepare_part(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, part: str
+) -> PreparedData:
+    """The "train" or the "held-out" part of the training rows."""
+    assert config.train_dataset is not None
+    rows = load_rows(config.train_dataset)
+    if len(rows) < 2:
+        raise DataError(
+            f"data set {config.train_dataset} cannot be split",
+            found=f"{len(rows)} row",
+            allowed="at least 2 rows where eval_split_fraction is given",
+        )
+    num_held_out = min(math.ceil(len(rows) * config.eval_split_fraction), len(rows) - 1)
+    parts = rows.train_test_split(test_size=num_held_out, seed=config.seed)
+    chosen = parts["train" if part == "train" else "test"]
+    try:
+        return prepare_rows(chosen, tokenizer, options, f"{config.train_dataset} ({part} part)")
+    except DataError:
+        # The whole file again: there a faulty row has the number under which a person finds it.
+        prepare_rows(rows, tokenizer, options, config.train_dataset)
+        raise
+
+
+def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
+    source = config.eval_dataset or config.train_dataset
+    assert source is not None
+    rows = load_rows(source, "test" if config.eval_dataset else "train")
+    rows = rows.select(range(min(8, len(rows))))
+    # No row may fall away here: each is a text to compare on, whatever of it was learned.
+    options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)
+    prepared = prepare_rows(rows, tokenizer, options, source)
+    budget = math.ceil(512 / len(prepared.dataset))
+    return [row["input_ids"][:budget] for row in prepared.dataset]
+
+
+def original_checkpoint(config: RunConfig) -> Path | None:
+    """The folder of the 16-bit checkpoint that is quantized while it loads; None where none of that happens."""
+    if not config.load_in_4bit:
+        return None
+    folder = Path(config.model_name_or_path)
+    if folder.is_file():
+        return None
+    if not folder.is_dir():
+        patterns = ["*.json", "*.safetensors"]
+        folder = Path(
+            snapshot_download(config.model_name_or_path, revision=config.model_revision, allow_patterns=patterns)
+        )
+    entry = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    return None if entry else folder
+
+
+def base_of(config: RunConfig) -> str:
+    """The base a run's adapter belongs to: the one in its folder, if its initialisation changed it."""
+    own = Path(config.output_dir) / BASE_FOLDER
+    return str(own) if own.is_dir() and config.adapter is not None else config.model_name_or_path
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run on the disk.
+
+    Args:
+        config: Its configuration; `output_dir` is where the run is now.
+        adapter: The folder of its adapter, or of one of its checkpoints.
+    """
+
+    config: RunConfig
+    adapter: Path
+
+
+def find_run(folder: str | Path) -> FinishedRun:
+    """The run at `folder`, which is its own, its adapter's or a checkpoint's.
+
+    Raises:
+        CheckpointError: There is none, it has no adapter yet, or its base model is gone.
+    """
+    path = Path(folder)
+    run = next((run for run in (path, path.absolute().parent) if (run / run_folder.CONFIG_FILE).is_file()), None)
+    if run is None:
+        raise CheckpointError(
+            f"no run at {folder}",
+            found="an adapter without its run" if (path / "adapter_config.json").is_file() else None,
+            allowed=f"a folder with {run_folder.CONFIG_FILE} and {run_folder.ADAPTER_FOLDER}/, as train leaves it",
+        )
+    config = load_config(run)
+    adapter = path if run != path else run / run_folder.ADAPTER_FOLDER
+    if not (adapter / "adapter_config.json").is_file():
+        checkpoints = list_checkpoints(run)
+        raise CheckpointError(
+            f"the run at {run} has no adapter in {adapter}",
+            found="a run that did not end" if checkpoints else None,
+            hint=f"finish it with `fourfold train {run} --resume_from_checkpoint auto`, or give {checkpoints[-1]}"
+            if checkpoints
+            else None,
+        )
+    base = base_of(config)
+    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+        _require_base(Path(base), run)
+    return FinishedRun(config, adapter)
+
+
+def _require_base(base: Path, run: Path) -> None:
+    if not base.exists():
+        raise CheckpointError(
+            f"the base model of the run at {run} is gone: {base}",
+            found=f"no such folder, looked up from {Path.cwd()}",
+            hint=f"bring it back, or set model_name_or_path in {run / run_folder.CONFIG_FILE} to where it is now",
+        )
