@@ -6,6 +6,7 @@ and let go before the next is read, so that no moment holds the 16-bit model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,11 +37,14 @@ class FourfoldQuantizer(HfQuantizer):
     quantization_config: FourfoldConfig
 
     def __init__(self, quantization_config: FourfoldConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # A copy: what is found out about one model must not follow the caller's object to the next.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.expert_tensors: dict[str, QuantizedTensor] = {}
         # Transformers turns an exception during loading into a line of its report; kept here, it is raised as it is.
         self.errors: list[FourfoldError] = []
-        self._experts: dict[str, torch.Size] = {}
+        # Names of the 3-D parameters that are quantized, and the dtypes that the model computes in there.
+        self._experts: list[str] = []
+        self._expert_dtypes: dict[str, torch.dtype] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -66,18 +70,17 @@ class FourfoldQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
-        skipped = _skip_patterns(model, config)
+        skipped = _skip_patterns(model, config, self.pre_quantized)
         for name, linear in list(_linears(model)):
             if matches(name, skipped):
                 continue
             layer = _empty_layer(linear, config)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
-        self._experts = _expert_shapes(model, skipped)
+        self._experts = _expert_parameters(model, skipped)
+        self._expert_dtypes = {name: model.get_parameter(name).dtype for name in self._experts}
         config.has_quantized_experts = bool(self._experts)
-        config.modules_to_not_convert = sorted(
-            {name for name, _ in _linears(model)} | set(config.modules_to_not_convert)
-        )
+        config.modules_to_not_convert = _left_dense(model, self._experts)
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -100,15 +103,26 @@ class FourfoldQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.errors:
             raise self.errors[0]
+        unread = [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedLinear) and module.scales is None
+        ] + [name for name in self._experts if name not in self.expert_tensors]
+        if unread:
+            raise CheckpointError(
+                "weights are missing from the checkpoint",
+                found=", ".join(unread[:8]) + (f" and {len(unread) - 8} more" if len(unread) > 8 else ""),
+                hint="it was half written, or belongs to another model: get it again",
+            )
         for name, tensor in self.expert_tensors.items():
             path, _, parameter = name.rpartition(".")
             module = model.get_submodule(path)
             device = getattr(module, parameter).device
-            set_quantized_parameter(module, parameter, tensor.to(device))
+            set_quantized_parameter(module, parameter, tensor.to(device), self._expert_dtypes[name])
         if self.expert_tensors or self.pre_quantized:
             # A checkpoint of this model is written in the model's own names: Transformers' conversions would split
             # packed codes as if they were weights.
-            model._weight_conversions = []
+            model._weight_conversions = []  # type: ignore[assignment]
         self.expert_tensors = {}
         return model
 
@@ -176,11 +190,14 @@ class _ReadQuantized(ConversionOps):
     ) -> dict[str, Tensor]:
         assert model is not None
         assert full_layer_name is not None
-        entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        entries = {
+            full_layer_name + key.removeprefix(self.name): value[0] if isinstance(value, list) else value
+            for key, value in input_dict.items()
+        }
         expected = self.hf_quantizer.param_needs_quantization(model, full_layer_name)
         if not expected and len(entries) == 1:
             dtype = model.get_parameter_or_buffer(full_layer_name).dtype  # type: ignore[operator]
-            return {key: value.to(dtype) for key, value in entries.items()}
+            return {self.name: entries[full_layer_name].to(dtype)}
         try:
             if not expected:
                 raise CheckpointError(
@@ -188,9 +205,8 @@ class _ReadQuantized(ConversionOps):
                     found=sorted(entries),
                     hint="config.json and the weights do not belong together: get the checkpoint again",
                 )
-            tensor = from_state_dict(entries, self.name)
+            tensor = from_state_dict(entries, full_layer_name)
         except CheckpointError as error:
-            error.args = (str(error).replace(self.name, full_layer_name, 1),)
             self.hf_quantizer.errors.append(error)
             return {self.name: torch.zeros(1, dtype=torch.uint8)}
         return {self.name: self.hf_quantizer.place(model, full_layer_name, tensor)}
@@ -205,7 +221,7 @@ def quantize_model(model: nn.Module, config: FourfoldConfig | None = None) -> nn
     Raises:
         QuantizationError: As for `quantize`, and 3-D parameters that are not known to be experts.
     """
-    config = config or FourfoldConfig()
+    config = copy.deepcopy(config) if config is not None else FourfoldConfig()
     skipped = _skip_patterns(model, config)
     for name, linear in list(_linears(model)):
         if matches(name, skipped):
@@ -216,16 +232,17 @@ def quantize_model(model: nn.Module, config: FourfoldConfig | None = None) -> nn
         layer.bias = linear.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    for name in _expert_shapes(model, skipped):
+    experts = _expert_parameters(model, skipped)
+    for name in experts:
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)
         dense = getattr(module, parameter).data
         set_quantized_parameter(module, parameter, quantize(dense, name=name, **config.quantize_options()))
-        config.has_quantized_experts = True
-    config.modules_to_not_convert = sorted({name for name, _ in _linears(model)} | set(config.modules_to_not_convert))
+    config.has_quantized_experts = bool(experts)
+    config.modules_to_not_convert = _left_dense(model, experts)
     if hasattr(model, "config"):
         quantizer = FourfoldQuantizer(config, pre_quantized=False)
-        model.config.quantization_config = config
+        model.config.quantization_config = quantizer.quantization_config
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         model.is_quantized = True  # type: ignore[assignment]
         if config.has_quantized_experts:
@@ -257,10 +274,18 @@ def _empty_layer(linear: nn.Module, config: FourfoldConfig) -> QuantizedLinear:
     return layer
 
 
-def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
+def _left_dense(model: nn.Module, experts: list[str]) -> list[str]:
+    """Full names of what was not quantized: of globs bitsandbytes would make regular expressions."""
+    linears = {name for name, _ in _linears(model)}
+    parameters = {f"{path}.{name}" for path, module in model.named_modules() for name in expert_parameters(module)}
+    return sorted(linears | parameters - set(experts))
+
+
+def _skip_patterns(model: nn.Module, config: FourfoldConfig, pre_quantized: bool = False) -> list[str]:
     """Names and globs of the modules that stay as they are."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    wrong = unmatched(names, config.modules_to_not_convert)
+    # Files of others name modules of models that this one is only a part of.
+    wrong = [] if pre_quantized else unmatched(names, config.modules_to_not_convert)
     if wrong:
         raise QuantizationError(
             "modules_to_not_convert names modules that the model does not have",
@@ -276,6 +301,8 @@ def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
     if not config.quantize_lm_head:
         return [*skipped, head_name]
     if getattr(model.config, "tie_word_embeddings", False):
+        if pre_quantized:
+            return [*skipped, head_name]
         raise QuantizationError(
             f"{head_name} shares its weight with the embedding, which stays in 16 bits",
             found="quantize_lm_head=True",
@@ -284,16 +311,16 @@ def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
     return skipped
 
 
-def _expert_shapes(model: nn.Module, skipped: list[str]) -> dict[str, torch.Size]:
-    """Names and shapes of the 3-D expert parameters; a 3-D parameter of another kind is refused rather than left."""
-    shapes, unknown = {}, []
+def _expert_parameters(model: nn.Module, skipped: list[str]) -> list[str]:
+    """Names of the 3-D expert parameters; a 3-D parameter of another kind is refused rather than left."""
+    known, unknown = [], []
     for path, module in model.named_modules():
         for name, parameter in expert_parameters(module).items():
             full_name = f"{path}.{name}" if path else name
             if matches(full_name, skipped):
                 continue
             if "expert" in type(module).__name__.lower() or "experts" in path.split("."):
-                shapes[full_name] = parameter.shape
+                known.append(full_name)
             else:
                 unknown.append(f"{full_name} {tuple(parameter.shape)} of {type(module).__name__}")
     if unknown:
@@ -302,4 +329,4 @@ def _expert_shapes(model: nn.Module, skipped: list[str]) -> dict[str, torch.Size
             found=unknown[:8],
             hint="list them in modules_to_not_convert to leave them in 16 bits",
         )
-    return shapes
+    return known
