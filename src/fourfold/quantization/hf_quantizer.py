@@ -103,11 +103,7 @@ class FourfoldQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.errors:
             raise self.errors[0]
-        unread = [
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, QuantizedLinear) and module.scales is None
-        ] + [name for name in self._experts if name not in self.expert_tensors]
+        unread = list(self._unread(model))
         if unread:
             raise CheckpointError(
                 "weights are missing from the checkpoint",
@@ -125,6 +121,16 @@ class FourfoldQuantizer(HfQuantizer):
             model._weight_conversions = []  # type: ignore[assignment]
         self.expert_tensors = {}
         return model
+
+    def _unread(self, model: nn.Module) -> Iterator[str]:
+        """Names of quantized weights, and of biases beside them, that the checkpoint did not have."""
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                if module.scales is None:
+                    yield f"{name}.weight"
+                if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
+                    yield f"{name}.bias"
+        yield from (name for name in self._experts if name not in self.expert_tensors)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
@@ -180,6 +186,10 @@ class _ReadQuantized(ConversionOps):
         # Transformers reads tensors in the checkpoint's own dtypes for operations that have an attribute of this name.
         self.hf_quantizer = quantizer
         self.name = name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadQuantized:
+        # Transformers copies an operation for each weight; what is read must reach the one quantizer.
+        return self
 
     def convert(
         self,
@@ -271,6 +281,8 @@ def _empty_layer(linear: nn.Module, config: FourfoldConfig) -> QuantizedLinear:
         dtype=linear.weight.dtype,
     )
     layer.source_is_transposed = is_transposed  # type: ignore[assignment]
+    # Codes that are missing from a checkpoint are an error: Transformers must not draw them at random.
+    layer._is_hf_initialized = True  # type: ignore[assignment]
     return layer
 
 

@@ -90,7 +90,7 @@ def from_state_dict(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTens
     codes = _entry(entries, prefix)
     shape = torch.Size(header["shape"])
     num_bytes = number_format.num_code_bytes(shape.numel())
-    codes = codes.view(torch.uint8) if codes.dtype != torch.uint8 else codes
+    codes = codes.reshape(-1).view(torch.uint8)
     if codes.numel() != num_bytes:
         raise CheckpointError(
             f"{prefix} is cut short or belongs to another shape",

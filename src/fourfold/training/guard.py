@@ -1,6 +1,5 @@
 """Watches each optimizer step: how long it takes, and whether its numbers are finite."""
 
-
 from __future__ import annotations
 
 import math

@@ -1,6 +1,5 @@
 """Leaving a run in good order when the person or the system asks for it."""
 
-
 from __future__ import annotations
 
 import contextlib

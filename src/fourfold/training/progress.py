@@ -1,6 +1,5 @@
 """What a run says while it runs: a live line on a terminal, plain lines in a log, JSON for machines."""
 
-
 from __future__ import annotations
 
 import enum

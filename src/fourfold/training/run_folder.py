@@ -8,7 +8,6 @@ README.md        the model card: how it was made
 checkpoint-N/    see fourfold.training.checkpoint
 """
 
-
 from __future__ import annotations
 
 import importlib.metadata
