@@ -1,21 +1,31 @@
 """Choosing the scale of a block of an integer format: its absmax, or something smaller that clips outliers.
 
-Each calibration takes elements as blocks, fp32 [num_blocks, block_size], and returns their scales, fp32 [num_blocks].
-A short last block is calibrated by itself.
+Each takes elements as blocks, fp32 [num_blocks, block_size], and returns their scales, fp32 [num_blocks]. A short last
+block is calibrated by itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fourfold.errors import QuantizationError
 from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.rounding import round_nearest
 
-__all__ = ["CALIBRATIONS", "by_absmax", "by_kl_divergence", "by_percentile", "by_squared_error"]
+__all__ = [
+    "CALIBRATIONS",
+    "Calibration",
+    "by_absmax",
+    "by_kl_divergence",
+    "by_percentile",
+    "by_squared_error",
+    "check_calibration",
+]
 
 # Ratios of the absmax that the searches try: below half of it nothing but damage was ever found.
 _RATIOS = tuple(1 - step / 40 for step in range(21))
@@ -98,9 +108,34 @@ def _reciprocal(scales: Tensor) -> Tensor:
     return 1.0 / scales.clamp_min(1e-38)
 
 
-CALIBRATIONS: dict[str, Callable[[Tensor, NumberFormat], Tensor]] = {
-    "absmax": by_absmax,
-    "percentile": by_percentile,
-    "mse": by_squared_error,
-    "kl": by_kl_divergence,
+@dataclass(frozen=True)
+class Calibration:
+    """A way to choose scales.
+
+    Args:
+        scales: The function, as the module describes it.
+        is_blockwise: Whether a block's scale depends on that block alone, so that a tensor may be taken in parts.
+    """
+
+    scales: Callable[[Tensor, NumberFormat], Tensor]
+    is_blockwise: bool = True
+
+
+CALIBRATIONS: dict[str, Calibration] = {
+    "absmax": Calibration(by_absmax),
+    "percentile": Calibration(by_percentile),
+    "mse": Calibration(by_squared_error),
+    "kl": Calibration(by_kl_divergence, is_blockwise=False),
 }
+
+
+def check_calibration(name: str, number_format: NumberFormat) -> None:
+    """Raise QuantizationError unless there is such a calibration, and it is for this format."""
+    if name not in CALIBRATIONS:
+        raise QuantizationError("unknown calibration", found=name, allowed=CALIBRATIONS)
+    if name != "absmax" and not number_format.is_integer:
+        raise QuantizationError(
+            f"calibration is for integer formats; {number_format.name} is built for blocks scaled by their absmax",
+            found=name,
+            allowed="absmax",
+        )

@@ -8,6 +8,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fourfold.errors import QuantizationError
+from fourfold.quantization.calibration import check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
 
 __all__ = ["QUANT_METHOD", "FourfoldConfig"]
@@ -48,7 +49,8 @@ class FourfoldConfig(QuantizationConfigMixin):
                 found=sorted(kwargs),
                 allowed=FourfoldConfig.option_names(),
             )
-        get_format(bnb_4bit_quant_type)
+        number_format = get_format(bnb_4bit_quant_type)
+        check_calibration(calibration, number_format)
         if bnb_4bit_blocksize not in BLOCK_SIZES:
             raise QuantizationError("unsupported block size", found=bnb_4bit_blocksize, allowed=BLOCK_SIZES)
         self.quant_method = QUANT_METHOD
@@ -92,15 +94,19 @@ class FourfoldConfig(QuantizationConfigMixin):
                 "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
                 "bnb_4bit_compute_dtype": "bfloat16",
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": self.modules_to_not_convert or None,
+                # Without a list bitsandbytes leaves out the output head, which may be quantized here.
+                "llm_int8_skip_modules": self.modules_to_not_convert,
             }
         return {"quant_method": QUANT_METHOD, **{name: getattr(self, name) for name in self.option_names()}}
 
     @classmethod
     def from_bitsandbytes(cls, entry: dict[str, Any]) -> FourfoldConfig:
         """The configuration that reads a checkpoint whose config.json holds bitsandbytes' `entry`."""
+        skipped = entry.get("llm_int8_skip_modules")
         return cls(
             bnb_4bit_quant_type=entry.get("bnb_4bit_quant_type", "fp4"),
             bnb_4bit_use_double_quant=entry.get("bnb_4bit_use_double_quant", False),
-            modules_to_not_convert=entry.get("llm_int8_skip_modules"),
+            modules_to_not_convert=skipped,
+            # bitsandbytes leaves out the output head by itself only where nothing is listed.
+            quantize_lm_head=skipped is not None,
         )

@@ -6,11 +6,13 @@ and let go before the next is read, so that no moment holds the 16-bit model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
@@ -36,11 +38,14 @@ class FourfoldQuantizer(HfQuantizer):
     quantization_config: FourfoldConfig
 
     def __init__(self, quantization_config: FourfoldConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # A copy: what is found out about one model must not follow the caller's object to the next.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.expert_tensors: dict[str, QuantizedTensor] = {}
         # Transformers turns an exception during loading into a line of its report; kept here, it is raised as it is.
         self.errors: list[FourfoldError] = []
-        self._experts: dict[str, torch.Size] = {}
+        # Names of the 3-D parameters that are quantized, and the dtypes that the model computes in there.
+        self._experts: list[str] = []
+        self._expert_dtypes: dict[str, torch.dtype] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -66,9 +71,9 @@ class FourfoldQuantizer(HfQuantizer):
         path, _, name = param_name.rpartition(".")
         return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
-        skipped = _skip_patterns(model, config)
+        skipped = _skip_patterns(model, config, self.pre_quantized)
         for name, linear in list(_linears(model)):
             if matches(name, skipped):
                 continue
@@ -78,11 +83,10 @@ class FourfoldQuantizer(HfQuantizer):
                 layer.weight = nn.Parameter(linear.weight, requires_grad=False)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
-        self._experts = _expert_shapes(model, skipped)
+        self._experts = _expert_parameters(model, skipped)
+        self._expert_dtypes = {name: model.get_parameter(name).dtype for name in self._experts}
         config.has_quantized_experts = bool(self._experts)
-        config.modules_to_not_convert = sorted(
-            {name for name, _ in _linears(model)} | set(config.modules_to_not_convert)
-        )
+        config.modules_to_not_convert = _left_dense(model, self._experts)
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -102,14 +106,21 @@ class FourfoldQuantizer(HfQuantizer):
             for name in names
         ]
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.errors:
             raise self.errors[0]
+        unread = list(self._unread(model))
+        if unread:
+            raise CheckpointError(
+                "weights are missing from the checkpoint",
+                found=", ".join(unread[:8]) + (f" and {len(unread) - 8} more" if len(unread) > 8 else ""),
+                hint="it was half written, or belongs to another model: get it again",
+            )
         for name, tensor in self.expert_tensors.items():
             path, _, parameter = name.rpartition(".")
             module = model.get_submodule(path)
             device = getattr(module, parameter).device
-            set_quantized_parameter(module, parameter, tensor.to(device))
+            set_quantized_parameter(module, parameter, tensor.to(device), self._expert_dtypes[name])
         if self.expert_tensors or self.pre_quantized:
             # A checkpoint of this model is written in the model's own names: Transformers' conversions would split
             # packed codes as if they were weights.
@@ -128,6 +139,16 @@ class FourfoldQuantizer(HfQuantizer):
             for name, value in model.state_dict().items()
             if ".lora_" not in name and ".modules_to_save." not in name
         }, {}
+
+    def _unread(self, model: nn.Module) -> Iterator[str]:
+        """Names of quantized weights, and of biases beside them, that the checkpoint did not have."""
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                if module.scales is None:
+                    yield f"{name}.weight"
+                if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
+                    yield f"{name}.bias"
+        yield from (name for name in self._experts if name not in self.expert_tensors)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
@@ -184,6 +205,10 @@ class _ReadQuantized(ConversionOps):
         self.hf_quantizer = quantizer
         self.name = name
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadQuantized:
+        # Transformers copies an operation for each weight; what is read must reach the one quantizer.
+        return self
+
     def convert(
         self,
         input_dict: dict[str, Any],
@@ -193,11 +218,14 @@ class _ReadQuantized(ConversionOps):
     ) -> dict[str, Tensor]:
         assert model is not None
         assert full_layer_name is not None
-        entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        entries = {
+            full_layer_name + key.removeprefix(self.name): value[0] if isinstance(value, list) else value
+            for key, value in input_dict.items()
+        }
         expected = self.hf_quantizer.param_needs_quantization(model, full_layer_name)
         if not expected and len(entries) == 1:
             dtype = model.get_parameter_or_buffer(full_layer_name).dtype  # type: ignore[operator]
-            return {key: value.to(dtype) for key, value in entries.items()}
+            return {self.name: entries[full_layer_name].to(dtype)}
         try:
             if not expected:
                 raise CheckpointError(
@@ -205,15 +233,14 @@ class _ReadQuantized(ConversionOps):
                     found=sorted(entries),
                     hint="config.json and the weights do not belong together: get the checkpoint again",
                 )
-            tensor = from_state_dict(entries, self.name)
+            tensor = from_state_dict(entries, full_layer_name)
         except CheckpointError as error:
-            error.args = (str(error).replace(self.name, full_layer_name, 1),)
             self.hf_quantizer.errors.append(error)
             return {self.name: torch.zeros(1, dtype=torch.uint8)}
         return {self.name: self.hf_quantizer.place(model, full_layer_name, tensor)}
 
 
-def quantize_model(model: nn.Module, config: FourfoldConfig | None = None) -> nn.Module:
+def quantize_model(model: PreTrainedModel, config: FourfoldConfig | None = None) -> PreTrainedModel:
     """Quantize a model that is already in memory, in place, and return it.
 
     The 16-bit model is in memory before: where it comes from a checkpoint, `from_pretrained` with a FourfoldConfig is
@@ -222,7 +249,7 @@ def quantize_model(model: nn.Module, config: FourfoldConfig | None = None) -> nn
     Raises:
         QuantizationError: As for `quantize`, and 3-D parameters that are not known to be experts.
     """
-    config = config or FourfoldConfig()
+    config = copy.deepcopy(config) if config is not None else FourfoldConfig()
     skipped = _skip_patterns(model, config)
     for name, linear in list(_linears(model)):
         if matches(name, skipped):
@@ -233,32 +260,32 @@ def quantize_model(model: nn.Module, config: FourfoldConfig | None = None) -> nn
         layer.bias = linear.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    for name in _expert_shapes(model, skipped):
+    experts = _expert_parameters(model, skipped)
+    for name in experts:
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)
         dense = getattr(module, parameter).data
         set_quantized_parameter(module, parameter, quantize(dense, name=name, **config.quantize_options()))
-        config.has_quantized_experts = True
-    config.modules_to_not_convert = sorted({name for name, _ in _linears(model)} | set(config.modules_to_not_convert))
+    config.has_quantized_experts = bool(experts)
+    config.modules_to_not_convert = _left_dense(model, experts)
     if hasattr(model, "config"):
         quantizer = FourfoldQuantizer(config, pre_quantized=False)
-        model.config.quantization_config = config
-        model.hf_quantizer = quantizer  # type: ignore[assignment]
-        model.is_quantized = True  # type: ignore[assignment]
+        model.config.quantization_config = quantizer.quantization_config
+        model.hf_quantizer = quantizer
+        model.is_quantized = True
         if config.has_quantized_experts:
-            model._weight_conversions = []  # type: ignore[assignment]
+            model._weight_conversions = []
     return model
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Layers that hold a dense matrix: `nn.Linear` itself, not what derives from it, and GPT-2's transposed twin."""
     for name, module in model.named_modules():
         if type(module) is nn.Linear or isinstance(module, Conv1D):
             yield name, module
 
 
-def _empty_layer(linear: nn.Module, config: FourfoldConfig) -> QuantizedLinear:
-    assert isinstance(linear.weight, Tensor)
+def _empty_layer(linear: nn.Linear, config: FourfoldConfig) -> QuantizedLinear:
     is_transposed = isinstance(linear, Conv1D)
     shape = linear.weight.shape
     out_features, in_features = reversed(shape) if is_transposed else shape
@@ -271,13 +298,23 @@ def _empty_layer(linear: nn.Module, config: FourfoldConfig) -> QuantizedLinear:
         dtype=linear.weight.dtype,
     )
     layer.source_is_transposed = is_transposed  # type: ignore[assignment]
+    # Codes that are missing from a checkpoint are an error: Transformers must not draw them at random.
+    layer._is_hf_initialized = True  # type: ignore[assignment]
     return layer
 
 
-def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
+def _left_dense(model: nn.Module, experts: list[str]) -> list[str]:
+    """Full names of what was not quantized: of globs bitsandbytes would make regular expressions."""
+    linears = {name for name, _ in _linears(model)}
+    parameters = {f"{path}.{name}" for path, module in model.named_modules() for name in expert_parameters(module)}
+    return sorted(linears | parameters - set(experts))
+
+
+def _skip_patterns(model: PreTrainedModel, config: FourfoldConfig, pre_quantized: bool = False) -> list[str]:
     """Names and globs of the modules that stay as they are."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    wrong = unmatched(names, config.modules_to_not_convert)
+    # Files of others name modules of models that this one is only a part of.
+    wrong = [] if pre_quantized else unmatched(names, config.modules_to_not_convert)
     if wrong:
         raise QuantizationError(
             "modules_to_not_convert names modules that the model does not have",
@@ -293,6 +330,8 @@ def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
     if not config.quantize_lm_head:
         return [*skipped, head_name]
     if getattr(model.config, "tie_word_embeddings", False):
+        if pre_quantized:
+            return [*skipped, head_name]
         raise QuantizationError(
             f"{head_name} shares its weight with the embedding, which stays in 16 bits",
             found="quantize_lm_head=True",
@@ -301,16 +340,16 @@ def _skip_patterns(model: nn.Module, config: FourfoldConfig) -> list[str]:
     return skipped
 
 
-def _expert_shapes(model: nn.Module, skipped: list[str]) -> dict[str, torch.Size]:
-    """Names and shapes of the 3-D expert parameters; a 3-D parameter of another kind is refused rather than left."""
-    shapes, unknown = {}, []
+def _expert_parameters(model: nn.Module, skipped: list[str]) -> list[str]:
+    """Names of the 3-D expert parameters; a 3-D parameter of another kind is refused rather than left."""
+    known, unknown = [], []
     for path, module in model.named_modules():
         for name, parameter in expert_parameters(module).items():
             full_name = f"{path}.{name}" if path else name
             if matches(full_name, skipped):
                 continue
             if "expert" in type(module).__name__.lower() or "experts" in path.split("."):
-                shapes[full_name] = parameter.shape
+                known.append(full_name)
             else:
                 unknown.append(f"{full_name} {tuple(parameter.shape)} of {type(module).__name__}")
     if unknown:
@@ -319,4 +358,4 @@ def _expert_shapes(model: nn.Module, skipped: list[str]) -> dict[str, torch.Size
             found=unknown[:8],
             hint="list them in modules_to_not_convert to leave them in 16 bits",
         )
-    return shapes
+    return known

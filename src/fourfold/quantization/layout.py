@@ -24,10 +24,11 @@ from fourfold.errors import CheckpointError
 from fourfold.quantization.formats import FORMATS
 from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.scales import NestedScales, PlainScales, Scales, dynamic_map
-from fourfold.quantization.tensor import QuantizedTensor
+from fourfold.quantization.tensor import DTYPES, QuantizedTensor
 
 __all__ = ["STATE_SUFFIXES", "from_state_dict", "is_quantized", "state_key", "to_state_dict"]
 
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _BITSANDBYTES_FORMATS = ("nf4", "fp4")
 
 
@@ -57,7 +58,7 @@ def to_state_dict(tensor: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     header: dict[str, Any] = {
         "quant_type": tensor.format.name,
         "blocksize": tensor.block_size,
-        "dtype": _dtype_name(tensor.dtype),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
     }
     entries = {prefix: tensor.codes, f"{prefix}.quant_map": tensor.codebook.clone()}
@@ -89,7 +90,7 @@ def from_state_dict(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTens
     codes = _entry(entries, prefix)
     shape = torch.Size(header["shape"])
     num_bytes = number_format.num_code_bytes(shape.numel())
-    codes = codes.view(torch.uint8) if codes.dtype != torch.uint8 else codes
+    codes = codes.reshape(-1).view(torch.uint8)
     if codes.numel() != num_bytes:
         raise CheckpointError(
             f"{prefix} is cut short or belongs to another shape",
@@ -115,7 +116,7 @@ def from_state_dict(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTens
         format=number_format,
         block_size=header["blocksize"],
         shape=shape,
-        dtype=getattr(torch, header["dtype"]),
+        dtype=DTYPE_NAMES[header["dtype"]],
     )
 
 
@@ -123,12 +124,26 @@ def _header(entries: Mapping[str, Tensor], prefix: str) -> tuple[NumberFormat, d
     for number_format in FORMATS.values():
         packed = entries.get(f"{prefix}.{state_key(number_format)}")
         if packed is not None:
-            return number_format, json.loads(bytes(packed.cpu().tolist()).decode())
+            return number_format, _parsed(packed, f"{prefix}.{state_key(number_format)}")
     raise CheckpointError(
         f"{prefix} has no quantization state",
         allowed=[f"{prefix}.{state_key(number_format)}" for number_format in FORMATS.values()],
         hint="the checkpoint was half written, or is not quantized to 4 bits",
     )
+
+
+def _parsed(packed: Tensor, key: str) -> dict[str, Any]:
+    hint = "it was half written or damaged: get the checkpoint again"
+    try:
+        header: dict[str, Any] = json.loads(bytes(packed.cpu().tolist()).decode())
+    except ValueError as error:
+        raise CheckpointError(f"{key} is no JSON object: {error}", hint=hint) from error
+    needed = {"blocksize", "dtype", "shape"} | ({"nested_blocksize"} if "nested_offset" in header else set())
+    if not needed <= header.keys():
+        raise CheckpointError(f"{key} is incomplete", found=sorted(header), allowed=sorted(needed), hint=hint)
+    if header["dtype"] not in DTYPE_NAMES:
+        raise CheckpointError(f"{key} has an unknown dtype", found=header["dtype"], allowed=DTYPE_NAMES)
+    return header
 
 
 def _scales(entries: Mapping[str, Tensor], prefix: str, header: dict[str, Any]) -> Scales:
@@ -153,7 +168,3 @@ def _entry(entries: Mapping[str, Tensor], key: str) -> Tensor:
         raise CheckpointError(
             f"{key} is missing from the checkpoint", hint="it was half written: get it again"
         ) from None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

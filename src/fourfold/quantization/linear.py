@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.quantization.formats import get_format
-from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized
+from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized, state_key
 from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.scales import Scales
 from fourfold.quantization.tensor import QuantizedTensor, quantize
@@ -24,6 +24,7 @@ class QuantizedWeight:
     maps, checkpoints, sharding) sees them. The scales are kept beside it: `module.to(dtype)` must not round them.
     """
 
+    number_format: NumberFormat
     _rest: QuantizedTensor | None
 
     @property
@@ -42,6 +43,7 @@ class QuantizedWeight:
         """Take everything but the codes from `value`; the parameter `weight` is the caller's to set."""
         # An empty slice instead of the codes: this object must not keep them alive when the parameter is moved.
         self._rest = _with_codes(value, value.codes[:0])
+        self.number_format = value.format
 
     @property
     def scales(self) -> Scales | None:
@@ -77,7 +79,14 @@ class QuantizedWeight:
     ) -> None:
         key = prefix + "weight"
         if is_quantized(state_dict, key):
-            self.quantized = from_state_dict(state_dict, key).to(self.weight.device)
+            loaded = from_state_dict(state_dict, key)
+            if not local_metadata.get("assign_to_params_buffers", False):
+                device = self.weight.device
+                loaded = loaded.map_tensors(lambda tensor: tensor.to(device, copy=True))
+            self.quantized = loaded
+        elif key in state_dict and state_dict[key].dtype == torch.uint8:
+            # Codes alone would be read with the scales that happen to be here.
+            missing_keys.append(f"{key}.{state_key(self.number_format)}")
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -91,7 +100,7 @@ def _with_codes(tensor: QuantizedTensor, codes: Tensor) -> QuantizedTensor:
     )
 
 
-class QuantizedLinear(QuantizedWeight, nn.Linear):
+class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the mixin sets `weight` as Linear has it
     """y = x W^T + b, W quantized and frozen: its gradient is never computed, the input's is.
 
     W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more
@@ -127,6 +136,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.number_format = number_format
         # What the model computes in: the dtype of `dense`, where it differs from the one the weight came in.
         self.compute_dtype = dtype
         self._rest = None

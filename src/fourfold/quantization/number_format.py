@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class NumberFormat:
     def __post_init__(self) -> None:
         if len(self.values) != 2**self.bits:
             raise ValueError(f"{self.name}: {self.bits} bits need {2**self.bits} values, got {len(self.values)}")
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether codes ascend with their values."""
+        return all(low < high for low, high in pairwise(self.values))
 
     def codebook(self, device: torch.device | str = "cpu") -> Tensor:
         """fp32 [2**bits], shared by all tensors of this format on `device`; not to be written to."""

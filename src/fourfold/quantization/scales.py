@@ -27,7 +27,7 @@ def dynamic_map(device: torch.device) -> Tensor:
     """
     values: list[float] = [0.0, 1.0]
     for exponent in range(7):
-        boundaries = torch.linspace(0.1, 1, 2 ** (6 - exponent) + 1, dtype=torch.float32)
+        boundaries = torch.linspace(0.1, 1, 2 ** (6 - exponent) + 1, dtype=torch.float32, device="cpu")
         middles = (boundaries[:-1] + boundaries[1:]) / 2.0
         positive = (10 ** (-exponent) * middles).tolist()
         values += positive + [-value for value in positive]

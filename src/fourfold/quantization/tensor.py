@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fourfold.errors import QuantizationError
 from fourfold.kernels.blockwise import dequantize_blockwise
-from fourfold.quantization.calibration import CALIBRATIONS
+from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
 from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.rounding import ROUNDINGS
 from fourfold.quantization.scales import NestedScales, PlainScales, Scales
 
-__all__ = ["QuantizedTensor", "quantize"]
+__all__ = ["DTYPES", "QuantizedTensor", "quantize"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -120,24 +120,26 @@ def quantize(
     _check_options(number_format, block_size, rounding, calibration)
     if tensor.dtype not in DTYPES:
         raise QuantizationError(f"{name} cannot be quantized", found=tensor.dtype, allowed=DTYPES)
-    flat = tensor.detach().reshape(-1).float()
+    flat = tensor.detach().reshape(-1)
     _check_finite(flat, name)
-    scale_of, round_to = CALIBRATIONS[calibration], ROUNDINGS[rounding]
-    whole = flat.numel() // block_size * block_size
-    absmax, codes = [], []
-    # The short last block, if there is one, is a matrix of one row of its own.
-    for blocks in (flat[:whole].view(-1, block_size), flat[None, whole:]):
-        if blocks.numel() == 0:
-            continue
-        scale = scale_of(blocks, number_format)
-        normalized = blocks * (1.0 / scale.clamp_min(1e-38))[:, None]
-        absmax.append(scale)
-        codes.append(round_to(normalized.reshape(-1), number_format, generator))
-    all_scales = torch.cat(absmax) if absmax else flat.new_zeros(0)
-    all_codes = torch.cat(codes) if codes else flat.new_zeros(0, dtype=torch.uint8)
+    num_blocks = -(-flat.numel() // block_size)
+    absmax = torch.empty(num_blocks, dtype=torch.float32, device=flat.device)
+    packed = torch.empty(number_format.num_code_bytes(flat.numel()), 1, dtype=torch.uint8, device=flat.device)
+    calibrated = CALIBRATIONS[calibration]
+    part_size = _part_size(flat.device)
+    first = 0
+    for blocks in _parts(flat, block_size, part_size if calibrated.is_blockwise else flat.numel()):
+        absmax[first : first + len(blocks)] = calibrated.scales(blocks, number_format)
+        first += len(blocks)
+    first = first_byte = 0
+    for blocks in _parts(flat, block_size, part_size):
+        normalized = blocks.mul_((1.0 / absmax[first : first + len(blocks)].clamp_min(1e-38))[:, None])
+        codes = number_format.pack(ROUNDINGS[rounding](normalized.view(-1), number_format, generator))
+        packed[first_byte : first_byte + len(codes)] = codes
+        first, first_byte = first + len(blocks), first_byte + len(codes)
     return QuantizedTensor(
-        codes=number_format.pack(all_codes),
-        scales=NestedScales.quantize(all_scales) if double_quant else PlainScales(all_scales),
+        codes=packed,
+        scales=NestedScales.quantize(absmax) if double_quant else PlainScales(absmax),
         codebook=number_format.codebook(tensor.device),
         format=number_format,
         block_size=block_size,
@@ -146,30 +148,39 @@ def quantize(
     )
 
 
+def _part_size(device: torch.device) -> int:
+    """Elements to quantize at a time: bounds the temporary memory, and on a CPU keeps it in each core's cache."""
+    return 2**16 * torch.get_num_threads() if device.type == "cpu" else 2**24
+
+
+def _parts(flat: Tensor, block_size: int, part_size: int) -> Iterator[Tensor]:
+    """Copies in fp32 of about `part_size` elements each, as [num_blocks, block_size]; a short last block by itself."""
+    whole = flat.numel() // block_size * block_size
+    if whole:
+        for part in flat[:whole].view(-1, block_size).split(max(1, part_size // block_size)):
+            yield part.to(torch.float32, copy=True)
+    if whole < flat.numel():
+        yield flat[None, whole:].to(torch.float32, copy=True)
+
+
 def _check_options(number_format: NumberFormat, block_size: int, rounding: str, calibration: str) -> None:
     if block_size not in BLOCK_SIZES:
         raise QuantizationError("unsupported block size", found=block_size, allowed=BLOCK_SIZES)
     if rounding not in ROUNDINGS:
         raise QuantizationError("unknown rounding", found=rounding, allowed=ROUNDINGS)
-    if calibration not in CALIBRATIONS:
-        raise QuantizationError("unknown calibration", found=calibration, allowed=CALIBRATIONS)
-    if calibration != "absmax" and not number_format.is_integer:
-        raise QuantizationError(
-            f"calibration is for integer formats; {number_format.name} is built for blocks scaled by their absmax",
-            found=calibration,
-            allowed="absmax",
-        )
+    check_calibration(calibration, number_format)
 
 
 def _check_finite(flat: Tensor, name: str) -> None:
     # A sum is finite only if all is, and unlike isfinite().all() needs no mask as large as the tensor; a finite tensor
     # whose sum overflows is looked at element by element.
-    if not torch.isfinite(flat.sum()) and not torch.isfinite(flat).all():
-        bad = (~torch.isfinite(flat)).nonzero().reshape(-1)
-        first = int(bad[0])
-        raise QuantizationError(
-            f"{name} holds values that are not finite",
-            found=f"{bad.numel()} of {flat.numel()} elements, the first at flat index {first}: {float(flat[first])}",
-            allowed="finite values",
-            hint="the checkpoint is damaged, or was saved from a run that diverged: get it again",
-        )
+    if flat.sum().isfinite() or flat.isfinite().all():
+        return
+    bad = (~flat.isfinite()).nonzero().reshape(-1)
+    first = int(bad[0])
+    raise QuantizationError(
+        f"{name} holds values that are not finite",
+        found=f"{bad.numel()} of {flat.numel()} elements, the first at flat index {first}: {float(flat[first])}",
+        allowed="finite values",
+        hint="the checkpoint is damaged, or was saved from a run that diverged: get it again",
+    )
