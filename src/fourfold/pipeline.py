@@ -41,6 +41,7 @@ from fourfold.inputs import (
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.size import ModelSize, model_size
+from fourfold.quantization.hf_quantizer import base_state_dict
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.training import run_folder
 from fourfold.training.progress import ProgressCallback, ProgressStyle
@@ -316,14 +317,14 @@ def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -
 
 
 def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Where the adapter's initialisation changed the quantized base: that base, to which alone the adapter belongs."""
+    """Where the adapter's initialisation changed the base: that base, to which alone the adapter belongs."""
     base = model.get_base_model()
     folder = output / BASE_FOLDER
-    if not getattr(base, "is_quantized", False) or not changes_base(config.init_lora_weights, config.loftq_iterations):
+    if not changes_base(config.init_lora_weights, config.loftq_iterations):
         return
     if not folder.is_dir():
         with whole_folder(folder) as partial:
-            base.save_pretrained(partial)
+            base.save_pretrained(partial, state_dict=base_state_dict(base))
             tokenizer.save_pretrained(partial)
     model.peft_config["default"].base_model_name_or_path = str(folder)
 

@@ -43,7 +43,8 @@ def prepare(
         loftq_iterations: Alternations of LoftQ.
 
     Returns:
-        PEFT's model; its `save_pretrained` writes what plain PEFT reads.
+        PEFT's model; its `save_pretrained` writes what plain PEFT reads. An adapter that changed its base (PiSSA, LoftQ
+        of several iterations) belongs to that base alone: save it too, as `fourfold train` does.
 
     Raises:
         AdapterError: Targets the model does not have, or an initialisation that does not fit.
@@ -67,9 +68,11 @@ def prepare(
                 "LoftQ makes up for what quantizing loses, and this model is not quantized",
                 hint="load the model in 4 bits, or use another initialisation",
             )
-        # Over ordinary layers PiSSA is PEFT's own: it splits the base, here and again wherever the adapter is loaded.
+        # Over ordinary layers PiSSA is PEFT's own.
         config.init_lora_weights = method
-        return get_peft_model(model, config)
+        split = get_peft_model(model, config)
+        split.peft_config["default"].init_lora_weights = True
+        return split
     # What is saved describes a finished adapter: whoever loads it must not decompose the base once more.
     config.init_lora_weights = True
     prepared = get_peft_model(model, config)

@@ -27,7 +27,7 @@ from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.selection import matches, unmatched
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
-__all__ = ["FourfoldQuantizer", "quantize_model"]
+__all__ = ["FourfoldQuantizer", "base_state_dict", "quantize_model"]
 
 
 @register_quantizer(QUANT_METHOD)
@@ -134,11 +134,7 @@ class FourfoldQuantizer(HfQuantizer):
             return None, {}
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters by Transformers' own integration: there the adapters are what is saved
-        return {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): value
-            for name, value in model.state_dict().items()
-            if ".lora_" not in name and ".modules_to_save." not in name
-        }, {}
+        return base_state_dict(model), {}
 
     def _unread(self, model: nn.Module) -> Iterator[str]:
         """Names of quantized weights, and of biases beside them, that the checkpoint did not have."""
@@ -238,6 +234,15 @@ class _ReadQuantized(ConversionOps):
             self.hf_quantizer.errors.append(error)
             return {self.name: torch.zeros(1, dtype=torch.uint8)}
         return {self.name: self.hf_quantizer.place(model, full_layer_name, tensor)}
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a base that PEFT has put adapters into: under its own names, without the adapters' entries."""
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+        for name, value in model.state_dict().items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
 
 
 def quantize_model(model: PreTrainedModel, config: FourfoldConfig | None = None) -> PreTrainedModel:
