@@ -45,8 +45,8 @@ def their_dense(codes: Tensor, state: bnb.QuantState) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    # FP4's code 8 is +0 in the table that bitsandbytes stores and in most of its CPU paths, and -0 in the one that takes
-    # what is left of a row after whole vectors. Adding zero makes both +0, and changes nothing else.
+    # FP4's code 8 is +0 in the table that bitsandbytes stores and in most of its CPU paths, and -0 in the one that
+    # takes what is left of a row after whole vectors. Adding zero makes both +0, and changes nothing else.
     return (tensor + 0.0).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
