@@ -90,7 +90,7 @@ def test_state_dict_round_trip_is_exact(name: str, double_quant: bool, shape: tu
 def test_num_bytes_is_what_is_stored(name: str, double_quant: bool) -> None:
     quantized = quantize(normal((100, 130)), name, double_quant=double_quant)
     state = quantized.state_dict("w")
-    # In a file the offset stands in the JSON object, and each tensor has maps and codebook of its own.
+    # In a file the offset stands in the JSON object; maps and codebook stand there for each tensor, in memory once.
     stored = sum(state[key].nbytes for key in ("w", "w.absmax", "w.nested_absmax") if key in state)
     assert quantized.num_bytes == stored + (4 if double_quant else 0)
 

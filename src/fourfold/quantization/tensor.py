@@ -150,7 +150,7 @@ def quantize(
 
 def _part_size(device: torch.device) -> int:
     """Elements to quantize at a time: bounds the temporary memory, and on a CPU keeps it in each core's cache."""
-    return 2**16 * torch.get_num_threads() if device.type == "cpu" else 2**24
+    return 2**17 * torch.get_num_threads() if device.type == "cpu" else 2**24
 
 
 def _parts(flat: Tensor, block_size: int, part_size: int) -> Iterator[Tensor]:
