@@ -24,6 +24,7 @@ __all__ = [
     "BASE_FOLDER",
     "FinishedRun",
     "base_of",
+    "checkpoint_folder",
     "claim_output_dir",
     "clear_former_run",
     "find_run",
@@ -164,18 +165,30 @@ def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list
     return [row["input_ids"][:budget] for row in prepared.dataset]
 
 
+def checkpoint_folder(config: RunConfig) -> Path:
+    """The folder of the base model's checkpoint; a name on the hub is brought into its cache first."""
+    folder = Path(config.model_name_or_path)
+    if folder.exists():
+        return folder
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(
+            snapshot_download(config.model_name_or_path, revision=config.model_revision, allow_patterns=patterns)
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no model {config.model_name_or_path!r}: {str(error).splitlines()[0]}",
+            allowed="a folder with config.json and safetensors, or a name on the hub",
+        ) from error
+
+
 def original_checkpoint(config: RunConfig) -> Path | None:
     """The folder of the 16-bit checkpoint that is quantized while it loads; None where none of that happens."""
     if not config.load_in_4bit:
         return None
-    folder = Path(config.model_name_or_path)
-    if folder.is_file():
+    if Path(config.model_name_or_path).is_file():
         return None
-    if not folder.is_dir():
-        patterns = ["*.json", "*.safetensors"]
-        folder = Path(
-            snapshot_download(config.model_name_or_path, revision=config.model_revision, allow_patterns=patterns)
-        )
+    folder = checkpoint_folder(config)
     entry = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     return None if entry else folder
 

@@ -28,6 +28,7 @@ from fourfold.inference import GenerationOptions, Message, stream_reply
 from fourfold.inputs import (
     BASE_FOLDER,
     base_of,
+    checkpoint_folder,
     claim_output_dir,
     clear_former_run,
     find_run,
@@ -38,6 +39,7 @@ from fourfold.inputs import (
     read_tokenizer,
     require_free,
 )
+from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.size import ModelSize, model_size
@@ -195,7 +197,9 @@ def inspect(config: RunConfig) -> Inspection:
     quantization = choices.load_options(config)["quantization"]
     if quantization is None:
         raise ConfigError("there is nothing to inspect without quantization", found="load_in_4bit: false")
-    return inspect_checkpoint(Path(config.model_name_or_path), quantization)
+    folder = checkpoint_folder(config)
+    check_checkpoint(folder)
+    return inspect_checkpoint(folder, quantization)
 
 
 def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | None = None) -> MergeReport:

@@ -108,6 +108,10 @@ def quantize(
         bool,
         typer.Option("--inspect", help="Print each layer's error, signal-to-noise and bits per weight."),
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="With --inspect: draw the weights' histogram against the code points into this file."),
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -119,6 +123,8 @@ def quantize(
         out = None
     if out is None and not inspect:
         raise typer.BadParameter("give a folder to write to, or --inspect", param_hint="OUT")
+    if picture is not None and not inspect:
+        raise typer.BadParameter("needs --inspect", param_hint="--picture")
     with reporting_errors(json):
         config = load_config(None, [f"--model_name_or_path={model}", *overrides])
         quiet_libraries(verbose)
@@ -127,7 +133,9 @@ def quantize(
         results: dict[str, object] = {}
         with _stdout_for_result(json):
             if inspect:
-                results["inspection"] = pipeline.inspect(config)
+                results["inspection"] = inspection = pipeline.inspect(config)
+                if picture is not None:
+                    inspection.save_picture(picture)
             if out is not None:
                 results["checkpoint"] = pipeline.quantize_checkpoint(config, Path(out))
         if json:

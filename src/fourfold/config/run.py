@@ -71,8 +71,11 @@ class RunConfig(BaseModel):
         "auto", description="Type of activations and matrix products; auto: bfloat16 where it is fast."
     )
     quantize_lm_head: bool = Field(False, description="Quantize the output layer as well.")
+    calibration: Literal["absmax", "percentile", "mse", "kl"] = Field(
+        "absmax", description="How blocks of int4 and int8 are scaled; the other formats know absmax alone."
+    )
     modules_to_not_convert: list[str] = Field(
-        [], description="Modules that stay in 16 bits, by name, glob or regular expression."
+        [], description="Modules that stay in 16 bits, by name, part of a path, or glob."
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
         None, description="Attention of Transformers; null leaves the choice to it."
