@@ -43,8 +43,8 @@ from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.size import ModelSize, model_size
-from fourfold.quantization.hf_quantizer import base_state_dict
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
+from fourfold.quantization.swapping import base_state_dict
 from fourfold.training import run_folder
 from fourfold.training.progress import ProgressCallback, ProgressStyle
 from fourfold.training.trainer import build_trainer
@@ -328,7 +328,10 @@ def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: Pre
         return
     if not folder.is_dir():
         with whole_folder(folder) as partial:
-            base.save_pretrained(partial, state_dict=base_state_dict(base))
+            base.save_pretrained(
+                partial,
+                state_dict=base_state_dict(base, getattr(getattr(base, "hf_quantizer", None), "tied_head", None)),
+            )
             tokenizer.save_pretrained(partial)
     model.peft_config["default"].base_model_name_or_path = str(folder)
 

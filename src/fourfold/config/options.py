@@ -69,6 +69,7 @@ def load_options(config: RunConfig, *, for_training: bool = False) -> dict[str, 
             bnb_4bit_blocksize=config.bnb_4bit_blocksize,
             modules_to_not_convert=config.modules_to_not_convert,
             quantize_lm_head=config.quantize_lm_head,
+            quantize_embeddings=config.quantize_embeddings,
             calibration=config.calibration,
         )
     return {

@@ -71,6 +71,9 @@ class RunConfig(BaseModel):
         "auto", description="Type of activations and matrix products; auto: bfloat16 where it is fast."
     )
     quantize_lm_head: bool = Field(False, description="Quantize the output layer as well.")
+    quantize_embeddings: bool = Field(
+        False, description="Quantize the input embedding, and the output layer that shares its weight."
+    )
     calibration: Literal["absmax", "percentile", "mse", "kl"] = Field(
         "absmax", description="How blocks of int4 and int8 are scaled; the other formats know absmax alone."
     )

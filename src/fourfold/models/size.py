@@ -52,9 +52,11 @@ class ModelSize:
 
 def model_size(model: nn.Module) -> ModelSize:
     """Count a model's weights."""
-    quantized = [module.quantized for module in model.modules() if isinstance(module, QuantizedWeight)]
+    held = [module.quantized for module in model.modules() if isinstance(module, QuantizedWeight)]
     for module in model.modules():
-        quantized += quantized_parameters(module).values()
+        held += quantized_parameters(module).values()
+    # A head that shares the embedding's codes is counted once.
+    quantized = list({tensor.codes.data_ptr(): tensor for tensor in held}.values())
     code_addresses = {tensor.codes.data_ptr() for tensor in quantized}
     dense = [parameter for parameter in model.parameters() if parameter.data_ptr() not in code_addresses]
     num_quantized = sum(tensor.num_elements for tensor in quantized)

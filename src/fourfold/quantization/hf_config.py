@@ -25,7 +25,8 @@ class FourfoldConfig(QuantizationConfigMixin):
         bnb_4bit_use_double_quant: Quantize the scales to 8 bits.
         bnb_4bit_blocksize: Elements that share a scale.
         modules_to_not_convert: Names or globs of modules that stay in 16 bits, beside the output head.
-        quantize_lm_head: Quantize the output head too; it must not share its weight with the embedding.
+        quantize_lm_head: Quantize the output head too. One that shares its weight with the embedding follows that.
+        quantize_embeddings: Quantize the input embedding, and the output head that shares its weight.
         calibration: How scales of integer formats are chosen.
 
     Raises:
@@ -39,6 +40,7 @@ class FourfoldConfig(QuantizationConfigMixin):
         bnb_4bit_blocksize: int = 64,
         modules_to_not_convert: list[str] | None = None,
         quantize_lm_head: bool = False,
+        quantize_embeddings: bool = False,
         calibration: str = "absmax",
         **kwargs: Any,
     ) -> None:
@@ -59,6 +61,7 @@ class FourfoldConfig(QuantizationConfigMixin):
         self.bnb_4bit_blocksize = bnb_4bit_blocksize
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.quantize_lm_head = quantize_lm_head
+        self.quantize_embeddings = quantize_embeddings
         self.calibration = calibration
         # Set by the quantizer when a file of this model needs us to be read: bitsandbytes has no such modules.
         self.has_quantized_experts = False
@@ -71,6 +74,7 @@ class FourfoldConfig(QuantizationConfigMixin):
             "bnb_4bit_blocksize",
             "modules_to_not_convert",
             "quantize_lm_head",
+            "quantize_embeddings",
             "calibration",
         ]
 
@@ -85,7 +89,8 @@ class FourfoldConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in a saved config.json: bitsandbytes' own entry wherever bitsandbytes can read the file."""
-        if self.bnb_4bit_quant_type in ("nf4", "fp4") and not self.has_quantized_experts:
+        is_known = self.bnb_4bit_quant_type in ("nf4", "fp4")
+        if is_known and not self.has_quantized_experts and not self.quantize_embeddings:
             return {
                 "quant_method": "bitsandbytes",
                 "load_in_4bit": True,

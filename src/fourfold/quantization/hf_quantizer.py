@@ -18,16 +18,29 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from fourfold.errors import CheckpointError, FourfoldError, QuantizationError
-from fourfold.quantization.experts import expert_parameters, is_parametrized, set_quantized_parameter
+from fourfold.errors import CheckpointError, FourfoldError
+from fourfold.quantization.embedding import QuantizedEmbedding
+from fourfold.quantization.experts import is_parametrized, set_quantized_parameter
 from fourfold.quantization.formats import get_format
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
 from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict
-from fourfold.quantization.linear import QuantizedLinear
-from fourfold.quantization.selection import matches, unmatched
+from fourfold.quantization.linear import QuantizedLinear, QuantizedWeight
+from fourfold.quantization.selection import matches
+from fourfold.quantization.swapping import (
+    base_state_dict,
+    dense_linears,
+    empty_embedding,
+    empty_linear,
+    expert_names,
+    input_embedding,
+    left_dense,
+    share_codes,
+    skip_patterns,
+    tied_head_of,
+)
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
-__all__ = ["FourfoldQuantizer", "base_state_dict", "quantize_model"]
+__all__ = ["FourfoldQuantizer", "quantize_model"]
 
 
 @register_quantizer(QUANT_METHOD)
@@ -45,6 +58,8 @@ class FourfoldQuantizer(HfQuantizer):
         self.errors: list[FourfoldError] = []
         # Names of the 3-D parameters that are quantized, and the dtypes that the model computes in there.
         self._experts: list[str] = []
+        # Name of an output head whose codes are the embedding's.
+        self.tied_head: str | None = None
         self._expert_dtypes: dict[str, torch.dtype] = {}
 
     @property
@@ -69,25 +84,31 @@ class FourfoldQuantizer(HfQuantizer):
         if param_name in self._experts:
             return True
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+        return name == "weight" and isinstance(model.get_submodule(path), QuantizedWeight)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
-        skipped = _skip_patterns(model, config, self.pre_quantized)
-        for name, linear in list(_linears(model)):
+        skipped = skip_patterns(model, config, self.pre_quantized)
+        for name, linear in list(dense_linears(model)):
             if matches(name, skipped):
                 continue
-            layer = _empty_layer(linear, config)
-            if not self.pre_quantized:
-                # Until the weight comes, its dtype stands for what the checkpoint is read in (Transformers < 5.18).
-                layer.weight = nn.Parameter(linear.weight, requires_grad=False)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-        self._experts = _expert_parameters(model, skipped)
+            self._replace(model, name, linear, empty_linear(linear, config))
+        if config.quantize_embeddings:
+            name, table = input_embedding(model)
+            self._replace(model, name, table, empty_embedding(table, config))
+            self.tied_head = tied_head_of(model)
+        self._experts = expert_names(model, skipped)
         self._expert_dtypes = {name: model.get_parameter(name).dtype for name in self._experts}
         config.has_quantized_experts = bool(self._experts)
-        config.modules_to_not_convert = _left_dense(model, self._experts)
+        config.modules_to_not_convert = left_dense(model, self._experts)
         return model
+
+    def _replace(self, model: nn.Module, name: str, dense: nn.Linear | nn.Embedding, layer: nn.Module) -> None:
+        if not self.pre_quantized:
+            # Until the weight comes, its dtype stands for what the checkpoint is read in (Transformers < 5.18).
+            layer.weight = nn.Parameter(dense.weight, requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeOnLoad(self)
@@ -109,6 +130,8 @@ class FourfoldQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.errors:
             raise self.errors[0]
+        if self.tied_head is not None:
+            share_codes(model, self.tied_head)
         unread = list(self._unread(model))
         if unread:
             raise CheckpointError(
@@ -130,25 +153,23 @@ class FourfoldQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """A base that PEFT has put adapters into is saved under its own names, without their entries."""
-        if not any(".base_layer." in name or ".original_module." in name for name, _ in model.named_parameters()):
-            return None, {}
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters by Transformers' own integration: there the adapters are what is saved
-        return base_state_dict(model), {}
+        return base_state_dict(model, self.tied_head), {}
 
     def _unread(self, model: nn.Module) -> Iterator[str]:
         """Names of quantized weights, and of biases beside them, that the checkpoint did not have."""
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedLinear):
-                if module.scales is None:
-                    yield f"{name}.weight"
-                if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
-                    yield f"{name}.bias"
+            if isinstance(module, QuantizedWeight) and module.scales is None:
+                yield f"{name}.weight"
+            bias = module.bias if isinstance(module, QuantizedLinear) else None
+            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                yield f"{name}.bias"
         yield from (name for name in self._experts if name not in self.expert_tensors)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.dense(dtype))
             for parameter in list(getattr(module, "parametrizations", {})):
@@ -156,6 +177,8 @@ class FourfoldQuantizer(HfQuantizer):
                     dense = getattr(module, parameter).to(dtype)
                     nn.utils.parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
                     setattr(module, parameter, nn.Parameter(dense))
+        if self.tied_head is not None:
+            model.get_submodule(self.tied_head).weight = model.get_input_embeddings().weight
         return model
 
     def place(self, model: nn.Module, full_name: str, tensor: QuantizedTensor) -> Tensor:
@@ -165,7 +188,7 @@ class FourfoldQuantizer(HfQuantizer):
         module._is_hf_initialized = True  # type: ignore[assignment]
         if full_name in self._experts:
             self.expert_tensors[full_name] = tensor
-        elif isinstance(module, QuantizedLinear):
+        elif isinstance(module, QuantizedWeight):
             module.set_scales(tensor)
         return nn.Parameter(tensor.codes, requires_grad=False)
 
@@ -236,15 +259,6 @@ class _ReadQuantized(ConversionOps):
         return {self.name: self.hf_quantizer.place(model, full_layer_name, tensor)}
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a base that PEFT has put adapters into: under its own names, without the adapters' entries."""
-    return {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
-        for name, value in model.state_dict().items()
-        if ".lora_" not in name and ".modules_to_save." not in name
-    }
-
-
 def quantize_model(model: PreTrainedModel, config: FourfoldConfig | None = None) -> PreTrainedModel:
     """Quantize a model that is already in memory, in place, and return it.
 
@@ -255,112 +269,40 @@ def quantize_model(model: PreTrainedModel, config: FourfoldConfig | None = None)
         QuantizationError: As for `quantize`, and 3-D parameters that are not known to be experts.
     """
     config = copy.deepcopy(config) if config is not None else FourfoldConfig()
-    skipped = _skip_patterns(model, config)
-    for name, linear in list(_linears(model)):
+    skipped = skip_patterns(model, config)
+    for name, linear in list(dense_linears(model)):
         if matches(name, skipped):
             continue
-        layer = _empty_layer(linear, config)
+        layer = empty_linear(linear, config)
         weight = linear.weight.data.T.contiguous() if isinstance(linear, Conv1D) else linear.weight.data
         layer.quantized = quantize(weight, name=f"{name}.weight", **config.quantize_options())
         layer.bias = linear.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    experts = _expert_parameters(model, skipped)
+    tied_head = None
+    if config.quantize_embeddings:
+        name, table = input_embedding(model)
+        embedding = empty_embedding(table, config)
+        embedding.quantized = quantize(table.weight.data, name=f"{name}.weight", **config.quantize_options())
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, embedding)
+        tied_head = tied_head_of(model)
+        if tied_head is not None:
+            share_codes(model, tied_head)
+    experts = expert_names(model, skipped)
     for name in experts:
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)
         dense = getattr(module, parameter).data
         set_quantized_parameter(module, parameter, quantize(dense, name=name, **config.quantize_options()))
     config.has_quantized_experts = bool(experts)
-    config.modules_to_not_convert = _left_dense(model, experts)
+    config.modules_to_not_convert = left_dense(model, experts)
     if hasattr(model, "config"):
         quantizer = FourfoldQuantizer(config, pre_quantized=False)
+        quantizer.tied_head = tied_head
         model.config.quantization_config = quantizer.quantization_config
         model.hf_quantizer = quantizer
         model.is_quantized = True
         if config.has_quantized_experts:
             model._weight_conversions = []
     return model
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Layers that hold a dense matrix: `nn.Linear` itself, not what derives from it, and GPT-2's transposed twin."""
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear or isinstance(module, Conv1D):
-            yield name, module
-
-
-def _empty_layer(linear: nn.Linear, config: FourfoldConfig) -> QuantizedLinear:
-    is_transposed = isinstance(linear, Conv1D)
-    shape = linear.weight.shape
-    out_features, in_features = reversed(shape) if is_transposed else shape
-    layer = QuantizedLinear(
-        in_features,
-        out_features,
-        bias=linear.bias is not None,
-        number_format=config.bnb_4bit_quant_type,
-        device="meta",
-        dtype=linear.weight.dtype,
-    )
-    layer.source_is_transposed = is_transposed  # type: ignore[assignment]
-    # Codes that are missing from a checkpoint are an error: Transformers must not draw them at random.
-    layer._is_hf_initialized = True  # type: ignore[assignment]
-    return layer
-
-
-def _left_dense(model: nn.Module, experts: list[str]) -> list[str]:
-    """Full names of what was not quantized: of globs bitsandbytes would make regular expressions."""
-    linears = {name for name, _ in _linears(model)}
-    parameters = {f"{path}.{name}" for path, module in model.named_modules() for name in expert_parameters(module)}
-    return sorted(linears | parameters - set(experts))
-
-
-def _skip_patterns(model: PreTrainedModel, config: FourfoldConfig, pre_quantized: bool = False) -> list[str]:
-    """Names and globs of the modules that stay as they are."""
-    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    # Files of others name modules of models that this one is only a part of.
-    wrong = [] if pre_quantized else unmatched(names, config.modules_to_not_convert)
-    if wrong:
-        raise QuantizationError(
-            "modules_to_not_convert names modules that the model does not have",
-            found=wrong,
-            allowed=sorted({name.rpartition(".")[2] for name, _ in _linears(model)}),
-            hint="give a module's name, a part of its path, or a glob such as 'model.layers.0.*'",
-        )
-    skipped = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    head_name = next((name for name, module in model.named_modules() if module is head), None)
-    if head_name is None:
-        return skipped
-    if not config.quantize_lm_head:
-        return [*skipped, head_name]
-    if getattr(model.config, "tie_word_embeddings", False):
-        if pre_quantized:
-            return [*skipped, head_name]
-        raise QuantizationError(
-            f"{head_name} shares its weight with the embedding, which stays in 16 bits",
-            found="quantize_lm_head=True",
-            allowed="quantize_lm_head=False for this model",
-        )
-    return skipped
-
-
-def _expert_parameters(model: nn.Module, skipped: list[str]) -> list[str]:
-    """Names of the 3-D expert parameters; a 3-D parameter of another kind is refused rather than left."""
-    known, unknown = [], []
-    for path, module in model.named_modules():
-        for name, parameter in expert_parameters(module).items():
-            full_name = f"{path}.{name}" if path else name
-            if matches(full_name, skipped):
-                continue
-            if "expert" in type(module).__name__.lower() or "experts" in path.split("."):
-                known.append(full_name)
-            else:
-                unknown.append(f"{full_name} {tuple(parameter.shape)} of {type(module).__name__}")
-    if unknown:
-        raise QuantizationError(
-            "the model has 3-D parameters that are not known to be experts",
-            found=unknown[:8],
-            hint="list them in modules_to_not_convert to leave them in 16 bits",
-        )
-    return known

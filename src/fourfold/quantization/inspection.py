@@ -20,7 +20,7 @@ from fourfold.quantization.formats import get_format
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
 from fourfold.quantization.hf_quantizer import FourfoldQuantizer
 from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized
-from fourfold.quantization.linear import QuantizedLinear
+from fourfold.quantization.linear import QuantizedWeight
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
 __all__ = ["Histogram", "Inspection", "LayerInspection", "inspect_checkpoint", "inspect_weights"]
@@ -257,7 +257,7 @@ def _selected(
     names = {name for name, _ in model.named_parameters()}
     missing, has_split_experts = [], False
     for name in (name for name, _ in model.named_parameters()):
-        if not quantizer.param_needs_quantization(model, name):
+        if not quantizer.param_needs_quantization(model, name) or name == f"{quantizer.tied_head}.weight":
             continue
         # A checkpoint of the headless model leaves out the prefix.
         key = name if name in files else name.removeprefix(prefix)
@@ -265,7 +265,7 @@ def _selected(
         if key in files:
             tensor: Tensor = files[key].get_tensor(key)
             yield name, tensor.T.contiguous() if getattr(module, "source_is_transposed", False) else tensor
-        elif isinstance(module, QuantizedLinear):
+        elif isinstance(module, QuantizedWeight):
             missing.append(name)
         else:
             has_split_experts = True
