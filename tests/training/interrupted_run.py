@@ -1,5 +1,5 @@
 # ruff: noqa: T201 - the test reads what is printed
-"""A run for a test that sends it a signal: interrupted_run.py OUTPUT_DIR [evaluate]."""
+"""A run for a test that sends it a signal: interrupted_run.py OUTPUT_DIR [evaluate | linger]."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Announce(TrainerCallback):
         print("step", state.global_step, flush=True)
 
     def on_substep_end(self, args, state, control, **kwargs):
-        time.sleep(0.2)  # so that a signal comes in the middle of a step
+        # So that a signal comes in the middle of a step; where two are sent, in the middle of the same.
+        time.sleep(60 if "linger" in sys.argv and state.global_step >= 2 else 0.2)
 
     def on_prediction_step(self, args, state, control, **kwargs):
         print("evaluating", flush=True)

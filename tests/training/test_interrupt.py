@@ -60,7 +60,7 @@ def test_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path) -> N
 
 
 def test_second_signal_quits_at_once(tmp_path: Path) -> None:
-    status, said = run_until("step 2", tmp_path, [signal.SIGINT, signal.SIGINT])
+    status, said = run_until("step 2", tmp_path, [signal.SIGINT, signal.SIGINT], "linger")
     assert status not in (0, 130), said
     assert "KeyboardInterrupt" in said
     assert list_checkpoints(tmp_path) == []
