@@ -85,7 +85,7 @@ def test_what_is_missing_gets_advice():
     }
     gpus = [Gpu("NVIDIA H200", 2**37, "9.0", "570")]
     advice = environment._advice(versions, gpus, "13.0", True)
-    assert [text.split()[0] for text in advice] == ["trl", "triton"]
+    assert [text.split()[0] for text in advice] == ["trl"]
 
 
 def test_the_table_shows_every_package_and_gpu(nvidia_smi):

@@ -98,7 +98,7 @@ def test_values_are_not_coerced(key, value):
         ({"eval_split_fraction": 0.1}, "no train_dataset"),
         ({"eval_steps": 5}, "no rows are held out"),
         ({"eval_generate_rows": 5}, "no rows are held out"),
-        ({"perplexity_stride": 600, "perplexity_max_length": 512}, "perplexity_stride is larger"),
+        ({"perplexity_stride": 600, "perplexity_max_length": 512}, "perplexity_stride is not below"),
         ({"load_in_4bit": False, "bnb_4bit_quant_type": "int8"}, "load_in_4bit is false"),
         ({"load_in_4bit": False, "quantize_lm_head": True}, "load_in_4bit is false"),
         ({"load_in_4bit": False, "init_lora_weights": "loftq"}, "load_in_4bit is false"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,8 @@ class Announce(TrainerCallback):
         time.sleep(0.2)
 
 
+# A shell that runs the tests in the background has them ignore SIGINT, and what they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 evaluate = sys.argv[2:] == ["evaluate"]
 trainer = tiny.trainer(

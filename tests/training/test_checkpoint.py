@@ -10,7 +10,7 @@ import tiny
 import torch
 from peft import PeftModel
 
-from fourfold.errors import CheckpointError, SaveError
+from fourfold.errors import CheckpointError, ConfigError, SaveError
 from fourfold.files import whole_folder
 from fourfold.training.checkpoint import (
     check_checkpoint,
@@ -42,6 +42,12 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, tmp_path: Pa
     resumed_losses, resumed_weights = run(tmp_path, resume=folder / f"checkpoint-{step}")
     assert resumed_losses == losses
     assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights)
+
+
+def test_checkpoint_past_max_steps_is_refused_rather_than_passed_over(finished, tmp_path: Path) -> None:
+    folder, _, _ = finished
+    with pytest.raises(ConfigError, match=r"checkpoint-6 is past max_steps(.|\n)*step 6, max_steps 4"):
+        run(tmp_path, resume=folder / "checkpoint-6", max_steps=4)
 
 
 def test_checkpoint_holds_safetensors_and_text_only(finished) -> None:

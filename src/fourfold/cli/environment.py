@@ -17,7 +17,7 @@ __all__ = ["Environment", "Gpu", "gather"]
 PACKAGES: dict[str, str | None] = {
     "fourfold": None,
     "torch": None,
-    "triton": "GPU kernels",
+    "triton": "torch's own compiler for GPUs",
     "transformers": None,
     "peft": None,
     "trl": None,
@@ -165,8 +165,6 @@ def _advice(
     elif gpus and torch_cuda is not None and not cuda_is_available:
         driver = gpus[0].driver
         advice.append(f"torch (CUDA {torch_cuda}) cannot use the GPU: update the driver (now {driver})")
-    if cuda_is_available and versions["triton"] is None:
-        advice.append("triton is missing: GPU kernels fall back to plain torch; `pip install triton`")
     if not gpus:
         advice.append("no GPU was found: runs take the CPU, which is right for small models only")
     return advice

@@ -44,5 +44,5 @@ def model_card(
             **chosen("weight_decay", "max_grad", "optim", "seed", "max_length", "packing", "train_on_prompt"),
         },
         results=metrics,
-        command=shlex.join(["fourfold", "train", f"{output}/config.yaml"]),
+        command=shlex.join(["fourfold", "train", f"{output}/config.yaml", "--output_dir", f"{output}-again"]),
     )

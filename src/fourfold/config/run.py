@@ -298,10 +298,10 @@ def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "packed rows are all of one length, and group_by_length sorts by length",
             "give one of them",
         )
-    if config.perplexity_stride > config.perplexity_max_length:
+    if config.perplexity_stride >= config.perplexity_max_length:
         yield Contradiction(
             ("perplexity_stride", "perplexity_max_length"),
-            "perplexity_stride is larger than perplexity_max_length: tokens between windows would be skipped",
+            "perplexity_stride is not below perplexity_max_length: tokens between windows would be skipped",
             "lower perplexity_stride",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -227,6 +228,14 @@ class FourfoldTrainer(SFTTrainer):
             TrainingError: The loss is not finite, or the disk is full.
         """
         resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
+        if resume is not None:
+            reached = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            if 0 < self.args.max_steps < reached:
+                raise ConfigError(
+                    f"{resume} is past max_steps",
+                    found=f"step {reached}, max_steps {self.args.max_steps}",
+                    hint="raise max_steps, or resume from an earlier checkpoint",
+                )
         self._interrupt.reset()
         self._resuming = resume is not None
         output: TrainOutput | None = None
