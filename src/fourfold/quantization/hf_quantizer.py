@@ -107,8 +107,7 @@ class FourfoldQuantizer(HfQuantizer):
         if not self.pre_quantized:
             # Until the weight comes, its dtype stands for what the checkpoint is read in (Transformers < 5.18).
             layer.weight = nn.Parameter(dense.weight, requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeOnLoad(self)
@@ -170,8 +169,7 @@ class FourfoldQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.dense(dtype))
+                model.set_submodule(name, module.dense(dtype))
             for parameter in list(getattr(module, "parametrizations", {})):
                 if is_parametrized(module, parameter):
                     dense = getattr(module, parameter).to(dtype)
@@ -277,15 +275,13 @@ def quantize_model(model: PreTrainedModel, config: FourfoldConfig | None = None)
         weight = linear.weight.data.T.contiguous() if isinstance(linear, Conv1D) else linear.weight.data
         layer.quantized = quantize(weight, name=f"{name}.weight", **config.quantize_options())
         layer.bias = linear.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
     tied_head = None
     if config.quantize_embeddings:
         name, table = input_embedding(model)
         embedding = empty_embedding(table, config)
         embedding.quantized = quantize(table.weight.data, name=f"{name}.weight", **config.quantize_options())
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, embedding)
+        model.set_submodule(name, embedding)
         tied_head = tied_head_of(model)
         if tied_head is not None:
             share_codes(model, tied_head)

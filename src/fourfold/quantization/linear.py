@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class QuantizedWeight:
         """The weight as a quantized tensor; shares memory with the module."""
         if self._rest is None:
             raise RuntimeError("the weight has not been loaded yet")
-        return _with_codes(self._rest, self.weight.data)
+        return replace(self._rest, codes=self.weight.data)
 
     @quantized.setter
     def quantized(self, value: QuantizedTensor) -> None:
@@ -42,7 +43,7 @@ class QuantizedWeight:
     def set_scales(self, value: QuantizedTensor) -> None:
         """Take everything but the codes from `value`; the parameter `weight` is the caller's to set."""
         # An empty slice instead of the codes: this object must not keep them alive when the parameter is moved.
-        self._rest = _with_codes(value, value.codes[:0])
+        self._rest = replace(value, codes=value.codes[:0])
         self.number_format = value.format
 
     @property
@@ -92,12 +93,6 @@ class QuantizedWeight:
         )
         ours = {f"{key}.{suffix}" for suffix in STATE_SUFFIXES}
         unexpected_keys[:] = [name for name in unexpected_keys if name not in ours]
-
-
-def _with_codes(tensor: QuantizedTensor, codes: Tensor) -> QuantizedTensor:
-    return QuantizedTensor(
-        codes, tensor.scales, tensor.codebook, tensor.format, tensor.block_size, tensor.shape, tensor.dtype
-    )
 
 
 class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the mixin sets `weight` as Linear has it
