@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from fourfold.config import RunConfig
 from quickstart.model import bring_model
+
+# Triton reads it when a kernel is defined, which is at the first use of one: without a GPU, kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"

@@ -1,0 +1,94 @@
+"""Compiles Triton kernels for GPUs that are not there: what the interpreter lets pass, the compiler may not.
+
+Run as a script, apart from the tests: where TRITON_INTERPRET is set, Triton makes nothing that can be compiled.
+
+    python tests/kernels/compiling.py [--arch 80 90]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way a kernel is launched.
+
+    Args:
+        kernel: What `triton.jit` made.
+        arguments: Name -> Triton's type ("*bf16", "i32", "fp32"), or a constant for a constexpr.
+        options: num_warps, num_stages, enable_fp_fusion.
+        unaligned: Arguments that are not divisible by 16; all other pointers and integers are taken to be.
+    """
+
+    kernel: Any
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unaligned: tuple[str, ...] = ()
+
+
+def compile_variant(variant: Variant, arch: int) -> tuple[str, int]:
+    """Name with its constants, and bytes of registers spilled."""
+    kernel = variant.kernel
+    names = list(kernel.arg_names)
+    constexprs, signature, attrs = {}, {}, {}
+    for index, name in enumerate(names):
+        value = variant.arguments[name]
+        is_constant = kernel.params[index].is_constexpr or value is None
+        signature[name] = "constexpr" if is_constant else value
+        if is_constant:
+            constexprs[name] = value
+        elif name not in variant.unaligned and (value.startswith("*") or value in ("i32", "i64")):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
+    constants = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in constexprs.items())
+    return f"{kernel.__name__}({constants})", _spilled(compiled.asm["ptx"], arch)
+
+
+def _spilled(ptx: str, arch: int) -> int:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = "sm_90a" if arch == 90 else f"sm_{arch}"
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
+
+
+def variants() -> Iterator[Variant]:
+    """Those of every file `variants_*.py` beside this one, each with a list VARIANTS."""
+    for path in sorted(Path(__file__).parent.glob("variants_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield from module.VARIANTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    for arch in parser.parse_args().arch:
+        for variant in variants():
+            name, spilled = compile_variant(variant, arch)
+            print(f"sm_{arch} spilled {spilled:5d}  {name}")
+
+
+if __name__ == "__main__":
+    sys.modules["compiling"] = sys.modules["__main__"]
+    main()
