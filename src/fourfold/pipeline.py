@@ -317,6 +317,8 @@ def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -
         init_lora_weights=method,
         original=original_checkpoint(config) if method else None,
         loftq_iterations=config.loftq_iterations,
+        fused=config.fused_blocks,
+        recompute=config.recompute,
     )
 
 

@@ -9,7 +9,8 @@ from fourfold.config import RunConfig
 
 def choices(key: str) -> set[str]:
     schema = RunConfig.model_json_schema()["properties"][key]
-    return {value for part in schema.get("anyOf", [schema]) for value in part.get("enum", [])}
+    parts = schema.get("anyOf", [schema])
+    return {value for part in parts for value in part.get("enum", part.get("items", {}).get("enum", []))}
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,7 @@ def choices(key: str) -> set[str]:
     [
         ("optim", "fourfold.training.options", "OPTIMIZERS", set()),
         ("lr_scheduler_type", "fourfold.training.options", "LR_SCHEDULERS", set()),
+        ("recompute", "fourfold.models.recomputation", "POLICIES", set()),
         ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
         ("overlong", "fourfold.data.dataset", "OVERLONG", set()),
         ("eval_comparison", "fourfold.evaluation.exact_match", "COMPARISONS", set()),

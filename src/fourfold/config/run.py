@@ -21,6 +21,7 @@ ChatTemplate = Annotated[
         description="Jinja text, or the path of a .jinja file",
     ),
 ]
+RecomputePolicy = Literal["none", "mlp", "selective", "full", "mlp_offload", "selective_offload", "full_offload"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -146,6 +147,14 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: Count = Field(4, description="Forward passes to one optimizer step.")
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about a third slower."
+    )
+    recompute: RecomputePolicy | list[RecomputePolicy] | None = Field(
+        None,
+        description="What fused blocks compute again, and what waits in host memory; a list has one for each layer; "
+        "null: full with gradient_checkpointing, none without.",
+    )
+    fused_blocks: bool | None = Field(
+        None, description="Decoder layers as one function each; null: where a GPU has the kernels."
     )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(

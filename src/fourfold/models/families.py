@@ -16,18 +16,24 @@ class Family:
     Args:
         target_modules: The linear layers that get an adapter when the user names none: all of the block's, which the
             QLoRA paper (section 4) found necessary to match full fine-tuning.
+        fused_layer: Transformers' decoder layer that has a fused block, by its full name; None where there is none.
     """
 
     target_modules: tuple[str, ...]
+    fused_layer: str | None = None
+
+
+def _layer(model_type: str, prefix: str) -> str:
+    return f"transformers.models.{model_type}.modeling_{model_type}.{prefix}DecoderLayer"
 
 
 # Keyed by Transformers' `config.model_type`.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_GATED_DECODER),
-    "mistral": Family(_GATED_DECODER),
-    "qwen2": Family(_GATED_DECODER),
-    "qwen3": Family(_GATED_DECODER),
-    "smollm3": Family(_GATED_DECODER),
+    "llama": Family(_GATED_DECODER, _layer("llama", "Llama")),
+    "mistral": Family(_GATED_DECODER, _layer("mistral", "Mistral")),
+    "qwen2": Family(_GATED_DECODER, _layer("qwen2", "Qwen2")),
+    "qwen3": Family(_GATED_DECODER, _layer("qwen3", "Qwen3")),
+    "smollm3": Family(_GATED_DECODER, _layer("smollm3", "SmolLM3")),
     "gemma": Family(_GATED_DECODER),
     "gemma2": Family(_GATED_DECODER),
     "gemma3_text": Family(_GATED_DECODER),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -14,13 +16,19 @@ from transformers.pytorch_utils import Conv1D
 
 from fourfold.adapters.initialisation import initialise
 from fourfold.adapters.lora import is_weight_dependent, register
-from fourfold.errors import AdapterError, CheckpointError
+from fourfold.errors import AdapterError, CheckpointError, ConfigError
+from fourfold.kernels.availability import triton_refuses
+from fourfold.models.attention import register_attention
+from fourfold.models.block import fuse_blocks
 from fourfold.models.checkpoint_files import check_safetensors
 from fourfold.models.families import default_target_modules
+from fourfold.models.recomputation import policies_of
 from fourfold.models.weights import OriginalWeights
 from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["load_adapter", "prepare"]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -30,8 +38,10 @@ def prepare(
     init_lora_weights: str | None = None,
     original: str | Path | None = None,
     loftq_iterations: int = 1,
+    fused: bool | None = None,
+    recompute: str | Sequence[str] | None = None,
 ) -> PeftModel:
-    """Put LoRA adapters on a model, quantized or not.
+    """Put LoRA adapters on a model, quantized or not, and fused blocks in the place of its decoder layers.
 
     Args:
         model: Any causal LM of Transformers. It is changed in place.
@@ -41,6 +51,10 @@ def prepare(
         original: The 16-bit checkpoint the model came from: a folder with safetensors. PiSSA is better with it, LoftQ
             needs it.
         loftq_iterations: Alternations of LoftQ.
+        fused: Whether the families of `FAMILIES` that have a fused block get it; None: on a GPU that has its kernels.
+        recompute: What a fused block computes again in the backward pass: a policy of
+            `fourfold.models.recomputation.POLICIES`, or one for each layer. None follows the model's
+            `gradient_checkpointing_enable()`: "full" after it, "none" without it.
 
     Returns:
         PEFT's model; its `save_pretrained` writes what plain PEFT reads. An adapter that changed its base (PiSSA, LoftQ
@@ -48,7 +62,20 @@ def prepare(
 
     Raises:
         AdapterError: Targets the model does not have, or an initialisation that does not fit.
+        ConfigError: An unknown policy.
     """
+    prepared = _with_adapters(model, lora_config, init_lora_weights, original, loftq_iterations)
+    _fuse(prepared, fused, recompute)
+    return prepared
+
+
+def _with_adapters(
+    model: PreTrainedModel,
+    lora_config: LoraConfig,
+    init_lora_weights: str | None,
+    original: str | Path | None,
+    loftq_iterations: int,
+) -> PeftModel:
     config = register(copy.deepcopy(lora_config))
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = default_target_modules(model.config.model_type)
@@ -81,8 +108,32 @@ def prepare(
     return prepared
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on its base.
+def _fuse(model: PeftModel, fused: bool | None, recompute: str | Sequence[str] | None) -> None:
+    if fused is None:
+        weight = model.get_base_model().get_input_embeddings().weight
+        fused = weight.device.type == "cuda" and triton_refuses(weight) is None
+    if fused:
+        base = model.get_base_model()
+        num_fused = fuse_blocks(base, recompute)
+        if num_fused and base.config._attn_implementation == "sdpa":
+            # For what takes the generic path, and for masks: none is built that the blocks would not look at.
+            register_attention()
+            base.set_attn_implementation("fourfold")
+        if not num_fused:
+            logger.info("%s has no fused block; its layers take the generic path", base.config.model_type)
+    if recompute is not None and not fused:
+        policies_of(recompute, model.get_base_model().config.num_hidden_layers)
+        raise ConfigError(
+            "recomputation policies belong to the fused blocks, which this model does not get",
+            found=f"recompute={recompute!r}",
+            hint="use gradient_checkpointing, or a GPU of compute capability 8.0 with Triton",
+        )
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False, fused: bool | None = None
+) -> PeftModel:
+    """Put a saved adapter on its base, and fused blocks as `prepare` does.
 
     Raises:
         CheckpointError: The folder holds no adapter, holds it as a pickle, or its files are damaged.
@@ -114,7 +165,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     if isinstance(config, LoraConfig):
         _check_initialisation(config, folder)
         register(config)
-    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    loaded = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    _fuse(loaded, fused, None)
+    return loaded
 
 
 def _check_initialisation(config: LoraConfig, folder: Path) -> None:

@@ -1,0 +1,275 @@
+"""The fused decoder block as a module: what takes a Transformers decoder layer's place."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.models.attention import Documents, attention_refuses
+from fourfold.models.block_function import Block, fused_block
+from fourfold.models.families import FAMILIES
+from fourfold.models.linear_group import LinearGroup, Unsupported, view_linear
+from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
+
+__all__ = ["FusedDecoderLayer", "fuse_blocks", "set_recomputation"]
+
+logger = logging.getLogger(__name__)
+
+# Transformers' name of an activation -> the kernels'
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class FusedDecoderLayer:
+    """Mixin over a Transformers decoder layer: the same modules and parameter names, one function for all of them.
+
+    Whatever the function does not do (a key-value cache, a mask that is not causal, dropout, DoRA, hooks on modules
+    inside) the layer it stands before does, and the reason is told once.
+
+    Attributes:
+        recompute: Name of a policy of `POLICIES`; None follows `gradient_checkpointing`: "full" where it is on, "none"
+            where it is off.
+    """
+
+    # Those of the decoder layer beside which this class stands.
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    training: bool
+    _gradient_checkpointing_func: Any
+
+    recompute: str | None
+    _offload: HostOffload
+    _checkpoints: bool
+    _told: set[str]
+
+    # Transformers wraps a decoder layer's forward pass in checkpointing where this is true. The fused block does that
+    # by itself, so the switch is kept, and read as off.
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self._checkpoints = on
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            if args:
+                raise Unsupported("it was called with positional arguments")
+            block = self._block(hidden_states, **kwargs)
+        except Unsupported as reason:
+            self._say(str(reason))
+            return self._generic(hidden_states, *args, **kwargs)
+        batch, seq, hidden = hidden_states.shape
+        device_type = hidden_states.device.type
+        with torch.autocast(device_type, enabled=False):
+            return fused_block(hidden_states.reshape(batch * seq, hidden), block).view(batch, seq, hidden)
+
+    def _generic(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        forward = super().forward  # type: ignore[misc]  # the decoder layer's
+        checkpoints = self._checkpoints or self.recompute not in (None, "none")
+        if checkpoints and self.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+            checkpoint = getattr(self, "_gradient_checkpointing_func", _checkpoint)
+            recomputed: Tensor = checkpoint(partial(forward, **kwargs), hidden_states, *args)
+            return recomputed
+        output: Tensor = forward(hidden_states, *args, **kwargs)
+        return output
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)  # one set for all layers of a model
+            logger.info("Decoder layers take the generic path, which is slower: %s", reason)
+
+    def _block(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        **kwargs: Any,
+    ) -> Block:
+        """Everything `fused_block` takes.
+
+        Raises:
+            Unsupported: The layer, or this call of it, asks for more than the block does.
+        """
+        attention = self.self_attn
+        if attention.config._attn_implementation not in ("fourfold", "sdpa"):
+            raise Unsupported(f"attn_implementation is {attention.config._attn_implementation}")
+        if past_key_values is not None:
+            raise Unsupported("a key-value cache is in use")
+        if kwargs.get("output_attentions") or kwargs.get("adapter_names") is not None:
+            raise Unsupported("attention weights or adapters of each row are asked for")
+        documents = None
+        if cu_seq_lens_q is not None and max_length_q is not None:
+            documents = Documents(cu_seq_lens_q, int(max_length_q))
+        elif attention_mask is not None:
+            raise Unsupported("the attention mask is not plainly causal")
+        if self.training and attention.attention_dropout > 0:
+            raise Unsupported("attention_dropout is above 0")
+        self._check_dtype(hidden_states)
+        for module in (attention, self.mlp, self.input_layernorm, self.post_attention_layernorm):
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise Unsupported("a module inside the block has a hook")
+        view = partial(view_linear, training=self.training)
+        qkv = LinearGroup(*(view(getattr(attention, name), bias=True) for name in ("q_proj", "k_proj", "v_proj")))
+        head_dim = attention.head_dim
+        num_heads, num_kv_heads = (linear.base.out_features // head_dim for linear in qkv.linears[:2])
+        batch, seq, _ = hidden_states.shape
+        window = _window(attention, seq)
+        refusal = attention_refuses(hidden_states, num_heads, num_kv_heads, head_dim, documents is not None, window)
+        if refusal:
+            raise Unsupported(refusal)
+        cos, sin = _rotation(attention, position_embeddings, hidden_states)
+        policy = POLICIES[self.recompute or ("full" if self._checkpoints and self.training else "none")]
+        norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
+        q_norm = getattr(attention, "q_norm", None)
+        k_norm = getattr(attention, "k_norm", None)
+        return Block(
+            qkv=qkv,
+            out=LinearGroup(view(attention.o_proj)),
+            gate_up=LinearGroup(view(self.mlp.gate_proj), view(self.mlp.up_proj)),
+            down=LinearGroup(view(self.mlp.down_proj)),
+            norm1=norm1.weight.detach(),
+            norm2=norm2.weight.detach(),
+            norm_eps=norm1.variance_epsilon,
+            q_norm=None if q_norm is None else q_norm.weight.detach(),
+            k_norm=None if k_norm is None else k_norm.weight.detach(),
+            head_eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+            cos=cos,
+            sin=sin,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=attention.scaling,
+            activation=_ACTIVATIONS[attention.config.hidden_act],
+            window=window,
+            documents=documents,
+            batch=batch,
+            seq=seq,
+            policy=policy,
+            save=self._offload.save,
+        )
+
+    def _check_dtype(self, hidden_states: Tensor) -> None:
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            compute = torch.get_autocast_dtype(device_type)
+            if compute != hidden_states.dtype:
+                raise Unsupported(f"the hidden states are {hidden_states.dtype}, the products {compute}")
+        norms = [self.input_layernorm, self.post_attention_layernorm]
+        norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(self.self_attn, name, None)) is not None]
+        for norm in norms:
+            if norm.weight.dtype != hidden_states.dtype:
+                raise Unsupported(f"a norm's weight is {norm.weight.dtype}, the hidden states {hidden_states.dtype}")
+            if norm.weight.requires_grad:
+                raise Unsupported("a norm's weight is trained")
+
+
+def _checkpoint(function: Any, *args: Any) -> Any:
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+def _window(attention: Any, seq: int) -> int | None:
+    """Tokens that a token sees at most; None where the row is no longer than that."""
+    window = getattr(attention, "sliding_window", None)
+    if not hasattr(attention, "sliding_window"):
+        window = getattr(attention.config, "sliding_window", None)  # Mistral's, the same for all layers
+    return window if window is not None and window < seq else None
+
+
+def _rotation(
+    attention: Any, position_embeddings: tuple[Tensor, Tensor] | None, hidden_states: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin, [positions, rotary_dim], the positions one row's or every row's."""
+    if not getattr(attention, "use_rope", True):
+        return None, None
+    if position_embeddings is None:
+        raise Unsupported("the model gives no position embeddings")
+    cos, sin = position_embeddings
+    if cos.dim() != 3 or cos.shape[0] not in (1, len(hidden_states)):
+        raise Unsupported(f"position embeddings of shape {tuple(cos.shape)}")
+    return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _fused_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """`layer_class` with FusedDecoderLayer before it: Transformers still knows it for what it is."""
+    if layer_class not in _CLASSES:
+        _CLASSES[layer_class] = type(f"Fused{layer_class.__name__}", (FusedDecoderLayer, layer_class), {})
+    return _CLASSES[layer_class]
+
+
+def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None) -> int:
+    """Put a fused block in the place of every decoder layer that has one, on this one model object.
+
+    Modules, parameters and their names stay as they are.
+
+    Args:
+        recompute: A policy of `POLICIES` for all layers, or one for each; None follows the model's
+            `gradient_checkpointing_enable()`.
+
+    Returns:
+        How many layers were replaced, or were before.
+
+    Raises:
+        ConfigError: An unknown policy, or not as many as there are layers.
+    """
+    layer_class = _layer_class(getattr(getattr(model, "config", None), "model_type", None))
+    if layer_class is None:
+        return 0
+    found = [
+        (parent, name, layer)
+        for parent in list(model.modules())
+        if isinstance(parent, nn.ModuleList)
+        for name, layer in parent.named_children()
+        if isinstance(layer, layer_class)
+    ]
+    offload, told = HostOffload(), set[str]()
+    for parent, name, layer in found:
+        if not isinstance(layer, FusedDecoderLayer):
+            fused_class = _fused_class(type(layer))
+            fused = fused_class.__new__(fused_class)
+            checkpoints = layer.__dict__.get("gradient_checkpointing", False)
+            fused.__dict__.update(
+                {key: value for key, value in layer.__dict__.items() if key != "gradient_checkpointing"}
+            )
+            fused.__dict__.update(recompute=None, _offload=offload, _checkpoints=checkpoints, _told=told)
+            setattr(parent, name, fused)
+    if found and recompute is not None:
+        set_recomputation(model, recompute)
+    return len(found)
+
+
+def set_recomputation(model: nn.Module, recompute: str | Sequence[str]) -> None:
+    """Choose what each fused block of a model keeps for the backward pass.
+
+    Args:
+        recompute: A policy of `POLICIES` for all blocks, or one for each, the first layer's first.
+
+    Raises:
+        ConfigError: An unknown policy, or not as many as there are blocks.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
+    for block, name in zip(blocks, policies_of(recompute, len(blocks)), strict=True):
+        block.recompute = name
+
+
+def _layer_class(model_type: str | None) -> type[nn.Module] | None:
+    family = FAMILIES.get(model_type or "")
+    if family is None or family.fused_layer is None:
+        return None
+    module, _, name = family.fused_layer.rpartition(".")
+    layer_class: type[nn.Module] = getattr(importlib.import_module(module), name)
+    return layer_class

@@ -1,0 +1,274 @@
+"""The fused block against the generic path: Transformers' layers with PEFT's adapters over quantized linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from decoders import DECODERS, VOCAB, adapted, decoder, distance, ids, loss_and_grads
+from peft import LoraConfig
+from torch import nn
+
+from fourfold.errors import ConfigError
+from fourfold.models.block import FusedDecoderLayer, set_recomputation
+from fourfold.models.preparing import prepare
+from fourfold.models.recomputation import POLICIES
+
+
+def fused_layers(model: nn.Module) -> list[FusedDecoderLayer]:
+    return [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
+
+
+def took_generic_path(model: nn.Module) -> set[str]:
+    return set().union(*(layer._told for layer in fused_layers(model)))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("quantized", [True, False], ids=["nf4", "dense"])
+def test_loss_and_all_gradients_equal_the_generic_path_in_float64(name: str, quantized: bool) -> None:
+    fused = adapted(decoder(name, torch.float64, quantized=quantized), fused=True)
+    generic = adapted(decoder(name, torch.float64, quantized=quantized), fused=False)
+    loss, grads = loss_and_grads(fused)
+    expected_loss, expected = loss_and_grads(generic)
+    assert len(fused_layers(fused)) == 2
+    assert took_generic_path(fused) == set()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0)
+    assert len(expected) == 2 * 7 * 2
+    for key, grad in grads.items():
+        # The adapters' gradients leave in fp32.
+        assert distance({key: grad}, {key: expected[key]}) < 1e-6, key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-biases", "qwen3-head-norms", "mistral-window"])
+def test_the_fused_path_is_no_further_from_float64_than_the_generic_path(name: str, dtype: torch.dtype) -> None:
+    def dense_of(model: Any) -> Any:
+        """Its weights as the products see them, in float64, by the generic path."""
+        for parent in list(model.modules()):
+            for key, module in parent.named_children():
+                if hasattr(module, "dense"):
+                    setattr(parent, key, module.dense(dtype))
+        return model.double()
+
+    truth_loss, truth = loss_and_grads(adapted(dense_of(decoder(name, dtype)), fused=False))
+    losses, errors = [], []
+    for fused in (True, False):
+        loss, grads = loss_and_grads(adapted(decoder(name, dtype), fused=fused))
+        losses.append(abs(float(loss - truth_loss)))
+        errors.append(distance(grads, truth))
+    assert errors[0] < {torch.float32: 1e-5}.get(dtype, 0.05)
+    # A tenth above, for what is chance in so few numbers.
+    assert errors[0] <= errors[1] * 1.1
+    assert losses[0] <= losses[1] + 2 * float(torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-head-norms", "qwen2-biases"])
+def test_no_policy_of_recomputation_changes_a_bit(name: str, policy: str) -> None:
+    model = adapted(decoder(name, torch.bfloat16), fused=True, recompute="none")
+    loss, grads = loss_and_grads(model)
+    set_recomputation(model, policy)
+    again, recomputed = loss_and_grads(model)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(grads[key], recomputed[key]) for key in grads)
+
+
+def test_each_layer_can_have_a_policy_of_its_own() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True, recompute=["none", "full_offload"])
+    assert [layer.recompute for layer in fused_layers(model)] == ["none", "full_offload"]
+    generic = adapted(decoder("llama-gqa"), fused=False)
+    assert distance(loss_and_grads(model)[1], loss_and_grads(generic)[1]) < 1e-5
+
+
+def test_the_mlp_in_parts_gives_what_it_gives_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(decoder("llama-gqa", torch.float64), fused=True, recompute="selective")
+    _, whole = loss_and_grads(model)
+    monkeypatch.setattr("fourfold.models.block_function._MLP_TOKENS", 5)
+    _, parts = loss_and_grads(model)
+    assert distance(parts, whole) < 1e-6
+
+
+@pytest.mark.parametrize("r", [1, 3, 16, 33, 256])
+def test_any_rank_from_1_to_256_equals_the_generic_path(r: int) -> None:
+    fused = adapted(decoder("llama-gqa"), fused=True, r=r)
+    generic = adapted(decoder("llama-gqa"), fused=False, r=r)
+    assert distance(loss_and_grads(fused)[1], loss_and_grads(generic)[1]) < 1e-5
+    assert took_generic_path(fused) == set()
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"target_modules": ["o_proj", "up_proj"]},
+        {"layers_to_transform": [1]},
+        {"rank_pattern": {"k_proj": 2, "gate_proj": 7}, "alpha_pattern": {"gate_proj": 3}},
+        {"use_rslora": True},
+    ],
+    ids=["q and v", "down", "o and up", "last layer", "ranks differ", "rslora"],
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_adapters_on_some_layers_or_projections_only_equal_the_generic_path(
+    lora: dict[str, Any], recompute: str
+) -> None:
+    lora = {"target_modules": "all-linear", **lora}
+    fused = adapted(decoder("llama-gqa"), fused=True, recompute=recompute, **lora)
+    generic = adapted(decoder("llama-gqa"), fused=False, **lora)
+    assert distance(loss_and_grads(fused)[1], loss_and_grads(generic)[1]) < 1e-5
+    assert took_generic_path(fused) == set()
+
+
+def test_two_adapters_on_one_model_alone_and_together_equal_the_generic_path() -> None:
+    models = []
+    for fused in (True, False):
+        model = adapted(decoder("llama-gqa"), fused=fused)
+        model.add_adapter("second", LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "up_proj"]))
+        torch.manual_seed(5)
+        for key, parameter in model.named_parameters():
+            if "second" in key:
+                parameter.data.normal_(std=0.05)
+        models.append(model)
+    fused_model, generic = models
+    for active in (["default"], ["second"], ["default", "second"]):
+        for model in models:
+            model.base_model.set_adapter(active)
+        ours, reference = loss_and_grads(fused_model), loss_and_grads(generic)
+        torch.testing.assert_close(ours[0], reference[0], rtol=1e-6, atol=0)
+        assert distance(ours[1], reference[1]) < 1e-5
+    with torch.no_grad(), fused_model.disable_adapter(), generic.disable_adapter():
+        torch.testing.assert_close(fused_model(ids()).logits, generic(ids()).logits)
+    assert took_generic_path(fused_model) == {"a key-value cache is in use"}
+
+
+def test_frozen_adapters_take_part_and_get_no_gradient() -> None:
+    models = [adapted(decoder("llama-gqa"), fused=fused) for fused in (True, False)]
+    for model in models:
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key or "layers.0" in key:
+                parameter.requires_grad_(False)
+    ours, reference = (loss_and_grads(model)[1] for model in models)
+    assert len(ours) == 7
+    assert distance(ours, reference) < 1e-5
+
+
+def test_packed_documents_equal_the_same_documents_one_by_one() -> None:
+    model = adapted(decoder("llama-gqa", torch.float64), fused=True)
+    lengths = [4, 1, 6]
+    tokens = ids(1, sum(lengths))
+    boundaries = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+    packed = model(
+        input_ids=tokens,
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seq_lens_q=boundaries,
+        cu_seq_lens_k=boundaries,
+        max_length_q=6,
+        max_length_k=6,
+        use_cache=False,
+    ).logits
+    apart = torch.cat([model(input_ids=part, use_cache=False).logits for part in tokens.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=1e-9, atol=1e-9)
+    assert took_generic_path(model) == set()
+
+
+def test_parameter_names_and_what_is_saved_are_those_of_the_generic_path() -> None:
+    fused, generic = (adapted(decoder("qwen3-head-norms"), fused=choice) for choice in (True, False))
+    assert list(fused.state_dict()) == list(generic.state_dict())
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in generic.named_modules()]
+    assert all(torch.equal(value, generic.state_dict()[name]) for name, value in fused.state_dict().items())
+
+
+def test_hidden_states_of_all_layers_can_still_be_asked_for() -> None:
+    fused, generic = (adapted(decoder("llama-gqa"), fused=choice) for choice in (True, False))
+    with torch.no_grad():
+        ours, theirs = (m(ids(), output_hidden_states=True, use_cache=False).hidden_states for m in (fused, generic))
+    assert len(ours) == len(theirs) == 3
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout is above 0"),
+        ({"use_dora": True}, "the adapter is a QuantizedDoraVariant"),
+    ],
+)
+def test_what_the_block_cannot_do_falls_back_and_says_so_once(
+    lora: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="fourfold")
+    fused = adapted(decoder("llama-gqa"), fused=True, **lora)
+    generic = adapted(decoder("llama-gqa"), fused=False, **lora)
+    results = []
+    for model in (fused, generic, fused):
+        torch.manual_seed(0)
+        results.append(loss_and_grads(model))
+    assert distance(results[0][1], results[1][1]) < 1e-6
+    assert took_generic_path(fused) == {reason}
+    said = [record.message for record in caplog.records if "generic path" in record.message]
+    assert len(said) == 1
+    assert reason in said[0]
+
+
+def test_a_hook_on_a_module_inside_the_block_still_runs() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True)
+    seen = []
+    layer = model.get_base_model().model.layers[0]
+    layer.mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    loss_and_grads(model)
+    assert seen == [1]
+
+
+def test_a_padded_batch_and_a_cache_take_the_generic_path_with_its_numbers() -> None:
+    fused, generic = (adapted(decoder("llama-gqa"), fused=choice).eval() for choice in (True, False))
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        ours, theirs = (m(ids(), attention_mask=mask, use_cache=False).logits for m in (fused, generic))
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1, 4:], theirs[1, 4:])
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(fused.generate(ids(), **options), generic.generate(ids(), **options))
+
+
+def test_a_second_backward_pass_is_refused_since_the_first_used_the_memory() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True)
+    loss = model(ids(), use_cache=False).logits.square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward pass twice"):
+        loss.backward()
+
+
+def test_gradient_checkpointing_of_transformers_turns_recomputation_on_and_off() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True)
+    _, kept = loss_and_grads(model)
+    model.gradient_checkpointing_enable()
+    assert all(layer._checkpoints for layer in fused_layers(model))
+    _, recomputed = loss_and_grads(model)
+    assert distance(recomputed, kept) == 0
+    model.gradient_checkpointing_disable()
+    assert not any(layer._checkpoints for layer in fused_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "found"),
+    [("everything", "everything"), (["none"], "1 names"), (["none", "some"], "some")],
+)
+def test_an_unknown_policy_or_a_wrong_number_of_them_is_refused(recompute: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match=found):
+        adapted(decoder("llama-gqa"), fused=True, recompute=recompute)
+
+
+def test_a_policy_without_fused_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fused"):
+        prepare(decoder("llama-gqa"), LoraConfig(r=2), fused=False, recompute="none")
+
+
+def test_merging_and_unloading_work_on_fused_blocks() -> None:
+    fused, generic = (adapted(decoder("llama-gqa"), fused=choice) for choice in (True, False))
+    merged, expected = fused.merge_and_unload(), generic.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids(), use_cache=False).logits, expected(ids(), use_cache=False).logits)
+    assert merged.config.vocab_size == VOCAB
