@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Lets the tests of this folder share `twins`, models of equal weights.
-sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+# Lets the tests of this folder share `decoders`, and `twins`, models of equal weights.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "adapters")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -68,8 +68,9 @@ def decoder(
                 parameter.data.uniform_(0.5, 1.5)
             elif key.endswith("bias"):
                 parameter.data.normal_(std=0.5)
-    model = model.to(dtype).to(device)
-    return quantize_model(model, FourfoldConfig()) if quantized else model
+    # float64 is no dtype to quantize from.
+    model = model.to(torch.float32 if dtype == torch.float64 else dtype).to(device)
+    return (quantize_model(model, FourfoldConfig()) if quantized else model).to(dtype)
 
 
 def adapted(model: PreTrainedModel, *, fused: bool, recompute: Any = None, r: int = 4, **lora: Any) -> PeftModel:

@@ -33,7 +33,8 @@ def test_loss_and_all_gradients_equal_the_generic_path_in_float64(name: str, qua
     expected_loss, expected = loss_and_grads(generic)
     assert len(fused_layers(fused)) == 2
     assert took_generic_path(fused) == set()
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0)
+    # Transformers computes its norms in fp32 even here.
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-7, atol=0)
     assert len(expected) == 2 * 7 * 2
     for key, grad in grads.items():
         # The adapters' gradients leave in fp32.
@@ -103,7 +104,7 @@ def test_any_rank_from_1_to_256_equals_the_generic_path(r: int) -> None:
         {"target_modules": ["q_proj", "v_proj"]},
         {"target_modules": ["down_proj"]},
         {"target_modules": ["o_proj", "up_proj"]},
-        {"layers_to_transform": [1]},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]},
         {"rank_pattern": {"k_proj": 2, "gate_proj": 7}, "alpha_pattern": {"gate_proj": 3}},
         {"use_rslora": True},
     ],
