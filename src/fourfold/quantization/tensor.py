@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fourfold.errors import QuantizationError
 from fourfold.kernels.blockwise import dequantize_blockwise
+from fourfold.kernels.expansion import expand_blockwise_, expand_nested_
 from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
 from fourfold.quantization.number_format import NumberFormat
@@ -54,6 +55,31 @@ class QuantizedTensor:
             list(self.shape),
             dtype or self.dtype,
         )
+
+    def expand_(
+        self,
+        out: Tensor,
+        *,
+        row: int,
+        total_rows: int,
+        used_ranks: int = 0,
+        rank_row: int = 0,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        scaling: float = 1.0,
+    ) -> None:
+        """Write this weight [num_rows, num_columns] and its adapter into their place in a dense matrix.
+
+        Args are those of `fourfold.kernels.expansion.expand_blockwise_`, where the matrix is described.
+        """
+        num_rows, num_columns = self.shape
+        place = (num_rows, num_columns, row, total_rows, used_ranks, rank_row, lora_a, lora_b, scaling)
+        scales = self.scales
+        if isinstance(scales, PlainScales):
+            expand_blockwise_(out, self.codes, self.codebook, scales.absmax, self.block_size, *place)
+            return
+        parts = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
+        expand_nested_(out, self.codes, self.codebook, *parts, self.block_size, scales.nested_block_size, *place)
 
     @property
     def num_elements(self) -> int:
