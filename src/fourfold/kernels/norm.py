@@ -1,0 +1,125 @@
+"""RMSNorm (https://arxiv.org/abs/1910.07467), forward and backward, with a low-rank product riding along.
+
+    rstd = 1 / sqrt(mean(x²) + eps);  y = weight * round(x * rstd)
+
+as Transformers' LlamaRMSNorm computes it: statistics in fp32, cast before the multiplication by the weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fourfold.kernels.low_rank import extend, working_dtype
+
+__all__ = ["rms_norm", "rms_norm_backward", "rms_norm_backward_reference", "rms_norm_reference"]
+
+logger = logging.getLogger(__name__)
+
+torch.library.define(
+    "fourfold::rms_norm",
+    "(Tensor x, Tensor weight, float eps, Tensor? projection=None) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fourfold::rms_norm_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad, Tensor? projection=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_forward_op = torch.ops.fourfold.rms_norm.default
+_backward_op = torch.ops.fourfold.rms_norm_backward.default
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension.
+
+    Args:
+        x: [M, K], bf16, fp16 or fp32; last stride 1.
+        weight: [K] of x's dtype.
+        eps: added to the mean square.
+        projection: [R, K] of x's dtype, any strides, R a multiple of 16; None stands for R = 0.
+
+    Returns:
+        Contiguous [M, K + R] of x's dtype: the normed rows y, then `y @ projection.T`, accumulated in fp32; and
+        fp32 [M], the reciprocal root mean squares (float64 for float64 inputs).
+    """
+    return cast("tuple[Tensor, Tensor]", _forward_op(x, weight, eps, projection))
+
+
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` in PyTorch."""
+    wide = x.to(working_dtype(x.dtype))
+    rstd = torch.rsqrt(wide.square().mean(dim=1) + eps)
+    return extend(weight * (wide * rstd[:, None]).to(x.dtype), projection), rstd
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    residual_grad: Tensor | None,
+    projection: Tensor | None = None,
+) -> Tensor:
+    """Gradient of RMSNorm's input, added to the gradient that came past it. The weight is frozen.
+
+    Args:
+        grad: [M, K], the gradient of the normed rows; last stride 1.
+        x: [M, K], the norm's input, as in `rms_norm`.
+        weight: [K].
+        rstd: fp32 [M], from `rms_norm`.
+        residual_grad: [M, K] to add, of x's dtype, or None.
+        projection: [R, K] or None, as in `rms_norm`.
+
+    Returns:
+        Contiguous [M, K + R] of x's dtype: the sum, rounded once, then its product with `projection.T`.
+    """
+    return cast(Tensor, _backward_op(grad, x, weight, rstd, residual_grad, projection))
+
+
+def rms_norm_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    residual_grad: Tensor | None,
+    projection: Tensor | None = None,
+) -> Tensor:
+    """`rms_norm_backward` in PyTorch."""
+    dtype = working_dtype(x.dtype)
+    normed = x.to(dtype) * rstd[:, None]
+    grad_normed = grad.to(dtype) * weight.to(dtype)
+    mean = (grad_normed * normed).mean(dim=1, keepdim=True)
+    grad_x = rstd[:, None] * (grad_normed - normed * mean)
+    if residual_grad is not None:
+        grad_x += residual_grad.to(dtype)
+    return extend(grad_x.to(x.dtype), projection)
+
+
+def _forward_fake(x: Tensor, _weight: Tensor, _eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    rank = 0 if projection is None else projection.shape[0]
+    extended = x.new_empty(x.shape[0], x.shape[1] + rank)
+    return extended, x.new_empty(x.shape[0], dtype=working_dtype(x.dtype))
+
+
+def _backward_fake(
+    _grad: Tensor,
+    x: Tensor,
+    _weight: Tensor,
+    _rstd: Tensor,
+    _residual_grad: Tensor | None,
+    projection: Tensor | None = None,
+) -> Tensor:
+    rank = 0 if projection is None else projection.shape[0]
+    return x.new_empty(x.shape[0], x.shape[1] + rank)
+
+
+torch.library.impl("fourfold::rms_norm", "default", rms_norm_reference)
+torch.library.impl("fourfold::rms_norm_backward", "default", rms_norm_backward_reference)
+torch.library.register_fake("fourfold::rms_norm", _forward_fake)
+torch.library.register_fake("fourfold::rms_norm_backward", _backward_fake)

@@ -1,0 +1,151 @@
+"""The gated activation of a feed-forward layer (GLU variants, https://arxiv.org/abs/2002.05202), both ways.
+
+    y = round(activation(gate)) * up
+
+rounded between, as Transformers' LlamaMLP computes it. The backward pass works in place: it leaves y where the
+gradient of y stood and the gradients of gate and up where these stood, so that it needs no memory of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from fourfold.kernels.low_rank import extend, project_reference, working_dtype
+
+__all__ = ["ACTIVATIONS", "swiglu", "swiglu_backward_", "swiglu_backward_reference_", "swiglu_reference"]
+
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+torch.library.define(
+    "fourfold::swiglu",
+    '(Tensor gate_up, Tensor? projection=None, str activation="silu") -> Tensor',
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fourfold::swiglu_backward_",
+    "(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? low=None, Tensor? down_a=None, Tensor? projection=None, "
+    'str activation="silu") -> ()',
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_forward_op = torch.ops.fourfold.swiglu.default
+_backward_op = torch.ops.fourfold.swiglu_backward_.default
+
+
+def swiglu(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """The gated activation.
+
+    Args:
+        gate_up: [M, 2I], gate columns first; bf16, fp16 or fp32; last stride 1.
+        projection: [R, I] of gate_up's dtype, any strides, R a multiple of 16; None stands for R = 0.
+        activation: One of ACTIVATIONS; gelu_tanh is GELU's approximation by tanh.
+
+    Returns:
+        Contiguous [M, I + R] of gate_up's dtype: y, then `y @ projection.T`, accumulated in fp32.
+    """
+    return cast(Tensor, _forward_op(gate_up, projection, activation))
+
+
+def _activate(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(gate)
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh")
+    raise ValueError(f"activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+
+
+def _activate_gradient(gate: Tensor, activation: str) -> Tensor:
+    """The derivative of the activation at `gate`."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(gate)
+        return sigmoid * (1 + gate * (1 - sigmoid))
+    scale = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(scale * (gate + 0.044715 * gate**3))
+    return 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * scale * (1 + 3 * 0.044715 * gate**2)
+
+
+def swiglu_reference(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """`swiglu` in PyTorch."""
+    gate, up = gate_up.chunk(2, dim=1)
+    activated = _activate(gate.to(working_dtype(gate.dtype)), activation).to(gate.dtype)
+    return extend(activated * up, projection)
+
+
+def swiglu_backward_(
+    gate_up_ext: Tensor,
+    grad: Tensor,
+    low: Tensor | None = None,
+    down_a: Tensor | None = None,
+    projection: Tensor | None = None,
+    activation: str = "silu",
+) -> None:
+    """Gradients of gate and up, and y once more, written over the inputs.
+
+    With dy = grad + low @ down_a, the arithmetic is in fp32 and every result is rounded once:
+
+        grad                  <- y = round(activation(gate)) * up
+        gate_up_ext[:, :I]    <- dgate = dy * up * activation'(gate)
+        gate_up_ext[:, I:2I]  <- dup = dy * round(activation(gate))
+        gate_up_ext[:, 2I:]   <- [dgate dup] @ projection.T
+
+    Args:
+        gate_up_ext: [M, 2I + R2], gate columns first, then room for R2 columns; last stride 1.
+        grad: [M, I], the gradient of y as it came through the frozen down projection; last stride 1.
+        low: [M, R], the gradient of y's low-rank product; with it, `down_a`.
+        down_a: [R, I], any strides. Above MAX_FUSED_RANK, dy is rounded before it is used.
+        projection: [R2, 2I], any strides, or None for R2 = 0.
+        activation: One of ACTIVATIONS.
+    """
+    _backward_op(gate_up_ext, grad, low, down_a, projection, activation)
+
+
+def swiglu_backward_reference_(
+    gate_up_ext: Tensor,
+    grad: Tensor,
+    low: Tensor | None = None,
+    down_a: Tensor | None = None,
+    projection: Tensor | None = None,
+    activation: str = "silu",
+) -> None:
+    """`swiglu_backward_` in PyTorch."""
+    width = grad.shape[1]
+    dtype = working_dtype(grad.dtype)
+    gate, up = gate_up_ext[:, :width].to(dtype), gate_up_ext[:, width : 2 * width].to(dtype)
+    grad_y = grad.to(dtype, copy=True)
+    if low is not None and down_a is not None:
+        grad_y = grad_y + low.to(dtype) @ down_a.to(dtype)
+    activated = _activate(gate, activation).to(grad.dtype).to(dtype)
+    grad.copy_(activated * up)
+    gate_up_ext[:, :width] = grad_y * up * _activate_gradient(gate, activation)
+    gate_up_ext[:, width : 2 * width] = grad_y * activated
+    if projection is not None:
+        gate_up_ext[:, 2 * width :] = project_reference(gate_up_ext[:, : 2 * width], projection)
+
+
+def _forward_fake(gate_up: Tensor, projection: Tensor | None = None, _activation: str = "silu") -> Tensor:
+    rank = 0 if projection is None else projection.shape[0]
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2 + rank)
+
+
+def _backward_fake(
+    _gate_up_ext: Tensor,
+    _grad: Tensor,
+    _low: Tensor | None = None,
+    _down_a: Tensor | None = None,
+    _projection: Tensor | None = None,
+    _activation: str = "silu",
+) -> None:
+    return None
+
+
+torch.library.impl("fourfold::swiglu", "default", swiglu_reference)
+torch.library.impl("fourfold::swiglu_backward_", "default", swiglu_backward_reference_)
+torch.library.register_fake("fourfold::swiglu", _forward_fake)
+torch.library.register_fake("fourfold::swiglu_backward_", _backward_fake)
