@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.models.attention import Documents, attention_refuses
+from fourfold.models.attention import Documents
 from fourfold.models.block_function import Block, fused_block
 from fourfold.models.families import FAMILIES
 from fourfold.models.linear_group import LinearGroup, Unsupported, view_linear
@@ -126,9 +126,6 @@ class FusedDecoderLayer:
         num_heads, num_kv_heads = (linear.base.out_features // head_dim for linear in qkv.linears[:2])
         batch, seq, _ = hidden_states.shape
         window = _window(attention, seq)
-        refusal = attention_refuses(hidden_states, num_heads, num_kv_heads, head_dim, documents is not None, window)
-        if refusal:
-            raise Unsupported(refusal)
         cos, sin = _rotation(attention, position_embeddings, hidden_states)
         policy = POLICIES[self.recompute or ("full" if self._checkpoints and self.training else "none")]
         norm1, norm2 = self.input_layernorm, self.post_attention_layernorm

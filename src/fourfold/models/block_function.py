@@ -123,7 +123,8 @@ class _FusedBlock(torch.autograd.Function):
         ctx.present = [tensor is not None for tensor in tensors]
         large = [tensor for tensor in tensors if tensor is not None]
         ctx.large = block.save(large) if block.policy.offload else SavedTensors(large)
-        ctx.rebuild_state = state.with_tensors
+        # Without its tensors, which may be moved.
+        ctx.state = state.with_tensors([tensor.new_empty(0) for tensor in state.tensors()])
         # The low-rank products are a hundredth of the rest; gate and up are never moved.
         ctx.low_out, ctx.low_down, ctx.gate_up_x = saved.low_out, saved.low_down, saved.gate_up_x
         return out
@@ -141,7 +142,7 @@ def _take(ctx: Any) -> _Saved:
     saved = _Saved(
         x=x,
         qkv=qkv,
-        attended=(attended[0], ctx.rebuild_state(attended[1:])) if attended else None,
+        attended=(attended[0], ctx.state.with_tensors(attended[1:])) if attended else None,
         mid=mid,
         gate_up_x=ctx.gate_up_x,
         low_out=ctx.low_out,

@@ -1,0 +1,156 @@
+"""The fused block with its kernels on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from decoders import DECODERS, adapted, decoder, distance, ids, loss_and_grads
+
+from fourfold.models.block import FusedDecoderLayer, set_recomputation
+from fourfold.models.recomputation import POLICIES
+
+pytestmark = pytest.mark.gpu
+
+# Sizes that the kernels take, so that none of them is passed by.
+LARGER: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "initializer_range": 0.04,
+    "max_position_embeddings": 1024,
+}
+
+
+def took_generic_path(model: torch.nn.Module) -> set[str]:
+    return set().union(*(layer._told for layer in model.modules() if isinstance(layer, FusedDecoderLayer)))
+
+
+def truth(
+    name: str, dtype: torch.dtype, tokens: torch.Tensor, **lora: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """In float64 by the generic path, with the weights as the products see them."""
+    model = decoder(name, dtype, device="cuda", **LARGER)
+    for parent in list(model.modules()):
+        for key, module in parent.named_children():
+            if hasattr(module, "dense"):
+                setattr(parent, key, module.dense(dtype))
+    return loss_and_grads(adapted(model.double(), fused=False, **lora), input_ids=tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_fused_path_is_no_further_from_float64_than_the_generic_path(name: str, dtype: torch.dtype) -> None:
+    tokens = ids(2, 300, device="cuda")
+    true_loss, true_grads = truth(name, dtype, tokens, r=16)
+    errors, losses = [], []
+    for fused in (True, False):
+        model = adapted(decoder(name, dtype, device="cuda", **LARGER), fused=fused, r=16)
+        loss, grads = loss_and_grads(model, input_ids=tokens)
+        assert took_generic_path(model) == set()
+        errors.append(distance(grads, true_grads))
+        losses.append(abs(float(loss - true_loss)))
+    assert errors[0] < {torch.float32: 1e-4}.get(dtype, 0.05)
+    assert errors[0] <= errors[1] * 1.05
+    assert losses[0] <= losses[1] + float(torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("r", [1, 8, 24, 64, 256])
+def test_any_rank_agrees_with_the_generic_path(r: int) -> None:
+    tokens = ids(2, 200, device="cuda")
+    true_loss, true_grads = truth("qwen2-biases", torch.bfloat16, tokens, r=r)
+    errors = []
+    for fused in (True, False):
+        model = adapted(decoder("qwen2-biases", torch.bfloat16, device="cuda", **LARGER), fused=fused, r=r)
+        errors.append(distance(loss_and_grads(model, input_ids=tokens)[1], true_grads))
+    assert errors[0] <= errors[1] * 1.05
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_of_recomputation_changes_a_bit_and_two_runs_are_equal(policy: str) -> None:
+    model = adapted(
+        decoder(
+            "qwen3-head-norms",
+            torch.bfloat16,
+            device="cuda",
+            **LARGER,
+        ),
+        fused=True,
+        r=16,
+    )
+    tokens = ids(3, 700, device="cuda")
+    loss, grads = loss_and_grads(model, input_ids=tokens)
+    set_recomputation(model, policy)
+    for _ in range(3):
+        again, recomputed = loss_and_grads(model, input_ids=tokens)
+        assert torch.equal(loss, again)
+        assert all(torch.equal(grads[key], recomputed[key]) for key in grads)
+
+
+def test_each_policy_holds_less_between_forward_and_backward_than_the_one_before() -> None:
+    changes = copy.deepcopy(LARGER) | {"num_hidden_layers": 8}
+    model = adapted(decoder("llama-gqa", torch.bfloat16, device="cuda", **changes), fused=True, r=8).train()
+    tokens = ids(4, 1000, device="cuda")
+    held = {}
+    for policy in POLICIES:
+        set_recomputation(model, policy)
+        model(input_ids=tokens, use_cache=False).logits.mean().backward()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        logits = model(input_ids=tokens, use_cache=False).logits
+        torch.cuda.synchronize()
+        held[policy] = torch.cuda.memory_allocated() - before - logits.nbytes
+        del logits
+    token_bytes = tokens.numel() * 2 * 8
+    assert held["none"] > held["mlp"] + token_bytes * 2 * 1408 * 0.9
+    assert held["mlp"] > held["selective"] > held["full"] > held["full_offload"]
+    # Beyond the input of each layer, only low-rank products are kept.
+    assert held["full"] < token_bytes * 512 * 1.3
+    # Of all layers but the last two, nothing is left on the GPU.
+    assert held["selective_offload"] < held["selective"] * 0.5
+
+
+def test_packed_documents_equal_the_same_documents_one_by_one() -> None:
+    model = adapted(decoder("llama-gqa", torch.bfloat16, device="cuda", **LARGER), fused=True, r=16)
+    lengths = [130, 1, 69, 300]
+    tokens = ids(1, sum(lengths), device="cuda")
+    boundaries = torch.tensor([0, 130, 131, 200, 500], dtype=torch.int32, device="cuda")
+    inputs = {
+        "input_ids": tokens,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].cuda(),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": 300,
+        "max_length_k": 300,
+    }
+    with torch.no_grad():
+        packed = model(**inputs, use_cache=False).logits.double()
+        apart = [model(input_ids=part, use_cache=False).logits for part in tokens.split(lengths, dim=1)]
+    apart = torch.cat(apart, dim=1).double()
+    assert (packed - apart).norm() / apart.norm() < 0.01
+    labels = tokens.clone()
+    labels[:, [0, 130, 131, 200]] = -100
+    _, grads = loss_and_grads(model, **inputs, labels=labels)
+    generic = adapted(decoder("llama-gqa", torch.bfloat16, device="cuda", **LARGER), fused=False, r=16)
+    _, expected = loss_and_grads(generic, input_ids=tokens, position_ids=inputs["position_ids"], labels=labels)
+    assert distance(grads, expected) < 0.03
+    assert took_generic_path(model) == set()
+
+
+def test_a_step_launches_no_synchronisation() -> None:
+    model = adapted(
+        decoder("llama-gqa", torch.bfloat16, device="cuda", **LARGER), fused=True, r=16, recompute="full_offload"
+    )
+    tokens = ids(2, 256, device="cuda")
+    model.train()
+    for _ in range(2):
+        model(input_ids=tokens, use_cache=False).logits.float().mean().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(input_ids=tokens, use_cache=False).logits.float().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
