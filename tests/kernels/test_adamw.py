@@ -20,6 +20,8 @@ from fourfold.kernels.adamw_triton import adamw_step_triton
 GROUPS = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1), Hyperparameters(3e-3, 0.8, 0.95, 1e-6, 0.0)]
 # Whole chunks, a short last block, less than a block, and one that never gets a gradient.
 SHAPES = [(16, 256), (3, 1111), (5,), (2100,)]
+# Triton's interpreter cuts to bf16 where a GPU rounds.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 
 
 def made(dtype: torch.dtype, bits: int) -> AdamWState:
@@ -60,7 +62,7 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
     assert torch.equal(ours.steps, wanted.steps)
     assert sorted(ours.steps.tolist()) == [0.0, 3.0, 3.0, 3.0]
     for index, param in enumerate(ours.params):
-        assert distance(param, wanted.params[index]) < (1e-6 if dtype == torch.float32 else 1e-3)
+        assert distance(param, wanted.params[index]) < TOLERANCE[dtype]
         for name, view in ours.views(index).items():
             want = wanted.views(index)[name]
             if view.dtype == torch.uint8:

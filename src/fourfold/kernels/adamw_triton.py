@@ -80,21 +80,24 @@ def finish_kernel(
     """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
     lanes = tl.arange(0, BLOCK)
     sums = tl.full([BLOCK], 0.0, tl.float64)
-    for start in range(0, num_partials, BLOCK):
+    start = 0
+    while start < num_partials:  # Triton's interpreter takes no range over an argument
         at = start + lanes
         sums += tl.load(partial_ptr + at, mask=at < num_partials, other=0.0).to(tl.float64)
+        start += BLOCK
     norm = tl.sqrt(tl.sum(sums, axis=0)).to(tl.float32)
-    finite = norm < float("inf")  # false for NaN too
+    counted = tl.where(norm < float("inf"), 1.0, 0.0)  # 0 for NaN too
     if loss_ptr is not None:
-        finite = finite & (tl.abs(tl.load(loss_ptr)) < float("inf"))
+        counted = tl.where(tl.abs(tl.load(loss_ptr)) < float("inf"), counted, 0.0)
     tl.store(norm_ptr, norm)
-    tl.store(scale_ptr, tl.where(finite, tl.minimum(max_norm / (norm + 1e-6), 1.0), -1.0))
+    tl.store(scale_ptr, tl.where(counted > 0.0, tl.minimum(max_norm / (norm + 1e-6), 1.0), -1.0))
 
-    for start in range(0, num_params, BLOCK):
+    start = 0
+    while start < num_params:
         at = start + lanes
         mask = at < num_params
-        has_grad = tl.load(address_ptr + at, mask=mask, other=0) != 0
-        step = tl.load(step_ptr + at, mask=mask, other=0.0) + (has_grad & finite).to(tl.float32)
+        address = tl.load(address_ptr + at, mask=mask, other=0)
+        step = tl.load(step_ptr + at, mask=mask, other=0.0) + tl.where(address != 0, counted, 0.0)
         tl.store(step_ptr + at, step, mask=mask)
         hyper = hyper_ptr + tl.load(table_ptr + at * 3 + 2, mask=mask, other=0) * 5
         lr = tl.load(hyper)
@@ -115,6 +118,7 @@ def finish_kernel(
         tl.store(row + 5, beta2.to(tl.float32), mask=mask)
         tl.store(row + 6, (1.0 - beta2).to(tl.float32), mask=mask)
         tl.store(row + 7, eps.to(tl.float32), mask=mask)
+        start += BLOCK
 
 
 @triton.jit
