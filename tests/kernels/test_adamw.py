@@ -69,7 +69,7 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
                 assert (view.int() - want.int()).abs().max() <= 1
                 assert (view != want).float().mean() < 1e-2
             else:
-                assert distance(view, want) < 1e-6
+                assert distance(view, want) < 2e-6
 
 
 def test_unaligned_tensors_are_updated_too() -> None:
@@ -77,9 +77,7 @@ def test_unaligned_tensors_are_updated_too() -> None:
     aligned, unaligned = storage[1:].clone(), storage[1:]
     assert unaligned.data_ptr() % 16
     states = [
-        lay_out(
-            [(p, 0, 8)], state_maps(p.device), lambda n, dtype, device: torch.zeros(n, dtype=dtype, device=device)
-        )
+        lay_out([(p, 0, 8)], state_maps(p.device), lambda n, dtype, device: torch.zeros(n, dtype=dtype, device=device))
         for p in (aligned, unaligned)
     ]
     grad = torch.randn(4 * 256)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import triton.language as tl
 from compiling import Variant
 
-from fourfold.kernels.adamw_triton import FINISH_BLOCK, FINISH_WARPS, NUM_WARPS, finish_kernel, norm_kernel, update_kernel
+from fourfold.kernels.adamw_triton import (
+    FINISH_BLOCK,
+    FINISH_WARPS,
+    NUM_WARPS,
+    finish_kernel,
+    norm_kernel,
+    update_kernel,
+)
 
 COMMON = {
     "address_ptr": "*i64",
@@ -46,7 +53,7 @@ def update(dtype: tl.dtype, bits: int, aligned: bool) -> Variant:
 
 
 def finish(loss: str | None) -> Variant:
-    arguments = {name: "*fp32" for name in ("partial_ptr", "step_ptr", "row_ptr", "norm_ptr", "scale_ptr")}
+    arguments = dict.fromkeys(("partial_ptr", "step_ptr", "row_ptr", "norm_ptr", "scale_ptr"), "*fp32")
     arguments |= {"address_ptr": "*i64", "table_ptr": "*i64", "hyper_ptr": "*fp64", "loss_ptr": loss}
     arguments |= {"num_partials": "i32", "num_params": "i32", "max_norm": "fp32", "BLOCK": FINISH_BLOCK}
     return Variant(finish_kernel, arguments, {"num_warps": FINISH_WARPS}, unaligned=("hyper_ptr", "loss_ptr"))

@@ -152,7 +152,8 @@ def lay_out(params: Sequence[tuple[Tensor, int, int]], maps: Maps, allocate: All
     ordered = sorted(params, key=lambda entry: (str(entry[0].dtype), entry[2]))
     device = ordered[0][0].device
     ends = {8: 0, 32: 0}
-    offsets, packs, chunk_tensor, chunk_index = [], list[Pack](), [], []
+    offsets, packs = list[int](), list[Pack]()
+    chunk_tensor, chunk_index = list[int](), list[int]()
     for index, (param, _, bits) in enumerate(ordered):
         offsets.append(ends[bits])
         ends[bits] += _num_blocks(param) * BLOCK_SIZE
@@ -249,9 +250,8 @@ def _update(param: Tensor, grad: Tensor, state: AdamWState, index: int, group: H
     first.lerp_(grad, 1 - group.beta1)
     second.mul_(group.beta2).addcmul_(grad, grad, value=1 - group.beta2)
     denominator = (second.sqrt() / math.sqrt(1 - group.beta2**step)).add_(group.eps)
-    updated = param.float().mul_(1 - group.lr * group.weight_decay) if param.dtype != torch.float32 else param
-    if updated is param:
-        updated.mul_(1 - group.lr * group.weight_decay)
+    updated = param.float()  # the parameter itself where it is fp32
+    updated.mul_(1 - group.lr * group.weight_decay)
     updated.addcdiv_(first, denominator, value=-group.lr / (1 - group.beta1**step))
     if updated is not param:
         param.copy_(updated)

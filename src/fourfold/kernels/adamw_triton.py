@@ -138,9 +138,7 @@ def _load_moment(code_ptr, absmax_ptr, map_ptr, elements, mask, blocks, some):
 
 
 @triton.jit
-def _store_moment(
-    moment, code_ptr, absmax_ptr, threshold_ptr, elements, mask, blocks, some
-):
+def _store_moment(moment, code_ptr, absmax_ptr, threshold_ptr, elements, mask, blocks, some):
     absmax = tl.max(tl.abs(moment), axis=1)
     inverse = tl.where(absmax >= _SMALLEST_ABSMAX, tl.div_rn(1.0, absmax), 0.0)
     codes = _nearest_code(moment * inverse[:, None], threshold_ptr)

@@ -120,7 +120,7 @@ class AdamW(Optimizer):
         return self._laid_out
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient.
 
         Raises:
@@ -133,7 +133,7 @@ class AdamW(Optimizer):
         flat = self._flat()
         grads = [None if param.grad is None else _dense(param.grad, param) for param in flat.params]
         groups = [
-            Hyperparameters(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
+            Hyperparameters(group["lr"], group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"])
             for group in self.param_groups
         ]
         adamw_step(flat, grads, groups, self.max_grad_norm, self.watched_loss)
