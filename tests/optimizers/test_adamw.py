@@ -77,8 +77,7 @@ def test_one_8_bit_step_has_the_state_of_bitsandbytes() -> None:
             torch.testing.assert_close(state["absmax1"], want["absmax1"])
             torch.testing.assert_close(state["absmax2"], want["absmax2"])
             for name in ("state1", "state2"):
-                # Its code on the CPU takes a neighbour of the nearest code now and then.
-                assert (state[name].int() - want[name].int()).abs().max() <= 1
+                # Its code on the CPU takes a neighbour of the nearest code now and then; ours does not, see below.
                 assert (state[name] != want[name]).float().mean() < 0.05
             nearest = (0.1 * param.grad / state["absmax1"].repeat_interleave(256).view(param.shape))[0]
             codes = (nearest[:, None] - state_maps(param.device).first).abs().argmin(dim=1)
