@@ -23,7 +23,7 @@ class Job:
     Args:
         model: Folder of a 16-bit checkpoint.
         recompute: Whether activations are computed again in the backward pass.
-        policy: fourfold's recomputation policy, a key of `fourfold.models.recomputation.POLICIES`; None where the blocks
+        policy: fourfold's recomputation policy, of `fourfold.models.recomputation.POLICIES`; None where the blocks
             are not fused: then gradient checkpointing, if `recompute` is set.
         dtype: What is computed in.
     """
