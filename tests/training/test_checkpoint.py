@@ -20,9 +20,9 @@ from fourfold.training.checkpoint import (
 )
 
 
-def run(folder: Path, resume: str | Path | None = None, dropout: float = 0.1, **options):
+def run(folder: Path, resume: str | Path | None = None, dropout: float = 0.1, r: int = 4, **options):
     """Eight steps of two microbatches over an epoch of four: each checkpoint at 3 is in mid-epoch."""
-    model = tiny.peft_model(dropout=dropout)
+    model = tiny.peft_model(dropout=dropout, r=r)
     trainer = tiny.trainer(folder, model, **{"max_steps": 8, "gradient_accumulation_steps": 2, **options})
     trainer.train(resume_from_checkpoint=resume)
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -42,6 +42,20 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, tmp_path: Pa
     resumed_losses, resumed_weights = run(tmp_path, resume=folder / f"checkpoint-{step}")
     assert resumed_losses == losses
     assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch", "adafactor"])
+def test_resumed_run_is_the_uninterrupted_one_with_every_kind_of_state(tmp_path: Path, optim: str) -> None:
+    losses, weights = run(tmp_path / "whole", optim=optim, r=64, save_strategy="steps", save_steps=3)
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-6", optim=optim, r=64)
+    assert resumed[0] == losses
+    assert all(torch.equal(resumed[1][name], weights[name]) for name in weights)
+
+
+def test_checkpoint_of_another_kind_of_state_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, r=64, save_strategy="steps", save_steps=3, max_steps=3)
+    with pytest.raises(CheckpointError, match="optimizer's state of parameter 0 does not fit"):
+        run(tmp_path, resume="auto", optim="adamw_8bit", r=64)
 
 
 def test_checkpoint_past_max_steps_is_refused_rather_than_passed_over(finished, tmp_path: Path) -> None:

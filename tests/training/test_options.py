@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fourfold.errors import ConfigError
-from fourfold.training.options import LR_SCHEDULERS, OPTIMIZERS, TrainingOptions, to_sft_config
+from fourfold.optimizers import AdamW
+from fourfold.training.options import LR_SCHEDULERS, OPTIMIZERS, TrainingOptions, own_optimizer_arguments, to_sft_config
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,16 @@ def test_warm_up_that_would_be_ignored_is_refused() -> None:
 @pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
 def test_every_row_of_the_tables_makes_a_config(tmp_path: Path, optim: str, scheduler: str) -> None:
     config = to_sft_config(TrainingOptions(output_dir=tmp_path, optim=optim, lr_scheduler_type=scheduler))
-    assert config.optim == optim
+    assert config.optim == ("adamw_torch" if OPTIMIZERS[optim] else optim)
     assert config.lr_scheduler_type == scheduler
+
+
+def test_own_optimizers_are_handed_over_with_their_options(tmp_path: Path) -> None:
+    options = TrainingOptions(output_dir=tmp_path, optim="adamw_8bit", learning_rate=1e-3, max_grad_norm=0.5)
+    optimizer, arguments = own_optimizer_arguments(options)
+    assert optimizer is AdamW
+    assert arguments == {"lr": 1e-3, "state_bits": 8, "max_grad_norm": 0.5}
+    assert own_optimizer_arguments(TrainingOptions(output_dir=tmp_path, optim="adafactor")) is None
 
 
 def test_trl_neither_truncates_nor_packs_nor_prepares(tmp_path: Path) -> None:

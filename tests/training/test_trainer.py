@@ -174,6 +174,49 @@ def test_non_finite_loss_stops_the_run_and_names_step_and_checkpoint(tmp_path: P
     assert all(torch.isfinite(value).all() for value in tiny.adapter_weights(trainer.model).values())
 
 
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "adamw_torch"])
+def test_non_finite_loss_names_the_rows_of_its_microbatch(tmp_path: Path, optim: str) -> None:
+    rows = [dict(row) for row in tiny.rows(12)]
+    rows = [{key: [4 if token == 3 else token for token in row[key]] for key in row} for row in rows]
+    rows[5] = {"input_ids": [3, 5, 6, 7], "labels": [-100, 5, 6, 7]}
+    model = tiny.peft_model()
+    model.get_input_embeddings().weight.data[3] = math.nan
+    before = tiny.adapter_weights(model)
+    trainer = tiny.trainer(
+        tmp_path, model, dataset=Dataset.from_list(rows), gradient_accumulation_steps=6, optim=optim, max_steps=2
+    )
+    with pytest.raises(TrainingError, match=r"not finite at step 1(.|\n)*microbatch \d, rows (6, \d+|\d+, 6) of"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in tiny.adapter_weights(model).items())
+
+
+def test_loss_that_is_not_finite_is_no_step_though_the_gradients_are(tmp_path: Path) -> None:
+    class Infinite(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            optimizer.optimizer.watched_loss.fill_(math.inf)
+
+    model = tiny.peft_model()
+    before = tiny.adapter_weights(model)
+    trainer = tiny.trainer(tmp_path, model, max_steps=1)
+    trainer.add_callback(Infinite())
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in tiny.adapter_weights(model).items())
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+def test_own_optimizer_clips_logs_and_learns_as_that_of_torch(tmp_path: Path, max_grad_norm: float) -> None:
+    runs = {}
+    for optim in ("adamw", "adamw_torch"):
+        trainer = tiny.trainer(
+            tmp_path, tiny.peft_model(), optim=optim, max_steps=6, max_grad_norm=max_grad_norm, weight_decay=0.1
+        )
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        runs[optim] = ([entry["grad_norm"] for entry in logs], [entry["loss"] for entry in logs])
+    assert runs["adamw"][0] == pytest.approx(runs["adamw_torch"][0], rel=1e-4)
+    assert runs["adamw"][1] == pytest.approx(runs["adamw_torch"][1], rel=1e-5)
+
+
 def test_rows_without_any_label_are_refused(tmp_path: Path) -> None:
     masked = Dataset.from_list([{"input_ids": [3, 4], "labels": [-100, -100]}])
     with pytest.raises(DataError, match="All labels of the training data set are masked"):

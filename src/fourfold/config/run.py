@@ -167,7 +167,9 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor"] = Field("adamw_torch", description="Optimizer.")
+    optim: Literal["adamw", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adafactor"] = Field(
+        "adamw", description="Optimizer; adamw and adamw_8bit (state in 8 bits) update all adapters at once."
+    )
     logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
     eval_steps: Count | None = Field(None, description="Optimizer steps between two evaluations; null: once an epoch.")
     save_steps: Count | None = Field(None, description="Optimizer steps between two checkpoints; null: once an epoch.")

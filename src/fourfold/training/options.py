@@ -12,14 +12,26 @@ import torch
 from trl import SFTConfig
 
 from fourfold.errors import ConfigError
+from fourfold.optimizers import AdamW
 
-__all__ = ["COMPUTE_DTYPES", "LR_SCHEDULERS", "OPTIMIZERS", "STRATEGIES", "TrainingOptions", "to_sft_config"]
+__all__ = [
+    "COMPUTE_DTYPES",
+    "LR_SCHEDULERS",
+    "OPTIMIZERS",
+    "STRATEGIES",
+    "TrainingOptions",
+    "own_optimizer_arguments",
+    "to_sft_config",
+]
 
-# name -> the Trainer's name for it. All keep their state in plain tensors, as the checkpoint needs.
-OPTIMIZERS: dict[str, str] = {
-    "adamw_torch": "adamw_torch",
-    "adamw_torch_fused": "adamw_torch_fused",
-    "adafactor": "adafactor",
+# name -> bits of its state, for `fourfold.optimizers.AdamW`; None: the Trainer makes it, by this name. All keep their
+# state in plain tensors, as the checkpoint needs.
+OPTIMIZERS: dict[str, int | None] = {
+    "adamw": 32,
+    "adamw_8bit": 8,
+    "adamw_torch": None,
+    "adamw_torch_fused": None,
+    "adafactor": None,
 }
 
 # name -> whether it knows a warm-up
@@ -72,7 +84,7 @@ class TrainingOptions:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optim: str = "adamw_torch"
+    optim: str = "adamw"
     logging_steps: int = 10
     eval_strategy: str = "no"
     eval_steps: int = 100
@@ -152,7 +164,8 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         warmup_steps=options.warmup_ratio or options.warmup_steps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        optim=OPTIMIZERS[options.optim],
+        # The Trainer knows no name for ours, which `own_optimizer_arguments` hands it as a class.
+        optim="adamw_torch" if OPTIMIZERS[options.optim] else options.optim,
         logging_strategy="steps",
         logging_steps=options.logging_steps,
         logging_first_step=True,
@@ -182,6 +195,18 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+
+
+def own_optimizer_arguments(options: TrainingOptions) -> tuple[type[AdamW], dict[str, Any]] | None:
+    """The Trainer's `optimizer_cls_and_kwargs` where the optimizer is ours; None where the Trainer makes it."""
+    state_bits = OPTIMIZERS[options.optim]
+    if state_bits is None:
+        return None
+    return AdamW, {
+        "lr": options.learning_rate,
+        "state_bits": state_bits,
+        "max_grad_norm": options.max_grad_norm,
+    }
 
 
 def _recomputation(on: bool) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from fourfold.training.checkpoint import (
     whole_checkpoint,
     write_manifest,
 )
-from fourfold.training.guard import StepGuard
+from fourfold.training.guard import StepGuard, own_optimizer
 from fourfold.training.interrupt import (
     EvaluationInterrupted,
     InterruptCallback,
@@ -45,7 +45,7 @@ from fourfold.training.interrupt import (
     catch_interrupts,
 )
 from fourfold.training.loss import IGNORE_INDEX, SupervisedLoss, supervised_cross_entropy
-from fourfold.training.options import TrainingOptions, to_sft_config
+from fourfold.training.options import TrainingOptions, own_optimizer_arguments, to_sft_config
 from fourfold.training.progress import ProgressCallback
 
 __all__ = ["FourfoldTrainer", "build_trainer"]
@@ -53,6 +53,21 @@ __all__ = ["FourfoldTrainer", "build_trainer"]
 logger = logging.getLogger(__name__)
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+ROW_NUMBERS = "row_numbers"
+"""Column of the training data set and key of a batch: positions of its rows, so that a bad step can name them."""
+
+
+@dataclass(frozen=True)
+class _NumberedCollator:
+    """A collator that keeps the rows' numbers beside the tensors, as a list: no tensor, so no copy to the device."""
+
+    collate: Collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        numbers = [row[ROW_NUMBERS] for row in rows if ROW_NUMBERS in row]
+        batch: dict[str, Any] = self.collate([{k: v for k, v in row.items() if k != ROW_NUMBERS} for row in rows])
+        return batch | {ROW_NUMBERS: numbers} if numbers else batch
 
 
 @dataclass
@@ -79,7 +94,7 @@ class FourfoldTrainer(SFTTrainer):
       the LM head.
     - Checkpoints are those of `fourfold.training.checkpoint`.
     - SIGINT and SIGTERM finish the step, save and raise `TrainingInterrupted`.
-    - A loss or gradient that is not finite raises TrainingError before it reaches the adapters.
+    - A loss or gradient that is not finite raises TrainingError and never reaches the adapters.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -173,6 +188,20 @@ class FourfoldTrainer(SFTTrainer):
         self._guard.add_loss(loss)
         return loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._guard.begin([batch.pop(ROW_NUMBERS, []) for batch in batches])
+        return batches, num_items
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
+        # Ours clips within its step.
+        return None if own_optimizer(self.optimizer) else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The tensor that the coming step will write to: read only where it is logged, after that.
+        own = own_optimizer(self.optimizer)
+        return super()._get_grad_norm(model, grad_norm=grad_norm) if own is None else own.grad_norm
+
     # ---- Evaluation and logs ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -254,6 +283,7 @@ class FourfoldTrainer(SFTTrainer):
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        self._guard.check()
         folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
         with self._shared_folder(folder) as partial:
@@ -345,11 +375,12 @@ def build_trainer(
     return FourfoldTrainer(
         model=model,
         args=to_sft_config(options),
-        data_collator=collator,
-        train_dataset=train_dataset,
+        data_collator=_NumberedCollator(collator),
+        train_dataset=train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        optimizer_cls_and_kwargs=own_optimizer_arguments(options),
     )
 
 

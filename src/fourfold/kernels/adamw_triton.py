@@ -1,0 +1,329 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""AdamW on the GPU: three launches a step (norm, finish, update), whatever the number of parameters.
+
+Kernels find their tensors by address, in a table that is sent each step: gradients are made anew by each backward pass.
+A launch covers the parameters of one `Pack`, so mixed dtypes or mixed state take one norm and one update launch each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.kernels.adamw import BLOCK_SIZE, CHUNK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
+
+__all__ = ["adamw_step_triton", "finish_kernel", "norm_kernel", "update_kernel", "update_warps"]
+
+NUM_WARPS = 4
+FINISH_WARPS = 8
+FINISH_BLOCK = 1024
+# An update kernel reads eight numbers a parameter, which the finish kernel made: see there.
+ROW = 8
+
+_ROWS = tl.constexpr(CHUNK_SIZE // BLOCK_SIZE)
+_COLUMNS = tl.constexpr(BLOCK_SIZE)
+_CHUNK = tl.constexpr(CHUNK_SIZE)
+_ROW = tl.constexpr(ROW)
+_SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
+
+
+@triton.jit
+def norm_kernel(
+    address_ptr,  # int64 [2, num_params]: gradients, parameters
+    table_ptr,  # int64 [num_params, 3]
+    chunk_tensor_ptr,
+    chunk_index_ptr,
+    partial_ptr,  # fp32 [num_chunks]
+    first_chunk,
+    DTYPE: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+):
+    """Sum of squares of one chunk of a gradient; 0 where there is no gradient."""
+    chunk = first_chunk + tl.program_id(0)
+    tensor = tl.load(chunk_tensor_ptr + chunk)
+    index = tl.load(chunk_index_ptr + chunk)
+    address = tl.load(address_ptr + tensor)
+    total = 0.0
+    if address != 0:
+        numel = tl.load(table_ptr + tensor * 3)
+        grad_ptr = address.to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            grad_ptr = tl.multiple_of(grad_ptr, 16)
+            numel = tl.multiple_of(numel, 16)
+        offsets = index.to(tl.int64) * _CHUNK + tl.arange(0, _CHUNK)
+        grad = tl.load(grad_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
+        total = tl.sum(grad * grad, axis=0)
+    tl.store(partial_ptr + chunk, total)
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr,
+    num_partials,
+    loss_ptr,  # fp32 scalar, or None
+    max_norm,
+    address_ptr,
+    table_ptr,
+    hyper_ptr,  # fp64 [num_groups, 5], the order of Hyperparameters
+    step_ptr,
+    row_ptr,  # fp32 [num_params, ROW]
+    norm_ptr,
+    scale_ptr,
+    num_params,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.full([BLOCK], 0.0, tl.float64)
+    start = 0
+    while start < num_partials:  # Triton's interpreter takes no range over an argument
+        at = start + lanes
+        sums += tl.load(partial_ptr + at, mask=at < num_partials, other=0.0).to(tl.float64)
+        start += BLOCK
+    norm = tl.sqrt(tl.sum(sums, axis=0)).to(tl.float32)
+    counted = tl.where(norm < float("inf"), 1.0, 0.0)  # 0 for NaN too
+    if loss_ptr is not None:
+        counted = tl.where(tl.abs(tl.load(loss_ptr)) < float("inf"), counted, 0.0)
+    tl.store(norm_ptr, norm)
+    tl.store(scale_ptr, tl.where(counted > 0.0, tl.minimum(max_norm / (norm + 1e-6), 1.0), -1.0))
+
+    start = 0
+    while start < num_params:
+        at = start + lanes
+        mask = at < num_params
+        address = tl.load(address_ptr + at, mask=mask, other=0)
+        step = tl.load(step_ptr + at, mask=mask, other=0.0) + tl.where(address != 0, counted, 0.0)
+        tl.store(step_ptr + at, step, mask=mask)
+        hyper = hyper_ptr + tl.load(table_ptr + at * 3 + 2, mask=mask, other=0) * 5
+        lr = tl.load(hyper)
+        beta1 = tl.load(hyper + 1)
+        beta2 = tl.load(hyper + 2)
+        eps = tl.load(hyper + 3)
+        weight_decay = tl.load(hyper + 4)
+        # In fp64: 1 - 0.999 in fp32 is wrong by a part in 20,000.
+        time = step.to(tl.float64)
+        correction1 = 1.0 - tl.exp(time * tl.log(beta1))
+        correction2 = tl.sqrt(1.0 - tl.exp(time * tl.log(beta2)))
+        row = row_ptr + at * _ROW
+        tl.store(row, (lr / correction1).to(tl.float32), mask=mask)
+        tl.store(row + 1, (1.0 / correction2).to(tl.float32), mask=mask)
+        tl.store(row + 2, (1.0 - lr * weight_decay).to(tl.float32), mask=mask)
+        tl.store(row + 3, beta1.to(tl.float32), mask=mask)
+        tl.store(row + 4, (1.0 - beta1).to(tl.float32), mask=mask)
+        tl.store(row + 5, beta2.to(tl.float32), mask=mask)
+        tl.store(row + 6, (1.0 - beta2).to(tl.float32), mask=mask)
+        tl.store(row + 7, eps.to(tl.float32), mask=mask)
+        start += BLOCK
+
+
+@triton.jit
+def _nearest_code(values, threshold_ptr):
+    """Number of thresholds below each value, 0 to 255: eight probes of a sorted table of 1 KiB, from the cache."""
+    code = tl.full(values.shape, 0, tl.int32)
+    for bit in tl.static_range(8):
+        code += tl.where(values > tl.load(threshold_ptr + code + ((128 >> bit) - 1)), 128 >> bit, 0)
+    return code
+
+
+@triton.jit
+def _load_moment(code_ptr, absmax_ptr, map_ptr, elements, mask, blocks, some):
+    codes = tl.load(code_ptr + elements, mask=mask, other=0).to(tl.int32)
+    absmax = tl.load(absmax_ptr + blocks, mask=some, other=0.0)
+    return tl.load(map_ptr + codes) * absmax[:, None]
+
+
+@triton.jit
+def _store_moment(moment, code_ptr, absmax_ptr, threshold_ptr, elements, mask, blocks, some):
+    absmax = tl.max(tl.abs(moment), axis=1)
+    inverse = tl.where(absmax >= _SMALLEST_ABSMAX, tl.div_rn(1.0, absmax), 0.0)
+    codes = _nearest_code(moment * inverse[:, None], threshold_ptr)
+    tl.store(code_ptr + elements, codes.to(tl.uint8), mask=mask)
+    tl.store(absmax_ptr + blocks, absmax, mask=some)
+
+
+@triton.jit
+def update_kernel(
+    address_ptr,
+    num_params,
+    table_ptr,
+    chunk_tensor_ptr,
+    chunk_index_ptr,
+    first_chunk,
+    row_ptr,
+    scale_ptr,
+    first_ptr,  # fp32 or uint8, the first moment
+    second_ptr,
+    absmax1_ptr,
+    absmax2_ptr,
+    map1_ptr,
+    map2_ptr,
+    threshold1_ptr,
+    threshold2_ptr,
+    DTYPE: tl.constexpr,  # noqa: N803
+    BITS: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+):
+    """AdamW on one chunk of a parameter."""
+    chunk = first_chunk + tl.program_id(0)
+    tensor = tl.load(chunk_tensor_ptr + chunk)
+    index = tl.load(chunk_index_ptr + chunk)
+    grad_address = tl.load(address_ptr + tensor)
+    scale = tl.load(scale_ptr)
+    if (grad_address != 0) & (scale >= 0.0):
+        param_address = tl.load(address_ptr + num_params + tensor)
+        numel = tl.load(table_ptr + tensor * 3)
+        # Moments begin at whole blocks.
+        begin = tl.multiple_of(tl.load(table_ptr + tensor * 3 + 1), _COLUMNS)
+        grad_ptr = grad_address.to(tl.pointer_type(DTYPE))
+        param_ptr = param_address.to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            grad_ptr = tl.multiple_of(grad_ptr, 16)
+            param_ptr = tl.multiple_of(param_ptr, 16)
+            numel = tl.multiple_of(numel, 16)
+        row = row_ptr + tensor * _ROW
+        step_size = tl.load(row)
+        inverse_correction2 = tl.load(row + 1)
+        decay = tl.load(row + 2)
+        beta1 = tl.load(row + 3)
+        one_minus_beta1 = tl.load(row + 4)
+        beta2 = tl.load(row + 5)
+        one_minus_beta2 = tl.load(row + 6)
+        eps = tl.load(row + 7)
+
+        start = index.to(tl.int64) * _CHUNK
+        offsets = start + tl.arange(0, _ROWS)[:, None] * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
+        mask = offsets < numel
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale
+        param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        elements = begin + offsets
+        if BITS == 8:
+            rows = start // _COLUMNS + tl.arange(0, _ROWS)
+            some = rows * _COLUMNS < numel
+            blocks = begin // _COLUMNS + rows
+            first = _load_moment(first_ptr, absmax1_ptr, map1_ptr, elements, mask, blocks, some)
+            second = _load_moment(second_ptr, absmax2_ptr, map2_ptr, elements, mask, blocks, some)
+            # Codes of the last, short block stand for something where there is no element.
+            first = tl.where(mask, first, 0.0)
+            second = tl.where(mask, second, 0.0)
+        else:
+            first = tl.load(first_ptr + elements, mask=mask, other=0.0)
+            second = tl.load(second_ptr + elements, mask=mask, other=0.0)
+
+        first = first * beta1 + grad * one_minus_beta1
+        second = second * beta2 + grad * grad * one_minus_beta2
+        param = param * decay - step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
+        tl.store(param_ptr + offsets, param.to(DTYPE), mask=mask)
+        if BITS == 8:
+            _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, elements, mask, blocks, some)
+            _store_moment(second, second_ptr, absmax2_ptr, threshold2_ptr, elements, mask, blocks, some)
+        else:
+            tl.store(first_ptr + elements, first, mask=mask)
+            tl.store(second_ptr + elements, second, mask=mask)
+
+
+def update_warps(bits: int, aligned: bool) -> int:
+    """Warps of an update. Loads of single bytes need more registers, which four warps have not."""
+    return NUM_WARPS if bits == 32 or aligned else 4 * NUM_WARPS
+
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def adamw_step_triton(
+    state: AdamWState,
+    grads: Sequence[Tensor | None],
+    groups: Sequence[Hyperparameters],
+    max_grad_norm: float | None,
+    loss: Tensor | None,
+) -> None:
+    """See `fourfold.kernels.adamw.adamw_step`."""
+    device = state.steps.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _step(state, grads, groups, max_grad_norm, loss)
+    else:
+        _step(state, grads, groups, max_grad_norm, loss)
+
+
+def _step(
+    state: AdamWState,
+    grads: Sequence[Tensor | None],
+    groups: Sequence[Hyperparameters],
+    max_grad_norm: float | None,
+    loss: Tensor | None,
+) -> None:
+    device, num_params, num_chunks = state.steps.device, len(state.params), state.chunk_tensor.numel()
+    pointers = [0 if grad is None else grad.data_ptr() for grad in grads]
+    pointers += [param.data_ptr() for param in state.params]
+    aligned = all(pointer % 16 == 0 for pointer in pointers) and all(p.numel() % 16 == 0 for p in state.params)
+    addresses, hyper = _send(pointers, groups, device)
+    partials = torch.empty(num_chunks, dtype=torch.float32, device=device)
+    rows = torch.empty(num_params * ROW, dtype=torch.float32, device=device)
+
+    for dtype, _, first_chunk, chunks in state.packs:
+        norm_kernel[(chunks,)](
+            addresses,
+            state.table,
+            state.chunk_tensor,
+            state.chunk_index,
+            partials,
+            first_chunk,
+            DTYPE=_DTYPES[dtype],
+            ALIGNED=aligned,
+            num_warps=NUM_WARPS,
+        )
+    finish_kernel[(1,)](
+        partials,
+        num_chunks,
+        loss,
+        float(max_grad_norm or math.inf),
+        addresses,
+        state.table,
+        hyper,
+        state.steps,
+        rows,
+        state.norm,
+        state.scale,
+        num_params,
+        BLOCK=FINISH_BLOCK,
+        num_warps=FINISH_WARPS,
+    )
+    for dtype, bits, first_chunk, chunks in state.packs:
+        update_kernel[(chunks,)](
+            addresses,
+            num_params,
+            state.table,
+            state.chunk_tensor,
+            state.chunk_index,
+            first_chunk,
+            rows,
+            state.scale,
+            state.state1 if bits == 8 else state.exp_avg,
+            state.state2 if bits == 8 else state.exp_avg_sq,
+            state.absmax1,
+            state.absmax2,
+            *state.maps,
+            *state.thresholds,
+            DTYPE=_DTYPES[dtype],
+            BITS=bits,
+            ALIGNED=aligned,
+            num_warps=update_warps(bits, aligned),
+        )
+
+
+def _send(pointers: list[int], groups: Sequence[Hyperparameters], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Addresses, int64, and hyperparameters, fp64, on the device, by one copy that nothing waits for.
+
+    The pinned memory is new each step: its allocator gives none out again before the copy from it has been made.
+    """
+    numbers = [number for group in groups for number in group]
+    staged = torch.empty(len(pointers) + len(numbers), dtype=torch.int64, pin_memory=device.type == "cuda")
+    staged[: len(pointers)] = torch.tensor(pointers, dtype=torch.int64)
+    staged[len(pointers) :].view(torch.float64)[:] = torch.tensor(numbers, dtype=torch.float64)
+    sent = staged.to(device, non_blocking=True)
+    return sent[: len(pointers)], sent[len(pointers) :].view(torch.float64)

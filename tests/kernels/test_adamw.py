@@ -1,0 +1,104 @@
+"""The Triton kernels, interpreted, against the PyTorch reference; the reference itself in tests/optimizers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold.kernels.adamw import AdamWState, Hyperparameters, adamw_step_reference, lay_out
+from fourfold.optimizers.maps import state_maps
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+if torch.cuda.is_available():
+    pytest.skip("compiled kernels are tested in tests/optimizers/test_adamw_on_gpu.py", allow_module_level=True)
+
+from fourfold.kernels.adamw_triton import adamw_step_triton
+
+GROUPS = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1), Hyperparameters(3e-3, 0.8, 0.95, 1e-6, 0.0)]
+# Whole chunks, a short last block, less than a block, and one that never gets a gradient.
+SHAPES = [(16, 256), (3, 1111), (5,), (2100,)]
+# Triton's interpreter cuts to bf16 where a GPU rounds.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
+
+
+def made(dtype: torch.dtype, bits: int) -> AdamWState:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    entries = [(p, i % 2, bits if p.numel() >= 256 else 32) for i, p in enumerate(params)]
+    return lay_out(
+        entries,
+        state_maps(torch.device("cpu")),
+        # Nothing but the kernels' own masks keeps what lies between parameters from being touched.
+        lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device),
+    )
+
+
+def gradients(state: AdamWState, step: int) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(100 + step)
+    grads: list[Tensor | None] = [
+        (torch.randn(p.shape, generator=generator) * 10 ** (-index)).to(p.dtype) for index, p in enumerate(state.params)
+    ]
+    missing = next(index for index, param in enumerate(state.params) if param.shape == (2100,))
+    grads[missing] = None
+    return grads
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
+    ours, wanted = made(dtype, bits), made(dtype, bits)
+    for step in range(3):
+        for state, run in ((ours, adamw_step_triton), (wanted, adamw_step_reference)):
+            run(state, gradients(state, step), GROUPS, 1.0, torch.tensor(0.5))
+        assert distance(ours.norm, wanted.norm) < 1e-6
+        assert distance(ours.scale, wanted.scale) < 1e-6
+    assert torch.equal(ours.steps, wanted.steps)
+    assert sorted(ours.steps.tolist()) == [0.0, 3.0, 3.0, 3.0]
+    for index, param in enumerate(ours.params):
+        assert distance(param, wanted.params[index]) < TOLERANCE[dtype]
+        for name, view in ours.views(index).items():
+            want = wanted.views(index)[name]
+            if view.dtype == torch.uint8:
+                assert (view != want).float().mean() < 1e-2
+            else:
+                assert distance(view, want) < 2e-6
+
+
+def test_unaligned_tensors_are_updated_too() -> None:
+    storage = torch.randn(4 * 256 + 1)
+    aligned, unaligned = storage[1:].clone(), storage[1:]
+    assert unaligned.data_ptr() % 16
+    states = [
+        lay_out([(p, 0, 8)], state_maps(p.device), lambda n, dtype, device: torch.zeros(n, dtype=dtype, device=device))
+        for p in (aligned, unaligned)
+    ]
+    grad = torch.randn(4 * 256)
+    for state in states:
+        adamw_step_triton(state, [grad], GROUPS, None, None)
+    assert torch.equal(aligned, unaligned)
+    assert float(states[0].scale) == 1.0
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize(("bad", "loss"), [(math.nan, 0.5), (math.inf, 0.5), (None, math.nan), (None, -math.inf)])
+@pytest.mark.parametrize("run", [adamw_step_triton, adamw_step_reference])
+def test_step_that_is_not_finite_changes_nothing(run, bad: float | None, loss: float, bits: int) -> None:
+    state = made(torch.float32, bits)
+    run(state, gradients(state, 0), GROUPS, 1.0, None)
+    before = [(p.clone(), {k: v.clone() for k, v in state.views(i).items()}) for i, p in enumerate(state.params)]
+    grads = gradients(state, 1)
+    if bad is not None:
+        grads[0].view(-1)[-1] = bad
+    run(state, grads, GROUPS, 1.0, torch.tensor(loss))
+    assert state.scale == -1
+    assert bool(state.norm.isfinite()) is (bad is None)
+    for index, (param, views) in enumerate(before):
+        assert torch.equal(state.params[index], param)
+        assert all(torch.equal(state.views(index)[name], view) for name, view in views.items())
