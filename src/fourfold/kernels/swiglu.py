@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fourfold.kernels.low_rank import extend, project_reference, working_dtype
+from fourfold.kernels.availability import say_once
+from fourfold.kernels.low_rank import columns_refuse, extend, project_reference, working_dtype
 
 __all__ = ["ACTIVATIONS", "swiglu", "swiglu_backward_", "swiglu_backward_reference_", "swiglu_reference"]
 
@@ -129,6 +130,34 @@ def swiglu_backward_reference_(
         gate_up_ext[:, 2 * width :] = project_reference(gate_up_ext[:, : 2 * width], projection)
 
 
+def _forward_cuda(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
+    refusal = columns_refuse(gate_up)
+    if refusal is not None or activation not in ACTIVATIONS:
+        say_once(logger, f"the gated activation runs in PyTorch: {refusal or activation}")
+        return swiglu_reference(gate_up, projection, activation)
+    from fourfold.kernels import swiglu_triton
+
+    return swiglu_triton.swiglu(gate_up, projection, activation)
+
+
+def _backward_cuda(
+    gate_up_ext: Tensor,
+    grad: Tensor,
+    low: Tensor | None = None,
+    down_a: Tensor | None = None,
+    projection: Tensor | None = None,
+    activation: str = "silu",
+) -> None:
+    refusal = columns_refuse(gate_up_ext, grad, low)
+    if refusal is not None or activation not in ACTIVATIONS:
+        say_once(logger, f"the gated activation's gradient runs in PyTorch: {refusal or activation}")
+        swiglu_backward_reference_(gate_up_ext, grad, low, down_a, projection, activation)
+        return
+    from fourfold.kernels import swiglu_triton
+
+    swiglu_triton.swiglu_backward_(gate_up_ext, grad, low, down_a, projection, activation)
+
+
 def _forward_fake(gate_up: Tensor, projection: Tensor | None = None, _activation: str = "silu") -> Tensor:
     rank = 0 if projection is None else projection.shape[0]
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2 + rank)
@@ -147,5 +176,7 @@ def _backward_fake(
 
 torch.library.impl("fourfold::swiglu", "default", swiglu_reference)
 torch.library.impl("fourfold::swiglu_backward_", "default", swiglu_backward_reference_)
+torch.library.impl("fourfold::swiglu", "cuda", _forward_cuda)
+torch.library.impl("fourfold::swiglu_backward_", "cuda", _backward_cuda)
 torch.library.register_fake("fourfold::swiglu", _forward_fake)
 torch.library.register_fake("fourfold::swiglu_backward_", _backward_fake)
