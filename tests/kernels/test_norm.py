@@ -51,7 +51,8 @@ def test_reference_gradient_equals_autograd() -> None:
 
 @pytest.mark.parametrize("rank", [0, 16, 48, 80])
 @pytest.mark.parametrize("shape", [(19, 200), (33, 33), (3, 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# bf16 stands in the tests for a GPU: the interpreter multiplies the bits of bf16 matrices as integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_equal_reference(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
     rows, width = shape
     x, grad, residual = (strided(rows, width, dtype) for _ in range(3))

@@ -55,7 +55,8 @@ def test_reference_gradient_equals_autograd(activation: str) -> None:
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
 @pytest.mark.parametrize("rank", [0, 16, 48, 80])
 @pytest.mark.parametrize("shape", [(19, 200), (35, 600), (3, 33)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# bf16 stands in the tests for a GPU: the interpreter multiplies the bits of bf16 matrices as integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_equal_reference(shape: tuple[int, int], rank: int, dtype: torch.dtype, activation: str) -> None:
     rows, width = shape
     gate_up = strided(rows, 2 * width, dtype)
@@ -70,7 +71,8 @@ def test_kernels_equal_reference(shape: tuple[int, int], rank: int, dtype: torch
 
 @pytest.mark.parametrize(("low_rank", "rank"), [(0, 0), (16, 0), (0, 32), (16, 48), (48, 64), (80, 80)])
 @pytest.mark.parametrize("shape", [(19, 200), (35, 600), (3, 33)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# bf16 stands in the tests for a GPU: the interpreter multiplies the bits of bf16 matrices as integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_backward_kernel_equals_reference(shape: tuple[int, int], low_rank: int, rank: int, dtype: torch.dtype) -> None:
     rows, width = shape
     extended, grad = strided(rows, 2 * width + rank, dtype), strided(rows, width, dtype)

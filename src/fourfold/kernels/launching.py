@@ -38,8 +38,9 @@ def splits_for(num_tiles: int, num_blocks: int, least_blocks: int = 4) -> tuple[
     """How a reduction over `num_blocks` is split where `num_tiles` programs alone would leave a GPU idle.
 
     Returns:
-        Number of splits, and blocks of each but the last, which may have fewer; at least `least_blocks`.
+        Number of splits, and blocks of each but the last, which may have fewer: at least `least_blocks`, and a power
+        of two, since a kernel is compiled for each number.
     """
     wanted = max(1, _WANTED_PROGRAMS // max(num_tiles, 1))
-    blocks = max(cdiv(num_blocks, wanted), least_blocks)
+    blocks = next_power_of_2(max(cdiv(num_blocks, wanted), least_blocks))
     return cdiv(num_blocks, blocks), blocks

@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803, N806
 """Triton kernels of low_rank.py, and the sum of partial products that other kernels share.
 
 Both products stream one large matrix once. Where its outer tiles are too few to fill the GPU the reduction is split;
@@ -6,8 +8,6 @@ give the same bits (atomics would not).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -21,20 +21,23 @@ __all__ = ["low_rank_grad", "project", "sum_partials"]
 
 @triton.jit
 def sum_partials_kernel(
-    partial_ptr: Any,  # fp32 [splits, rows * width]
-    out_ptr: Any,  # [rows, width], row stride out_stride
-    num_elements: Any,
-    width: Any,
-    splits: Any,
-    out_stride: Any,
+    partial_ptr,  # fp32 [splits, rows * width]
+    out_ptr,  # [rows, width], row stride out_stride
+    num_elements,
+    width,
+    splits,
+    out_stride,
     ADD: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < num_elements
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(partial_ptr + split.to(tl.int64) * num_elements + index, mask=mask, other=0.0)
+    # A loop to a constant, rather than to `splits`, has its loads in flight together.
+    for split in tl.static_range(MAX_SPLITS):
+        share = partial_ptr + tl.cast(split, tl.int64) * num_elements + index
+        total += tl.load(share, mask=mask & (split < splits), other=0.0)
     out = out_ptr + (index // width).to(tl.int64) * out_stride + index % width
     if ADD:
         total += tl.load(out, mask=mask, other=0.0)
@@ -46,35 +49,42 @@ def sum_partials(partial: Tensor, out: Tensor, add: bool = False) -> None:
     splits, rows, width = partial.shape
     num_elements = rows * width
     sum_partials_kernel[(cdiv(num_elements, 512),)](
-        partial, out, num_elements, width, splits, out.stride(0), ADD=add, BLOCK=512, num_warps=4
+        partial,
+        out,
+        num_elements,
+        width,
+        splits,
+        out.stride(0),
+        ADD=add,
+        MAX_SPLITS=next_power_of_2(splits),
+        BLOCK=512,
+        num_warps=4,
     )
 
 
 @triton.jit
 def project_kernel(
-    x_ptr: Any,  # [M, K]
-    a_ptr: Any,  # [R, K]
-    out_ptr: Any,  # [splits, M, R]
-    num_rows: Any,
-    x_stride: Any,
-    a_stride_r: Any,
-    a_stride_k: Any,
-    blocks_per_split: Any,
+    x_ptr,  # [M, K]
+    a_ptr,  # [R, K]
+    out_ptr,  # [splits, M, R]
+    num_rows,
+    x_stride,
+    a_stride_r,
+    a_stride_k,
+    BLOCKS: tl.constexpr,  # of each split
     K: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> None:
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     ranks = tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
-    first = split * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for block in range(first, last):
-        columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    for index in range(0, BLOCKS):
+        columns = (split * BLOCKS + index) * BLOCK_K + tl.arange(0, BLOCK_K)
         column_mask = columns < K
         x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], row_mask[:, None] & column_mask[None, :], 0.0)
         a = tl.load(
@@ -108,7 +118,7 @@ def project(x: Tensor, a: Tensor) -> Tensor:
             x.stride(0),
             a.stride(0),
             a.stride(1),
-            blocks,
+            BLOCKS=blocks,
             K=width,
             R=rank,
             BLOCK_R=block_r,
@@ -124,30 +134,28 @@ def project(x: Tensor, a: Tensor) -> Tensor:
 
 @triton.jit
 def low_rank_grad_kernel(
-    p_ptr: Any,  # [M, R]
-    q_ptr: Any,  # [M, N]
-    out_ptr: Any,  # fp32 [splits, R, N], or [R, N] of row stride out_stride
-    num_rows: Any,
-    p_stride: Any,
-    q_stride: Any,
-    out_stride: Any,
-    blocks_per_split: Any,
+    p_ptr,  # [M, R]
+    q_ptr,  # [M, N]
+    out_ptr,  # fp32 [splits, R, N], or [R, N] of row stride out_stride
+    num_rows,
+    p_stride,
+    q_stride,
+    out_stride,
+    BLOCKS: tl.constexpr,  # of each split
     N: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ADD: tl.constexpr,
-) -> None:
+):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < N
     ranks = tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
-    first = split * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, tl.cdiv(num_rows, BLOCK_M))
     acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    for block in range(first, last):
-        rows = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for index in range(0, BLOCKS):
+        rows = (split * BLOCKS + index).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = rows < num_rows
         p = tl.load(p_ptr + rows[:, None] * p_stride + ranks[None, :], row_mask[:, None] & (ranks < R)[None, :], 0.0)
         q = tl.load(q_ptr + rows[:, None] * q_stride + columns[None, :], row_mask[:, None] & column_mask[None, :], 0.0)
@@ -180,7 +188,7 @@ def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:
             p.stride(0),
             q.stride(0),
             partial.stride(-2),
-            blocks,
+            BLOCKS=blocks,
             N=width,
             R=rank,
             BLOCK_R=block_r,

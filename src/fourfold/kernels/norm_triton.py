@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803, N806
 """Triton kernels of norm.py.
 
 Without a projection a program holds whole rows in registers. With one, it owns 16 or 32 rows and goes over them
@@ -7,7 +9,7 @@ result and multiply it by the projection on tensor cores.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,9 +42,7 @@ def tile_for(num_rows: int, width: int, rank: int, element_size: int) -> Tile:
 
 
 @triton.jit
-def _projection_tile(
-    p_ptr: Any, columns: Any, stride_r: Any, stride_k: Any, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr
-) -> Any:
+def _projection_tile(p_ptr, columns, stride_r, stride_k, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
     ranks = tl.arange(0, BLOCK_R)
     offsets = columns[:, None].to(tl.int64) * stride_k + ranks[None, :].to(tl.int64) * stride_r
     return tl.load(p_ptr + offsets, (columns < K)[:, None] & (ranks < R)[None, :], 0.0)
@@ -50,23 +50,23 @@ def _projection_tile(
 
 @triton.jit
 def rms_norm_kernel(
-    x_ptr: Any,  # [M, K]
-    weight_ptr: Any,  # [K]
-    p_ptr: Any,  # [R, K]
-    out_ptr: Any,  # [M, K + columns], of which K + R are written
-    rstd_ptr: Any,  # fp32 [M]
-    num_rows: Any,
-    x_stride: Any,
-    out_stride: Any,
-    p_stride_r: Any,
-    p_stride_k: Any,
-    eps: Any,
+    x_ptr,  # [M, K]
+    weight_ptr,  # [K]
+    p_ptr,  # [R, K]
+    out_ptr,  # [M, K + columns], of which K + R are written
+    rstd_ptr,  # fp32 [M]
+    num_rows,
+    x_stride,
+    out_stride,
+    p_stride_r,
+    p_stride_k,
+    eps,
     K: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> None:
+):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
@@ -143,26 +143,26 @@ def rms_norm(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    grad_ptr: Any,  # [M, K]
-    x_ptr: Any,  # [M, K]
-    weight_ptr: Any,  # [K]
-    rstd_ptr: Any,  # fp32 [M]
-    residual_ptr: Any,  # [M, K] or None
-    p_ptr: Any,  # [R, K]
-    out_ptr: Any,  # [M, K + columns]
-    num_rows: Any,
-    grad_stride: Any,
-    x_stride: Any,
-    residual_stride: Any,
-    out_stride: Any,
-    p_stride_r: Any,
-    p_stride_k: Any,
+    grad_ptr,  # [M, K]
+    x_ptr,  # [M, K]
+    weight_ptr,  # [K]
+    rstd_ptr,  # fp32 [M]
+    residual_ptr,  # [M, K] or None
+    p_ptr,  # [R, K]
+    out_ptr,  # [M, K + columns]
+    num_rows,
+    grad_stride,
+    x_stride,
+    residual_stride,
+    out_stride,
+    p_stride_r,
+    p_stride_k,
     K: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> None:
+):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows

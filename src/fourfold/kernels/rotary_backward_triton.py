@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803, N806
 """Triton kernel of rotary.py's backward pass.
 
 A program owns some rows and some heads of them; with a projection it owns all heads of its rows, since the low-rank
@@ -6,8 +8,6 @@ product sums over them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
 from fourfold.kernels.low_rank import fill_columns, fused
-from fourfold.kernels.rotary_triton import BLOCK_ROWS, HEADS_PER_PROGRAM, half_of, load_angles, load_biased
+from fourfold.kernels.rotary_triton import BLOCK_ROWS, half_of, load_angles, load_biased
 
-__all__ = ["rotary_backward"]
+__all__ = ["HEAD_PARTS", "rotary_backward"]
+
+# Programs that share the heads of a row where no product sums over them.
+HEAD_PARTS = 8
 
 
 @triton.jit
 def _product(
-    acc: Any, x: Any, p_ptr: Any, columns: Any, column: Any, WIDTH: tl.constexpr, stride_r: Any, stride_k: Any,
-    ranks: Any, R: tl.constexpr,
-) -> Any:  # fmt: skip
+    acc, x, p_ptr, columns, column, WIDTH: tl.constexpr, stride_r, stride_k,
+    ranks, R: tl.constexpr,
+):  # fmt: skip
     """acc + x @ P[:, column : column + WIDTH].T"""
     offsets = (column + columns)[:, None].to(tl.int64) * stride_k + ranks[None, :].to(tl.int64) * stride_r
     p = tl.load(p_ptr + offsets, (columns < WIDTH)[:, None] & (ranks < R)[None, :], 0.0)
@@ -33,25 +36,26 @@ def _product(
 
 @triton.jit
 def _backward_heads(
-    acc: Any,
-    grad_ptr: Any,  # dq, dk or dv
-    grad_stride: Any,
-    raw_ptr: Any,
-    raw_stride: Any,
-    out_ptr: Any,
-    out_stride: Any,
-    bias_ptr: Any,
-    norm_ptr: Any,
-    p_ptr: Any,
-    p_stride_r: Any,
-    p_stride_k: Any,
-    cos: Any,
-    sin: Any,
-    rows: Any,
-    row_mask: Any,
-    first_head: Any,  # of those that grad_ptr has
-    last_head: Any,
-    eps: Any,
+    acc,
+    grad_ptr,  # dq, dk or dv
+    grad_stride,
+    raw_ptr,
+    raw_stride,
+    out_ptr,
+    out_stride,
+    bias_ptr,
+    norm_ptr,
+    p_ptr,
+    p_stride_r,
+    p_stride_k,
+    cos,
+    sin,
+    rows,
+    row_mask,
+    part,
+    eps,
+    COUNT: tl.constexpr,  # heads that grad_ptr has
+    PARTS: tl.constexpr,
     OFFSET: tl.constexpr,  # heads before them in qkv
     ROTATED: tl.constexpr,
     D: tl.constexpr,
@@ -60,15 +64,17 @@ def _backward_heads(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
-) -> Any:
+):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     REST: tl.constexpr = D - 2 * HALF
     columns = tl.arange(0, BLOCK_HALF)
     rest_columns = tl.arange(0, BLOCK_REST)
     ranks = tl.arange(0, BLOCK_R)
-    mask = row_mask[:, None] & (columns < HALF)[None, :]
-    rest_mask = row_mask[:, None] & (rest_columns < REST)[None, :]
-    for head in range(first_head, last_head):
+    for index in range(0, (COUNT + PARTS - 1) // PARTS):
+        head = part + index * PARTS
+        present = row_mask & (head < COUNT)
+        mask = present[:, None] & (columns < HALF)[None, :]
+        rest_mask = present[:, None] & (rest_columns < REST)[None, :]
         base = grad_ptr + rows[:, None] * grad_stride + head * D
         column = (OFFSET + head) * D
         first = tl.load(base + columns[None, :], mask, 0.0).to(tl.float32)
@@ -81,14 +87,14 @@ def _backward_heads(
             first = turned
         if norm_ptr is not None:
             raw = raw_ptr + rows[:, None] * raw_stride + column
-            x1 = load_biased(raw, columns, bias_ptr, column, row_mask, HALF)
-            x2 = load_biased(raw + HALF, columns, bias_ptr, column + HALF, row_mask, HALF)
+            x1 = load_biased(raw, columns, bias_ptr, column, present, HALF)
+            x2 = load_biased(raw + HALF, columns, bias_ptr, column + HALF, present, HALF)
             first *= tl.load(norm_ptr + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
             second *= tl.load(norm_ptr + HALF + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
             squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
             products = tl.sum(first * x1, 1) + tl.sum(second * x2, 1)
             if REST > 0:
-                x3 = load_biased(raw + 2 * HALF, rest_columns, bias_ptr, column + 2 * HALF, row_mask, REST)
+                x3 = load_biased(raw + 2 * HALF, rest_columns, bias_ptr, column + 2 * HALF, present, REST)
                 weight = tl.load(norm_ptr + 2 * HALF + rest_columns, rest_columns < REST, 0.0)
                 rest *= weight.to(tl.float32)[None, :]
                 squares += tl.sum(x3 * x3, 1)
@@ -116,28 +122,28 @@ def _backward_heads(
 
 @triton.jit
 def rotary_backward_kernel(
-    dq_ptr: Any,  # [M, NUM_HEADS * D]
-    dk_ptr: Any,  # [M, NUM_KV_HEADS * D]
-    dv_ptr: Any,
-    raw_ptr: Any,  # [M, N] or None
-    out_ptr: Any,  # [M, N + columns]
-    cos_ptr: Any,
-    sin_ptr: Any,
-    bias_ptr: Any,
-    q_norm_ptr: Any,
-    k_norm_ptr: Any,
-    p_ptr: Any,  # [R, N]
-    num_rows: Any,
-    dq_stride: Any,
-    dk_stride: Any,
-    dv_stride: Any,
-    raw_stride: Any,
-    out_stride: Any,
-    num_positions: Any,
-    cos_stride: Any,
-    p_stride_r: Any,
-    p_stride_k: Any,
-    eps: Any,
+    dq_ptr,  # [M, NUM_HEADS * D]
+    dk_ptr,  # [M, NUM_KV_HEADS * D]
+    dv_ptr,
+    raw_ptr,  # [M, N] or None
+    out_ptr,  # [M, N + columns]
+    cos_ptr,
+    sin_ptr,
+    bias_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    p_ptr,  # [R, N]
+    num_rows,
+    dq_stride,
+    dk_stride,
+    dv_stride,
+    raw_stride,
+    out_stride,
+    num_positions,
+    cos_stride,
+    p_stride_r,
+    p_stride_k,
+    eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -146,36 +152,35 @@ def rotary_backward_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share the heads of a row
     BLOCK_M: tl.constexpr,
-) -> None:
+):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     ROTATED: tl.constexpr = cos_ptr is not None
     N: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * D
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     if ROTATED:
-        cos, sin = load_angles(cos_ptr, sin_ptr, rows, tl.arange(0, BLOCK_HALF), num_positions, cos_stride, num_rows, HALF)
+        cos, sin = load_angles(
+            cos_ptr, sin_ptr, rows, tl.arange(0, BLOCK_HALF), num_positions, cos_stride, num_rows, HALF
+        )
     else:
         cos, sin = 1.0, 0.0
-    low = tl.program_id(1) * HEADS
-    high = low + HEADS
+    part = tl.program_id(1)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     acc = _backward_heads(
         acc, dq_ptr, dq_stride, raw_ptr, raw_stride, out_ptr, out_stride, bias_ptr, q_norm_ptr, p_ptr, p_stride_r,
-        p_stride_k, cos, sin, rows, row_mask, low, tl.minimum(high, NUM_HEADS), eps,
-        0, ROTATED, D, HALF, R, BLOCK_HALF, BLOCK_REST, BLOCK_R,
+        p_stride_k, cos, sin, rows, row_mask, part, eps,
+        NUM_HEADS, PARTS, 0, ROTATED, D, HALF, R, BLOCK_HALF, BLOCK_REST, BLOCK_R,
     )  # fmt: skip
     acc = _backward_heads(
         acc, dk_ptr, dk_stride, raw_ptr, raw_stride, out_ptr, out_stride, bias_ptr, k_norm_ptr, p_ptr, p_stride_r,
-        p_stride_k, cos, sin, rows, row_mask, tl.maximum(low - NUM_HEADS, 0),
-        tl.minimum(high - NUM_HEADS, NUM_KV_HEADS), eps,
+        p_stride_k, cos, sin, rows, row_mask, part, eps, NUM_KV_HEADS, PARTS,
         NUM_HEADS, ROTATED, D, HALF, R, BLOCK_HALF, BLOCK_REST, BLOCK_R,
     )  # fmt: skip
     acc = _backward_heads(
         acc, dv_ptr, dv_stride, raw_ptr, raw_stride, out_ptr, out_stride, None, None, p_ptr, p_stride_r,
-        p_stride_k, cos, sin, rows, row_mask, tl.maximum(low - NUM_HEADS - NUM_KV_HEADS, 0),
-        tl.minimum(high - NUM_HEADS - NUM_KV_HEADS, NUM_KV_HEADS), eps,
+        p_stride_k, cos, sin, rows, row_mask, part, eps, NUM_KV_HEADS, PARTS,
         NUM_HEADS + NUM_KV_HEADS, False, D, HALF, R, BLOCK_HALF, BLOCK_REST, BLOCK_R,
     )  # fmt: skip
     if R > 0:
@@ -207,11 +212,11 @@ def rotary_backward(
     columns = 0 if projection is None else projection.shape[0]
     taken = fused(projection)
     rank = 0 if taken is None else columns
-    heads = total if rank else HEADS_PER_PROGRAM
+    parts = 1 if rank else HEAD_PARTS
     half = half_of(cos, head_dim)
     out = torch.empty(num_rows, width + columns, dtype=dq.dtype, device=dq.device)
     with on_device(dq):
-        rotary_backward_kernel[(cdiv(num_rows, BLOCK_ROWS), cdiv(total, heads))](
+        rotary_backward_kernel[(cdiv(num_rows, BLOCK_ROWS), parts)](
             dq,
             dk,
             dv,
@@ -242,7 +247,7 @@ def rotary_backward(
             BLOCK_HALF=max(16, next_power_of_2(half)),
             BLOCK_REST=max(16, next_power_of_2(max(head_dim - 2 * half, 1))),
             BLOCK_R=max(16, next_power_of_2(max(rank, 1))),
-            HEADS=heads,
+            PARTS=parts,
             BLOCK_M=BLOCK_ROWS,
             num_warps=4,
             num_stages=2,

@@ -1,11 +1,11 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803, N806
 """Triton kernel of rotary.py's forward pass.
 
 A program owns some rows and some heads of them. cos and sin are read once for all its heads.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -22,22 +22,22 @@ HEADS_PER_PROGRAM = 4
 
 @triton.jit
 def load_angles(
-    cos_ptr: Any,
-    sin_ptr: Any,
-    rows: Any,
-    columns: Any,
-    num_positions: Any,
-    cos_stride: Any,
-    num_rows: Any,
+    cos_ptr,
+    sin_ptr,
+    rows,
+    columns,
+    num_positions,
+    cos_stride,
+    num_rows,
     HALF: tl.constexpr,
-) -> Any:
+):
     at = (rows % num_positions)[:, None] * cos_stride + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < HALF)[None, :]
     return tl.load(cos_ptr + at, mask, 0.0).to(tl.float32), tl.load(sin_ptr + at, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
-def load_biased(base: Any, columns: Any, bias_ptr: Any, bias_column: Any, row_mask: Any, WIDTH: tl.constexpr) -> Any:
+def load_biased(base, columns, bias_ptr, bias_column, row_mask, WIDTH: tl.constexpr):
     """fp32 columns of a head, with the bias."""
     x = tl.load(base + columns[None, :], row_mask[:, None] & (columns < WIDTH)[None, :], 0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -47,19 +47,19 @@ def load_biased(base: Any, columns: Any, bias_ptr: Any, bias_column: Any, row_ma
 
 @triton.jit
 def rotary_kernel(
-    qkv_ptr: Any,  # [M, N]
-    out_ptr: Any,  # [M, N], may be qkv
-    cos_ptr: Any,  # [T, rotary_dim] or None
-    sin_ptr: Any,
-    bias_ptr: Any,  # [N] or None
-    q_norm_ptr: Any,  # [D] or None
-    k_norm_ptr: Any,
-    num_rows: Any,
-    in_stride: Any,
-    out_stride: Any,
-    num_positions: Any,
-    cos_stride: Any,
-    eps: Any,
+    qkv_ptr,  # [M, N]
+    out_ptr,  # [M, N], may be qkv
+    cos_ptr,  # [T, rotary_dim] or None
+    sin_ptr,
+    bias_ptr,  # [N] or None
+    q_norm_ptr,  # [D] or None
+    k_norm_ptr,
+    num_rows,
+    in_stride,
+    out_stride,
+    num_positions,
+    cos_stride,
+    eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     ALL_HEADS: tl.constexpr,  # heads that are visited: without v's where there is nothing to do for these
@@ -69,7 +69,7 @@ def rotary_kernel(
     BLOCK_REST: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-) -> None:
+):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     REST: tl.constexpr = D - 2 * HALF
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -189,5 +189,3 @@ def rotary_(
     """`rotary.rotary_`."""
     if cos is not None or bias is not None:
         _launch_forward(qkv, qkv, cos, sin, (num_heads, num_kv_heads), bias, (None, None), 0.0)
-
-

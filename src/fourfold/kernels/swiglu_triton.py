@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803, N806
 """Triton kernels of swiglu.py.
 
 A program owns some rows and a stretch of columns, over which it sums its share of the low-rank product; where rows
@@ -5,8 +7,6 @@ alone do not fill the GPU the columns are split, and the shares are summed by lo
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -36,7 +36,7 @@ def backward_tile_for(num_rows: int, rank: int, element_size: int) -> Tile:
 
 
 @triton.jit
-def _activation(gate: Any, GELU: tl.constexpr) -> Any:
+def _activation(gate, GELU: tl.constexpr):
     """The activation and its derivative, fp32."""
     if GELU:
         # tanh(z) = 2 sigmoid(2 z) - 1, which neither overflows nor divides by zero.
@@ -52,41 +52,39 @@ def _activation(gate: Any, GELU: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _projection_tile(p_ptr: Any, columns: Any, mask: Any, stride_r: Any, stride_k: Any, ranks: Any, R: tl.constexpr) -> Any:
+def _projection_tile(p_ptr, columns, mask, stride_r, stride_k, ranks, R: tl.constexpr):
     offsets = columns[:, None].to(tl.int64) * stride_k + ranks[None, :].to(tl.int64) * stride_r
     return tl.load(p_ptr + offsets, mask[:, None] & (ranks < R)[None, :], 0.0)
 
 
 @triton.jit
 def swiglu_kernel(
-    gate_up_ptr: Any,  # [M, 2I]
-    p_ptr: Any,  # [R, I]
-    out_ptr: Any,  # [M, I + columns]
-    product_ptr: Any,  # the R columns behind, or fp32 [splits, M, R]
-    num_rows: Any,
-    in_stride: Any,
-    out_stride: Any,
-    product_stride: Any,
-    p_stride_r: Any,
-    p_stride_k: Any,
-    blocks_per_split: Any,
+    gate_up_ptr,  # [M, 2I]
+    p_ptr,  # [R, I]
+    out_ptr,  # [M, I + columns]
+    product_ptr,  # the R columns behind, or fp32 [splits, M, R]
+    num_rows,
+    in_stride,
+    out_stride,
+    product_stride,
+    p_stride_r,
+    p_stride_k,
+    BLOCKS: tl.constexpr,  # of each split
     I: tl.constexpr,  # noqa: E741
     R: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> None:
+):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     split = tl.program_id(1)
-    first = split * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, tl.cdiv(I, BLOCK_K))
     ranks = tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for block in range(first, last):
-        columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    for index in range(0, BLOCKS):
+        columns = (split * BLOCKS + index) * BLOCK_K + tl.arange(0, BLOCK_K)
         column_mask = columns < I
         mask = row_mask[:, None] & column_mask[None, :]
         gate_at = gate_up_ptr + rows[:, None] * in_stride + columns[None, :]
@@ -130,7 +128,7 @@ def swiglu(
             product.stride(-2),
             0 if taken is None else taken.stride(0),
             0 if taken is None else taken.stride(1),
-            blocks_per_split,
+            BLOCKS=blocks_per_split,
             I=width,
             R=rank,
             GELU=activation == "gelu_tanh",
@@ -148,22 +146,22 @@ def swiglu(
 
 @triton.jit
 def swiglu_backward_kernel(
-    gate_up_ptr: Any,  # [M, 2I + columns], overwritten
-    grad_ptr: Any,  # [M, I], overwritten
-    low_ptr: Any,  # [M, L] or None
-    down_a_ptr: Any,  # [L, I]
-    p_ptr: Any,  # [R, 2I]
-    product_ptr: Any,  # the R columns behind, or fp32 [splits, M, R]
-    num_rows: Any,
-    gate_up_stride: Any,
-    grad_stride: Any,
-    low_stride: Any,
-    product_stride: Any,
-    down_a_stride_r: Any,
-    down_a_stride_k: Any,
-    p_stride_r: Any,
-    p_stride_k: Any,
-    blocks_per_split: Any,
+    gate_up_ptr,  # [M, 2I + columns], overwritten
+    grad_ptr,  # [M, I], overwritten
+    low_ptr,  # [M, L] or None
+    down_a_ptr,  # [L, I]
+    p_ptr,  # [R, 2I]
+    product_ptr,  # the R columns behind, or fp32 [splits, M, R]
+    num_rows,
+    gate_up_stride,
+    grad_stride,
+    low_stride,
+    product_stride,
+    down_a_stride_r,
+    down_a_stride_k,
+    p_stride_r,
+    p_stride_k,
+    BLOCKS: tl.constexpr,  # of each split
     I: tl.constexpr,  # noqa: E741
     L: tl.constexpr,
     R: tl.constexpr,
@@ -172,21 +170,19 @@ def swiglu_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-) -> None:
+):
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     split = tl.program_id(1)
-    first = split * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, tl.cdiv(I, BLOCK_K))
     ranks = tl.arange(0, BLOCK_R)
     lows = tl.arange(0, BLOCK_L)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if L > 0:
         low_at = low_ptr + rows[:, None] * low_stride + lows[None, :]
         low = tl.load(low_at, row_mask[:, None] & (lows < L)[None, :], 0.0)
-    for block in range(first, last):
-        columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    for index in range(0, BLOCKS):
+        columns = (split * BLOCKS + index) * BLOCK_K + tl.arange(0, BLOCK_K)
         column_mask = columns < I
         mask = row_mask[:, None] & column_mask[None, :]
         gate_at = gate_up_ptr + rows[:, None] * gate_up_stride + columns[None, :]
@@ -255,7 +251,7 @@ def swiglu_backward_(
             0 if down_a is None else down_a.stride(1),
             0 if taken is None else taken.stride(0),
             0 if taken is None else taken.stride(1),
-            blocks_per_split,
+            BLOCKS=blocks_per_split,
             I=width,
             L=low_rank,
             R=rank,
