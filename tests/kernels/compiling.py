@@ -29,7 +29,7 @@ class Variant:
 
     Args:
         kernel: What `triton.jit` made.
-        arguments: Name -> Triton's type ("*bf16", "i32", "fp32"), or a constant: of a constexpr, None, or a stride of 1.
+        arguments: Name -> Triton's type ("*bf16", "i32", "fp32"), or a constant: None, a stride of 1, a constexpr.
         options: num_warps, num_stages, enable_fp_fusion.
         unaligned: Arguments that are not divisible by 16; all other pointers and integers are taken to be.
     """
@@ -85,8 +85,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     for arch in parser.parse_args().arch:
         for variant in variants():
-            name, spilled = compile_variant(variant, arch)
-            print(f"sm_{arch} spilled {spilled:5d}  {name}")
+            _name, spilled = compile_variant(variant, arch)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ def _norm(num_rows: int, width: int, rank: int, element_size: int = 2) -> list[V
     tile = norm_triton.tile_for(num_rows, width, rank, element_size)
     pointer = _TRITON_TYPE[element_size]
     common: dict[str, Any] = {
-        **{name: pointer for name in ("x_ptr", "weight_ptr", "out_ptr")},
+        **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), pointer),
         "p_ptr": pointer if rank else None,
         "rstd_ptr": "*fp32",
-        **{name: "i32" for name in ("num_rows", "x_stride", "out_stride", "p_stride_r")},
+        **dict.fromkeys(("num_rows", "x_stride", "out_stride", "p_stride_r"), "i32"),
         "p_stride_k": 1,
         "K": width,
         **_ranks(rank),
@@ -44,7 +44,7 @@ def _swiglu(num_rows: int, rank: int, low_rank: int, element_size: int = 2) -> l
         swiglu_triton.forward_tile_for(num_rows, low_rank, element_size),
         swiglu_triton.backward_tile_for(num_rows, max(rank, low_rank), element_size),
     )
-    integers = {name: "i32" for name in ("num_rows", "p_stride_r", "product_stride")}
+    integers = dict.fromkeys(("num_rows", "p_stride_r", "product_stride"), "i32")
     common: dict[str, Any] = {
         **integers,
         "product_ptr": "*fp32",
@@ -73,11 +73,11 @@ def _swiglu(num_rows: int, rank: int, low_rank: int, element_size: int = 2) -> l
             swiglu_triton.swiglu_backward_kernel,
             {
                 **common,
-                **{name: pointer for name in ("gate_up_ptr", "grad_ptr")},
+                **dict.fromkeys(("gate_up_ptr", "grad_ptr"), pointer),
                 "low_ptr": pointer if low_rank else None,
                 "down_a_ptr": pointer if low_rank else None,
                 "p_ptr": pointer if rank else None,
-                **{name: "i32" for name in ("gate_up_stride", "grad_stride", "low_stride", "down_a_stride_r")},
+                **dict.fromkeys(("gate_up_stride", "grad_stride", "low_stride", "down_a_stride_r"), "i32"),
                 "down_a_stride_k": 1,
                 "L": low_rank,
                 "BLOCK_L": max(16, next_power_of_2(max(low_rank, 1))),
@@ -94,18 +94,18 @@ def _rotary(rank: int, norms: bool, element_size: int = 2) -> list[Variant]:
     pointer = _TRITON_TYPE[element_size]
     norm = pointer if norms else None
     common: dict[str, Any] = {
-        **{name: pointer for name in ("out_ptr", "cos_ptr", "sin_ptr")},
+        **dict.fromkeys(("out_ptr", "cos_ptr", "sin_ptr"), pointer),
         **{"bias_ptr": None, "q_norm_ptr": norm, "k_norm_ptr": norm},
-        **{name: "i32" for name in ("num_rows", "out_stride", "num_positions", "cos_stride")},
+        **dict.fromkeys(("num_rows", "out_stride", "num_positions", "cos_stride"), "i32"),
         **{"eps": "fp32", "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "D": 128, "HALF": 64, "BLOCK_HALF": 64},
         "BLOCK_M": rotary_triton.BLOCK_ROWS,
     }
     forward = {"qkv_ptr": pointer, "in_stride": "i32", "ALL_HEADS": 48, "BLOCK_REST": 1, "HEADS": 4}
     backward = {
-        **{name: pointer for name in ("dq_ptr", "dk_ptr", "dv_ptr")},
+        **dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), pointer),
         "raw_ptr": norm,
         "p_ptr": pointer if rank else None,
-        **{name: "i32" for name in ("dq_stride", "dk_stride", "dv_stride", "raw_stride", "p_stride_r")},
+        **dict.fromkeys(("dq_stride", "dk_stride", "dv_stride", "raw_stride", "p_stride_r"), "i32"),
         "p_stride_k": 1,
         **_ranks(rank),
         "BLOCK_REST": 16,
@@ -124,7 +124,7 @@ def _low_rank(rank: int, element_size: int = 2) -> list[Variant]:
     block_m, block_n = (64, 128) if element_size == 2 else (32, 64)
     project = {
         **{"x_ptr": pointer, "a_ptr": pointer, "out_ptr": "*fp32"},
-        **{name: "i32" for name in ("num_rows", "x_stride", "a_stride_r")},
+        **dict.fromkeys(("num_rows", "x_stride", "a_stride_r"), "i32"),
         **{
             "a_stride_k": 1,
             "BLOCKS": 8,
@@ -136,7 +136,7 @@ def _low_rank(rank: int, element_size: int = 2) -> list[Variant]:
     }
     grad = {
         **{"p_ptr": pointer, "q_ptr": pointer, "out_ptr": "*fp32"},
-        **{name: "i32" for name in ("num_rows", "p_stride", "q_stride", "out_stride")},
+        **dict.fromkeys(("num_rows", "p_stride", "q_stride", "out_stride"), "i32"),
         **{"BLOCKS": 8, "N": 4096, "BLOCK_M": block_m, "BLOCK_N": block_n, "ADD": False, **_ranks(rank)},
     }
     return [

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """Triton kernels of low_rank.py, and the sum of partial products that other kernels share.
 
 Both products stream one large matrix once. Where its outer tiles are too few to fill the GPU the reduction is split;

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """Triton kernels of norm.py.
 
 Without a projection a program holds whole rows in registers. With one, it owns 16 or 32 rows and goes over them
@@ -35,7 +35,7 @@ def tile_for(num_rows: int, width: int, rank: int, element_size: int) -> Tile:
     """The tile of a norm; `rank` is 0 without a projection."""
     if rank == 0:
         block_k = min(next_power_of_2(width), 16384)
-        return Tile(1, block_k, max(1, min(block_k // 1024, 16)), 1)
+        return Tile(1, block_k, max(1, min(block_k // 512, 16)), 1)
     # More rows a tile read the projection less often, fewer leave more programs: 2048 rows make 128 of 16.
     block_m = 16 if num_rows <= 4096 or rank <= 32 else 32
     return Tile(block_m, min(128 if element_size == 2 else 64, max(16, next_power_of_2(width))), 4, 2)

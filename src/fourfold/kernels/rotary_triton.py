@@ -90,20 +90,19 @@ def rotary_kernel(
             if REST > 0:
                 rest_at = head * D + 2 * HALF
                 rest = load_biased(base + 2 * HALF, rest_columns, bias_ptr, rest_at, row_mask, REST)
-            if q_norm_ptr is not None:
-                if not is_v:
-                    squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-                    if REST > 0:
-                        squares += tl.sum(rest * rest, 1)
-                    rstd = (1.0 / tl.sqrt_rn(squares / D + eps))[:, None]
-                    weight_ptr = q_norm_ptr if head < NUM_HEADS else k_norm_ptr
-                    weight = tl.load(weight_ptr + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
-                    first = (weight * (first * rstd).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-                    weight = tl.load(weight_ptr + HALF + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
-                    second = (weight * (second * rstd).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-                    if REST > 0:
-                        weight = tl.load(weight_ptr + 2 * HALF + rest_columns, rest_columns < REST, 0.0)
-                        rest = weight.to(tl.float32)[None, :] * (rest * rstd).to(dtype).to(tl.float32)
+            if q_norm_ptr is not None and not is_v:
+                squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+                if REST > 0:
+                    squares += tl.sum(rest * rest, 1)
+                rstd = (1.0 / tl.sqrt_rn(squares / D + eps))[:, None]
+                weight_ptr = q_norm_ptr if head < NUM_HEADS else k_norm_ptr
+                weight = tl.load(weight_ptr + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
+                first = (weight * (first * rstd).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+                weight = tl.load(weight_ptr + HALF + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
+                second = (weight * (second * rstd).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+                if REST > 0:
+                    weight = tl.load(weight_ptr + 2 * HALF + rest_columns, rest_columns < REST, 0.0)
+                    rest = weight.to(tl.float32)[None, :] * (rest * rstd).to(dtype).to(tl.float32)
             if cos_ptr is not None:
                 rotated = first * cos - second * sin
                 second = tl.where(is_v, second, second * cos + first * sin)

@@ -123,9 +123,10 @@ def swiglu_backward_reference_(
     if low is not None and down_a is not None:
         grad_y = grad_y + low.to(dtype) @ down_a.to(dtype)
     activated = _activate(gate, activation).to(grad.dtype).to(dtype)
-    grad.copy_(activated * up)
-    gate_up_ext[:, :width] = grad_y * up * _activate_gradient(gate, activation)
-    gate_up_ext[:, width : 2 * width] = grad_y * activated
+    # All are computed before any is written: without a cast, gate, up and grad_y are views of what is overwritten.
+    results = (activated * up, grad_y * up * _activate_gradient(gate, activation), grad_y * activated)
+    for target, result in zip((grad, *gate_up_ext[:, : 2 * width].chunk(2, dim=1)), results, strict=True):
+        target.copy_(result)
     if projection is not None:
         gate_up_ext[:, 2 * width :] = project_reference(gate_up_ext[:, : 2 * width], projection)
 

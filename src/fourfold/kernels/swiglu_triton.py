@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """Triton kernels of swiglu.py.
 
 A program owns some rows and a stretch of columns, over which it sums its share of the low-rank product; where rows
