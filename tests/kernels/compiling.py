@@ -85,7 +85,8 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     for arch in parser.parse_args().arch:
         for variant in variants():
-            _name, spilled = compile_variant(variant, arch)
+            name, spilled = compile_variant(variant, arch)
+            print(f"sm_{arch} spilled {spilled:5d}  {name}")
 
 
 if __name__ == "__main__":

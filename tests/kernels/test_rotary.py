@@ -60,9 +60,8 @@ def test_reference_equals_transformers(dtype: torch.dtype, heads: tuple[int, int
     norms = (torch.randn(16).to(dtype), torch.randn(16).to(dtype)) if with_norms else None
     out = rotary.rotary(qkv, cos, sin, *heads, None, *(norms or (None, None)), 1e-6)
     expected = as_transformers(qkv, cos, sin, heads, norms, 1e-6)
-    exact = as_transformers(
-        qkv.double(), cos.double(), sin.double(), heads, None if norms is None else (norms[0].double(), norms[1].double()), 1e-6
-    )  # fmt: skip
+    wide_norms = None if norms is None else (norms[0].double(), norms[1].double())
+    exact = as_transformers(qkv.double(), cos.double(), sin.double(), heads, wide_norms, 1e-6)
     # Transformers rounds each product of the rotation, the reference their sum.
     assert relative_error(out, exact) <= max(relative_error(expected, exact), 1e-7)
     assert torch.equal(out[:, -heads[1] * 16 :], qkv[:, -heads[1] * 16 :])
