@@ -147,7 +147,7 @@ def _low_rank_grad_cuda(p: Tensor, q: Tensor) -> Tensor:
         say_once(logger, f"low-rank gradients run in PyTorch: {refusal}")
         return low_rank_grad_reference(p, q)
     if p.shape[1] > MAX_FUSED_RANK:
-        return torch.mm(p.t(), q, out_dtype=torch.float32)
+        return torch.mm(p.t(), q) if p.dtype == torch.float32 else torch.mm(p.t(), q, out_dtype=torch.float32)
     from fourfold.kernels import low_rank_triton
 
     return low_rank_triton.low_rank_grad(p, q)
