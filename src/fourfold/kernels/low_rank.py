@@ -32,7 +32,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Rows of a projection that fit beside an operator's own registers; above it, a GEMM fills the tensor cores anyway.
-MAX_FUSED_RANK = 64
+MAX_FUSED_RANK = 0
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
