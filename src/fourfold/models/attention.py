@@ -12,7 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fourfold.models.attention_backends import ATTENTION, AttentionBackend, AttentionCase, AttentionState, Documents
+from fourfold.models.attention_cpu import CPU, MATH
+from fourfold.models.attention_cuda import CUDNN, EFFICIENT, FLASH
+from fourfold.models.attention_types import AttentionBackend, AttentionCase, AttentionState, Documents
 
 __all__ = [
     "ATTENTION",
@@ -24,6 +26,9 @@ __all__ = [
     "attention_forward",
     "choose_attention",
 ]
+
+# In order of preference. cuDNN's is 1.7 to 1.8 times as fast as flash attention 2 on an H200.
+ATTENTION: dict[str, AttentionBackend] = {row.name: row for row in (CUDNN, FLASH, EFFICIENT, CPU, MATH)}
 
 
 @cache

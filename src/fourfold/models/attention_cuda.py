@@ -1,8 +1,8 @@
-"""The attention kernels that PyTorch ships, each as a forward and a backward that are called by themselves.
+"""The attention kernels that PyTorch ships for NVIDIA GPUs, each as a forward and a backward called by themselves.
 
 Autograd's attention hides the log-sum-exp, and runs its forward again where activations are recomputed. These rows call
 the same ATen operators below autograd (``derivatives.yaml`` of PyTorch shows the calls), so that the caller holds the
-output and the log-sum-exp and can run the backward alone. A new kernel is a row of `ATTENTION`.
+output and the log-sum-exp and can run the backward alone.
 
 cuDNN's variable-length attention is no row: PyTorch keeps it switched off (``torch.nn.attention.varlen``), its backward
 has taken the longest document's length from head_dim, and it builds a new plan for each number of documents.
@@ -10,105 +10,14 @@ has taken the longest document's length from head_dim, and it builds a new plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from fourfold.models.attention_math import math_backward, math_forward
+from fourfold.models.attention_types import AttentionBackend, AttentionCase, AttentionState, Documents
 
-__all__ = ["ATTENTION", "AttentionBackend", "AttentionCase", "AttentionState", "Documents"]
-
+__all__ = ["CUDNN", "EFFICIENT", "FLASH"]
 
 _CAUSAL_FROM_TOP_LEFT = 1  # custom_mask_type of aten._efficient_attention_forward
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Where the documents of packed rows begin and end, over the flattened [batch * seq] tokens.
-
-    Attributes:
-        cu_seqlens: int32 [documents + 1] on the device of q: 0, the end of the first document, ..., batch * seq. No
-            document crosses the end of a row, and every token belongs to one: padding forms documents of its own.
-        max_length: Tokens of the longest document, or more.
-    """
-
-    cu_seqlens: Tensor
-    max_length: int
-
-
-@dataclass(frozen=True)
-class AttentionState:
-    """What the backward needs beside q, k, v and out.
-
-    Attributes:
-        backend: The row of `ATTENTION` that ran the forward; its backward must follow.
-        lse: Log-sum-exp of each query's scores, in the backend's own layout.
-        philox: Seed and offset of dropout's random numbers, which the operators want although dropout is 0. A few
-            bytes, or None.
-    """
-
-    backend: str
-    lse: Tensor
-    philox: tuple[Tensor | None, Tensor | None] = (None, None)
-
-    def tensors(self) -> list[Tensor]:
-        """What is worth moving or saving: [lse]."""
-        return [self.lse]
-
-    def with_tensors(self, tensors: list[Tensor]) -> AttentionState:
-        """The same state over tensors that were moved, in the order of `tensors`."""
-        (lse,) = tensors
-        return replace(self, lse=lse)
-
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """What decides which backend may run, and nothing else: the key of the choice.
-
-    Attributes:
-        device_type: "cuda", "cpu", ...
-        capability: Compute capability of the CUDA device, (0, 0) elsewhere.
-        dtype: Of q, k and v.
-        length: Tokens in a row.
-        documents: Whether rows are packed.
-        window: How many tokens a query sees, itself among them; None for all before it.
-        deterministic: Whether torch.use_deterministic_algorithms is on.
-    """
-
-    device_type: str
-    capability: tuple[int, int]
-    dtype: torch.dtype
-    length: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    documents: bool
-    window: int | None
-    deterministic: bool
-
-
-Forward = Callable[[Tensor, Tensor, Tensor, float, Documents | None, int | None], tuple[Tensor, AttentionState]]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, AttentionState, float, Documents | None, int | None],
-    tuple[Tensor, Tensor, Tensor],
-]
-
-
-@dataclass(frozen=True)
-class AttentionBackend:
-    """One row: why it cannot, or should not, run a case (None when it can), its forward and its backward.
-
-    Forward takes q, k, v, scale, documents and window; backward takes grad_out, q, k, v, out, state and the same three.
-    q, k and v are [batch, seq, heads, head_dim] with any strides but a contiguous last dimension; grad_out and out are
-    contiguous.
-    """
-
-    name: str
-    refuses: Callable[[AttentionCase], str | None]
-    forward: Forward
-    backward: Backward
 
 
 def _no_nvidia_gpu(case: AttentionCase) -> str | None:
@@ -342,39 +251,6 @@ def _efficient_layout(
     return rows[0], rows[1], rows[2], documents.cu_seqlens, min(documents.max_length, rows[0].shape[1])
 
 
-def _math_refuses(case: AttentionCase) -> str | None:
-    return None
-
-
-def _math_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None, window: int | None
-) -> tuple[Tensor, AttentionState]:
-    cu_seqlens = None if documents is None else documents.cu_seqlens
-    out, lse = math_forward(q, k, v, scale=scale, cu_seqlens=cu_seqlens, window=window)
-    return out, AttentionState("math", lse)
-
-
-def _math_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    state: AttentionState,
-    scale: float,
-    documents: Documents | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens = None if documents is None else documents.cu_seqlens
-    return math_backward(grad_out, q, k, v, out, state.lse, scale=scale, cu_seqlens=cu_seqlens, window=window)
-
-
-ATTENTION: dict[str, AttentionBackend] = {
-    row.name: row
-    for row in (
-        AttentionBackend("cudnn", _cudnn_refuses, _cudnn_forward, _cudnn_backward),
-        AttentionBackend("flash", _flash_refuses, _flash_forward, _flash_backward),
-        AttentionBackend("efficient", _efficient_refuses, _efficient_forward, _efficient_backward),
-        AttentionBackend("math", _math_refuses, _math_forward, _math_backward),
-    )
-}
+CUDNN = AttentionBackend("cudnn", _cudnn_refuses, _cudnn_forward, _cudnn_backward)
+FLASH = AttentionBackend("flash", _flash_refuses, _flash_forward, _flash_backward)
+EFFICIENT = AttentionBackend("efficient", _efficient_refuses, _efficient_forward, _efficient_backward)
