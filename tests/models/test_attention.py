@@ -37,10 +37,8 @@ def by_autograd(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, seen: Tensor) -> 
     """out, dq, dk and dv by softmax under a mask and autograd, in float64."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     groups = q.shape[2] // k.shape[2]
-    queries, keys, values = (
-        x.repeat_interleave(repeats, dim=2).transpose(1, 2)
-        for x, repeats in zip(leaves, (1, groups, groups), strict=True)
-    )
+    queries = leaves[0].transpose(1, 2)
+    keys, values = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in leaves[1:])
     scores = (queries @ keys.mT * SCALE).masked_fill(~seen, float("-inf"))
     out = (scores.softmax(-1) @ values).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
