@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,9 +51,8 @@ class AttentionState:
         return replace(self, lse=lse)
 
 
-@dataclass(frozen=True)
-class AttentionCase:
-    """What decides which backend may run, and nothing else: the key of the choice.
+class AttentionCase(NamedTuple):
+    """What decides which backend may run, and nothing else: the key of the choice. A tuple: one is made at each call.
 
     Attributes:
         device_type: "cuda", "cpu", ...
