@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import QuantizationError
-from fourfold.kernels.blockwise import dequantize_blockwise
+from fourfold.kernels.blockwise import dequantize_blockwise, dequantize_nested
 from fourfold.kernels.expansion import expand_blockwise_, expand_nested_
 from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
@@ -47,14 +47,13 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in `dtype` (default: the one it came in): fp32(codebook[code] * scale), rounded once."""
-        return dequantize_blockwise(
-            self.codes,
-            self.codebook,
-            self.scales.dequantize(),
-            self.block_size,
-            list(self.shape),
-            dtype or self.dtype,
-        )
+        scales, shape, dtype = self.scales, list(self.shape), dtype or self.dtype
+        # The CPU's kernels are two, and joining them in an operator would only add that operator's overhead.
+        if isinstance(scales, NestedScales) and self.codes.is_cuda:
+            parts = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
+            sizes = (self.block_size, scales.nested_block_size)
+            return dequantize_nested(self.codes, self.codebook, *parts, *sizes, shape, dtype)
+        return dequantize_blockwise(self.codes, self.codebook, scales.dequantize(), self.block_size, shape, dtype)
 
     def expand_(
         self,
