@@ -83,7 +83,7 @@ def test_operator_writes_every_linear_into_its_place_and_the_corner_never(name: 
 @pytest.mark.parametrize(
     ("format", "dtype", "block_size", "double_quant"),
     [
-        ("nf4", torch.bfloat16, 64, True),
+        ("nf4", torch.float16, 64, True),
         ("fp4", torch.float16, 32, False),
         ("int8", torch.float32, 128, True),
     ],
@@ -91,6 +91,7 @@ def test_operator_writes_every_linear_into_its_place_and_the_corner_never(name: 
 def test_kernel_is_bit_equal_to_reference(
     name: str, format: str, dtype: torch.dtype, block_size: int, double_quant: bool
 ) -> None:
+    # Not bf16: the interpreter cuts numbers off where the GPU rounds them.
     pytest.importorskip("triton")
     options = {"format": format, "block_size": block_size, "double_quant": double_quant}
     expected, out, calls = expanded(*GROUPS[name], dtype, **options)
@@ -100,7 +101,7 @@ def test_kernel_is_bit_equal_to_reference(
 
 
 def test_one_product_with_the_matrix_is_the_linears_with_their_adapters() -> None:
-    expected, out, calls = expanded(64, [(24, 3), (8, 5)], torch.float32)
+    _, out, calls = expanded(64, [(24, 3), (8, 5)], torch.float32)
     for weight, place in calls:
         weight.expand_(out, **place)
     total_rows = 32

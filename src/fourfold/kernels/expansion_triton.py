@@ -81,26 +81,28 @@ def expand_kernel(
             place = (row + first_row + further).to(tl.int64) * stride + (columns - further * num_columns)
         tl.store(out_ptr + place, product.to(dtype), mask=mask)
     elif program < num_weight_programs + num_b_programs:
-        index = (program - num_weight_programs) * ADAPTER_TILE + tl.arange(0, ADAPTER_TILE)
-        mask = index < num_rows * padded_ranks
-        b_row = index // padded_ranks
-        column = index - b_row * padded_ranks
-        value = tl.full([ADAPTER_TILE], 0.0, tl.float32)
+        b_index = (program - num_weight_programs) * ADAPTER_TILE + tl.arange(0, ADAPTER_TILE)
+        b_mask = b_index < num_rows * padded_ranks
+        b_row = b_index // padded_ranks
+        rank_column = b_index - b_row * padded_ranks
+        b_value = tl.full([ADAPTER_TILE], 0.0, tl.float32)
         if lora_b_ptr is not None:
-            own = column - rank_row
-            value = tl.load(lora_b_ptr + b_row * rank + own, mask=mask & (own >= 0) & (own < rank), other=0.0)
-            value = value.to(tl.float32) * scaling
-        tl.store(out_ptr + (row + b_row).to(tl.int64) * stride + num_columns + column, value.to(dtype), mask=mask)
+            own = rank_column - rank_row
+            b_value = tl.load(lora_b_ptr + b_row * rank + own, mask=b_mask & (own >= 0) & (own < rank), other=0.0)
+            b_value = b_value.to(tl.float32) * scaling
+        tl.store(
+            out_ptr + (row + b_row).to(tl.int64) * stride + num_columns + rank_column, b_value.to(dtype), mask=b_mask
+        )
     else:
-        index = (program - num_weight_programs - num_b_programs) * ADAPTER_TILE + tl.arange(0, ADAPTER_TILE)
-        mask = index < (rank + num_zero_rows) * num_columns
-        a_row = index // num_columns
-        column = index - a_row * num_columns
-        value = tl.full([ADAPTER_TILE], 0.0, tl.float32)
+        a_index = (program - num_weight_programs - num_b_programs) * ADAPTER_TILE + tl.arange(0, ADAPTER_TILE)
+        a_mask = a_index < (rank + num_zero_rows) * num_columns
+        a_row = a_index // num_columns
+        a_column = a_index - a_row * num_columns
+        a_value = tl.full([ADAPTER_TILE], 0.0, tl.float32)
         if lora_a_ptr is not None:
-            value = tl.load(lora_a_ptr + index, mask=mask & (a_row < rank), other=0.0).to(tl.float32)
+            a_value = tl.load(lora_a_ptr + a_index, mask=a_mask & (a_row < rank), other=0.0).to(tl.float32)
         to_row = total_rows + tl.where(a_row < rank, rank_row + a_row, used_ranks + a_row - rank)
-        tl.store(out_ptr + to_row.to(tl.int64) * stride + column, value.to(dtype), mask=mask)
+        tl.store(out_ptr + to_row.to(tl.int64) * stride + a_column, a_value.to(dtype), mask=a_mask)
 
 
 def expand_(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class QuantizedTensor:
         Args are those of `fourfold.kernels.expansion.expand_blockwise_`, where the matrix is described.
         """
         num_rows, num_columns = self.shape
-        place = (num_rows, num_columns, row, total_rows, used_ranks, rank_row, lora_a, lora_b, scaling)
+        place: Any = (num_rows, num_columns, row, total_rows, used_ranks, rank_row, lora_a, lora_b, scaling)
         scales = self.scales
         if isinstance(scales, PlainScales):
             expand_blockwise_(out, self.codes, self.codebook, scales.absmax, self.block_size, *place)
