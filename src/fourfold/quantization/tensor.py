@@ -13,6 +13,7 @@ from torch import Tensor
 from fourfold.errors import QuantizationError
 from fourfold.kernels.blockwise import dequantize_blockwise, dequantize_nested
 from fourfold.kernels.expansion import expand_blockwise_, expand_nested_
+from fourfold.kernels.small_batch import matmul_4bit, serves
 from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
 from fourfold.quantization.number_format import NumberFormat
@@ -80,6 +81,23 @@ class QuantizedTensor:
             return
         parts = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
         expand_nested_(out, self.codes, self.codebook, *parts, self.block_size, scales.nested_block_size, *place)
+
+    def linear(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`input` [..., num_columns] times this weight's transpose, plus `bias`, in `input`'s dtype.
+
+        Few rows on a GPU are multiplied with the codes themselves; otherwise the weight is dequantized first.
+        """
+        scales, num_rows = self.scales, self.shape[0]
+        nested_block_size = scales.nested_block_size if isinstance(scales, NestedScales) else 1
+        if not serves(input, self.codebook, self.block_size, nested_block_size, num_rows):
+            return torch.nn.functional.linear(input, self.dequantize(input.dtype), bias)
+        parts: Any = (
+            (scales.absmax, None, None, None)
+            if isinstance(scales, PlainScales)
+            else (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
+        )
+        sizes = (self.block_size, nested_block_size, num_rows)
+        return matmul_4bit(input, self.codes, self.codebook, *parts, *sizes, bias)
 
     @property
     def num_elements(self) -> int:
