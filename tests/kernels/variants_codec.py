@@ -7,7 +7,9 @@ from typing import Any
 from compiling import Variant
 
 from fourfold.kernels.blockwise_triton import LOOKUPS, WORDS, dequantize_kernel
+from fourfold.kernels.encoding_triton import TILE, quantize_kernel
 from fourfold.kernels.expansion_triton import ADAPTER_TILE, expand_kernel
+from fourfold.kernels.small_batch_triton import BLOCK_N, matmul_kernel, sum_kernel
 
 NESTED = {"scales_ptr": "*u8", "code_map_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "offset_ptr": "*fp32"}
 PLAIN = {"scales_ptr": "*fp32", "code_map_ptr": None, "nested_absmax_ptr": None, "offset_ptr": None}
@@ -46,6 +48,31 @@ def expand(dtype: str, scales: dict[str, Any], adapter: str | None, is_wide: boo
     return Variant(expand_kernel, arguments, OPTIONS, unaligned=tuple(integers))
 
 
+def quantize(dtype: str, bits: int, block_size: int) -> Variant:
+    pointers = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "flat_ptr": dtype, "thresholds_ptr": "*fp32"}
+    sizes = {"BITS": bits, "BLOCK_SIZE": block_size, "BLOCKS": TILE // block_size}
+    arguments = {**pointers, "order_ptr": "*u8", "num_elements": "i32", **sizes}
+    return Variant(quantize_kernel, arguments, {"num_warps": 8, "enable_fp_fusion": False})
+
+
+def matmul(dtype: str, block_m: int, block_k: int, scales: dict[str, Any], bias: str | None, is_split: bool) -> Variant:
+    arguments = {
+        **{"out_ptr": "*fp32" if is_split else dtype, "x_ptr": dtype, **CODES, **scales, "bias_ptr": bias},
+        **dict.fromkeys(["num_inputs", "num_rows", "num_columns"], "i32"),
+        **{"BLOCK_SHIFT": 6, "NESTED_SHIFT": 8, "LOOKUP": "shuffle"},
+        **{"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k, "IS_SPLIT": is_split, "STEPS": 11},
+        "STAGES": 4 if block_m < 64 else 3,
+    }
+    return Variant(matmul_kernel, arguments, OPTIONS, unaligned=("num_inputs",))
+
+
+def add(dtype: str, block_m: int, splits: int) -> Variant:
+    pointers = {"out_ptr": dtype, "partial_ptr": "*fp32", "bias_ptr": dtype}
+    integers = {"num_inputs": "i32", "num_rows": "i32"}
+    constants = {"BLOCK_M": block_m, "BLOCK_N": 32, "SPLITS": splits}
+    return Variant(sum_kernel, {**pointers, **integers, **constants}, {"num_warps": 4}, unaligned=("num_inputs",))
+
+
 VARIANTS = [
     *(dequantize("*bf16", NESTED, bits=4, lookup=lookup) for lookup in LOOKUPS),
     dequantize("*bf16", PLAIN, bits=4, lookup="shuffle"),
@@ -56,4 +83,11 @@ VARIANTS = [
     expand("*bf16", NESTED, "*fp32", False, bits=4, lookup="shuffle"),
     expand("*fp32", PLAIN, None, False, bits=4, lookup="shuffle", is_whole=False),
     expand("*bf16", NESTED, "*bf16", True, bits=8, lookup="gather"),
+    quantize("*bf16", 4, 64),
+    quantize("*fp32", 4, 4096),
+    quantize("*fp16", 8, 64),
+    *(matmul("*bf16", block_m, 128, NESTED, None, True) for block_m in (16, 32, 64)),
+    matmul("*fp16", 16, 64, PLAIN, "*fp16", False),
+    add("*bf16", 16, 9),
+    add("*bf16", 64, 4),
 ]

@@ -5,6 +5,6 @@ A native kernel for the CPU is X_cpu.c, with the X_cpu.py that loads it; importi
 
 from __future__ import annotations
 
-from fourfold.kernels import blockwise, blockwise_cpu, expansion, small_batch
+from fourfold.kernels import blockwise, blockwise_cpu, encoding, expansion, small_batch
 
-__all__ = ["blockwise", "blockwise_cpu", "expansion", "small_batch"]
+__all__ = ["blockwise", "blockwise_cpu", "encoding", "expansion", "small_batch"]

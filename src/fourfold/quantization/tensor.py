@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fourfold.errors import QuantizationError
 from fourfold.kernels.blockwise import dequantize_blockwise, dequantize_nested
+from fourfold.kernels.encoding import quantize_blockwise
+from fourfold.kernels.encoding import serves as serves_quantize
 from fourfold.kernels.expansion import expand_blockwise_, expand_nested_
 from fourfold.kernels.small_batch import matmul_4bit, serves
 from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
@@ -166,6 +168,32 @@ def quantize(
         raise QuantizationError(f"{name} cannot be quantized", found=tensor.dtype, allowed=DTYPES)
     flat = tensor.detach().reshape(-1)
     _check_finite(flat, name)
+    if rounding == "nearest" and calibration == "absmax" and serves_quantize(flat, block_size):
+        order = number_format.sorted_values(flat.device)[1]
+        codes, absmax = quantize_blockwise(flat, number_format.thresholds(flat.device), order, block_size)
+        packed = codes.view(-1, 1)
+    else:
+        packed, absmax = _quantize_in_parts(flat, number_format, block_size, rounding, calibration, generator)
+    return QuantizedTensor(
+        codes=packed,
+        scales=NestedScales.quantize(absmax) if double_quant else PlainScales(absmax),
+        codebook=number_format.codebook(tensor.device),
+        format=number_format,
+        block_size=block_size,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+    )
+
+
+def _quantize_in_parts(
+    flat: Tensor,
+    number_format: NumberFormat,
+    block_size: int,
+    rounding: str,
+    calibration: str,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes [num_code_bytes, 1] and scales [num_blocks], with temporary memory for a part only."""
     num_blocks = -(-flat.numel() // block_size)
     absmax = torch.empty(num_blocks, dtype=torch.float32, device=flat.device)
     packed = torch.empty(number_format.num_code_bytes(flat.numel()), 1, dtype=torch.uint8, device=flat.device)
@@ -181,15 +209,7 @@ def quantize(
         codes = number_format.pack(ROUNDINGS[rounding](normalized.view(-1), number_format, generator))
         packed[first_byte : first_byte + len(codes)] = codes
         first, first_byte = first + len(blocks), first_byte + len(codes)
-    return QuantizedTensor(
-        codes=packed,
-        scales=NestedScales.quantize(absmax) if double_quant else PlainScales(absmax),
-        codebook=number_format.codebook(tensor.device),
-        format=number_format,
-        block_size=block_size,
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-    )
+    return packed, absmax
 
 
 def _part_size(device: torch.device) -> int:
