@@ -35,7 +35,8 @@ def quantize_blockwise(flat: Tensor, thresholds: Tensor, order: Tensor, block_si
 
     Returns:
         Codes, uint8 [ceil(n / 2)] (the even element in the high nibble) or [n], and scales, fp32
-        [ceil(n / block_size)]. With x = fp32(element * fp32(1 / absmax)), the code is that of as many thresholds as lie strictly below x.
+        [ceil(n / block_size)]. With x = fp32(element * fp32(1 / absmax)), the code is that of as many thresholds as lie
+        strictly below x.
     """
     return cast(tuple[Tensor, Tensor], _op(flat, thresholds, order, block_size))
 

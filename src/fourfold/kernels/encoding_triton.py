@@ -51,7 +51,9 @@ def quantize_kernel(
     element = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     values = tl.load(flat_ptr + start + element, mask=element < remaining, other=0.0).to(tl.float32)
     absmax = tl.reduce(tl.abs(values), 1, larger)
-    reciprocal = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), tl.maximum(absmax, 1e-38))[:, None]
+    reciprocal = tl.div_rn(
+        tl.full([BLOCKS], 1.0, tl.float32), tl.maximum(absmax, tl.full([BLOCKS], 1e-38, tl.float32))
+    )[:, None]
     tl.store(
         absmax_ptr + start // BLOCK_SIZE + tl.arange(0, BLOCKS),
         absmax,
