@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+
+# Triton reads it when a kernel is defined, its own ones when Transformers' models import it: without a GPU, kernels are
+# interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fourfold.config import RunConfig
 from quickstart.model import bring_model
-
-# Triton reads it when a kernel is defined, which is at the first use of one: without a GPU, kernels are interpreted.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
