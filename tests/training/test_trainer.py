@@ -134,7 +134,7 @@ def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
     trainer = tiny.trainer(tmp_path, model)
     ours, foreign = Collator(0)(list(tiny.rows(6))), tiny.collate(list(tiny.rows(6)))
     masks = []
-    model.base_model.register_forward_pre_hook(
+    model.get_base_model().base_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
     )
     results = []
@@ -170,7 +170,7 @@ def test_evaluation_keeps_the_mask(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path)
     model = trainer.model.eval()
     masks = []
-    model.base_model.register_forward_pre_hook(
+    model.get_base_model().base_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
     )
     trainer.compute_loss(model, Collator(0)(list(tiny.rows(3))))
