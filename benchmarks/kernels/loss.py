@@ -131,7 +131,7 @@ def exact(hidden: Tensor, labels: Tensor, head: nn.Linear) -> tuple[float, Tenso
             wide = hidden[row, at].detach().double().requires_grad_()
             loss = functional.cross_entropy(wide @ weight.T, targets[at], reduction="sum") / count
             (gradient[row, at],) = torch.autograd.grad(loss, wide)
-            total += float(loss)
+            total += float(loss.detach())
     return total, gradient
 
 

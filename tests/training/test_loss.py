@@ -21,6 +21,8 @@ def batch(dtype: torch.dtype, head_bias: bool = False) -> tuple[torch.Tensor, to
     head = nn.Linear(8, 50, bias=head_bias).to(dtype)
     with torch.no_grad():
         head.weight.copy_(torch.randn(50, 8, generator=generator))
+        if head_bias:
+            head.bias.copy_(torch.randn(50, generator=generator))
     return hidden, labels, head
 
 
@@ -77,7 +79,8 @@ def test_sixteen_bit_loss_and_gradient_are_no_further_from_float64_than_those_of
     assert ours.dtype == torch.float32
     assert grad.dtype == dtype
     rounding = torch.finfo(dtype).eps
-    assert error(ours, exact) <= error(plain, exact) + 1e-6
+    # With a bias, the logits of the two products may round to different neighbours, none of them the better.
+    assert error(ours, exact) <= error(plain, exact) + (0.05 * rounding if bias else 1e-6)
     # Both round the logits, their gradient and the result once each, though not the same way.
     assert error(grad, exact_grad) <= error(plain_grad, exact_grad) + 0.1 * rounding
 

@@ -91,13 +91,15 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor, gradient: bool) -> tup
         return loss, ranked_first
     arguments = (logits, targets.contiguous(), loss, ranked_first.view(torch.int8), logits.stride(0))
     width = 16 // logits.element_size()
+    # A vocabulary of no whole vectors is loaded by elements, each with an address and a mask in registers.
+    lanes = (_LOADS if vocab % width == 0 else 1) * _NUM_WARPS * 32
 
     def launch() -> None:
         cross_entropy_kernel[(rows,)](
             *arguments,
             VOCAB=vocab,
             GRADIENT=gradient,
-            LANES=_LOADS * _NUM_WARPS * 32,
+            LANES=lanes,
             WIDTH=width,
             num_warps=_NUM_WARPS,
         )
