@@ -2,10 +2,10 @@
 
     python benchmarks/kernels/adamw.py [--repeats 30] [--json FILE]
 
-448 fp32 tensors of 41.9M elements with fp32 gradients. Every candidate clips to a norm of 1.0. The limit is the bytes that
-a step must move (gradients twice where clipped in one pass over them, parameters and moments read and written) at the
-bandwidth of a copy, measured in the same run. "wall" is the time of a step when one waits for each, "host" what the CPU is
-busy for, "launches" counts kernels and copies.
+448 fp32 tensors of 41.9M elements with fp32 gradients. Every candidate clips to a norm of 1.0. The limit is what a
+step must move (gradients read for the norm and again for the update, parameters and moments read and written) at the
+bandwidth of a copy, measured in the same run. "wall" is the time of a step when one waits for each, "host" what the
+CPU is busy for; "launches" counts kernels and copies.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Variant:
 
     Args:
         kernel: What `triton.jit` made.
-        arguments: Name -> Triton's type ("*bf16", "i32", "fp32"), or a constant for a constexpr.
+        arguments: Name -> Triton's type ("*bf16", "i32", "fp32"), or a constant: None, a stride of 1, a constexpr.
         options: num_warps, num_stages, enable_fp_fusion.
         unaligned: Arguments that are not divisible by 16; all other pointers and integers are taken to be.
     """
@@ -47,7 +47,7 @@ def compile_variant(variant: Variant, arch: int) -> tuple[str, int]:
     constexprs, signature, attrs = {}, {}, {}
     for index, name in enumerate(names):
         value = variant.arguments[name]
-        is_constant = kernel.params[index].is_constexpr or value is None
+        is_constant = kernel.params[index].is_constexpr or not isinstance(value, str)
         signature[name] = "constexpr" if is_constant else value
         if is_constant:
             constexprs[name] = value

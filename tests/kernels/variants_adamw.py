@@ -12,6 +12,7 @@ from fourfold.kernels.adamw_triton import (
     finish_kernel,
     norm_kernel,
     update_kernel,
+    update_warps,
 )
 
 COMMON = {
@@ -47,7 +48,7 @@ def update(dtype: tl.dtype, bits: int, aligned: bool) -> Variant:
             "BITS": bits,
             "ALIGNED": aligned,
         },
-        {"num_warps": NUM_WARPS},
+        {"num_warps": update_warps(bits, aligned)},
         unaligned=("first_chunk", "num_params"),
     )
 

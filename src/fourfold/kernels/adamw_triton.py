@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fourfold.kernels.adamw import BLOCK_SIZE, CHUNK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
 
-__all__ = ["adamw_step_triton", "finish_kernel", "norm_kernel", "update_kernel"]
+__all__ = ["adamw_step_triton", "finish_kernel", "norm_kernel", "update_kernel", "update_warps"]
 
 NUM_WARPS = 4
 FINISH_WARPS = 8
@@ -226,6 +226,11 @@ def update_kernel(
             tl.store(second_ptr + elements, second, mask=mask)
 
 
+def update_warps(bits: int, aligned: bool) -> int:
+    """Warps of an update. Loads of single bytes need more registers, which four warps have not."""
+    return NUM_WARPS if bits == 32 or aligned else 4 * NUM_WARPS
+
+
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -276,7 +281,7 @@ def _step(
         partials,
         num_chunks,
         loss,
-        max_grad_norm or math.inf,
+        float(max_grad_norm or math.inf),
         addresses,
         state.table,
         hyper,
@@ -307,7 +312,7 @@ def _step(
             DTYPE=_DTYPES[dtype],
             BITS=bits,
             ALIGNED=aligned,
-            num_warps=NUM_WARPS,
+            num_warps=update_warps(bits, aligned),
         )
 
 

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fourfold.kernels.availability import triton_refuses
+from fourfold.kernels.availability import say_once, triton_refuses
 
 __all__ = [
     "MAX_FUSED_RANK",
@@ -32,7 +32,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Rows of a projection that fit beside an operator's own registers; above it, a GEMM fills the tensor cores anyway.
-MAX_FUSED_RANK = 64
+MAX_FUSED_RANK = 0
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -129,6 +129,39 @@ def _low_rank_grad_into_reference(out: Tensor, p: Tensor, q: Tensor) -> None:
     out += low_rank_grad_reference(p, q)
 
 
+def _project_cuda(x: Tensor, a: Tensor) -> Tensor:
+    if a.shape[0] > MAX_FUSED_RANK:
+        return torch.mm(x, a.t())
+    refusal = columns_refuse(x)
+    if refusal is not None:
+        say_once(logger, f"low-rank products run in PyTorch: {refusal}")
+        return project_reference(x, a)
+    from fourfold.kernels import low_rank_triton
+
+    return low_rank_triton.project(x, a)
+
+
+def _low_rank_grad_cuda(p: Tensor, q: Tensor) -> Tensor:
+    refusal = columns_refuse(p, q)
+    if refusal is not None:
+        say_once(logger, f"low-rank gradients run in PyTorch: {refusal}")
+        return low_rank_grad_reference(p, q)
+    if p.shape[1] > MAX_FUSED_RANK:
+        return torch.mm(p.t(), q) if p.dtype == torch.float32 else torch.mm(p.t(), q, out_dtype=torch.float32)
+    from fourfold.kernels import low_rank_triton
+
+    return low_rank_triton.low_rank_grad(p, q)
+
+
+def _low_rank_grad_into_cuda(out: Tensor, p: Tensor, q: Tensor) -> None:
+    if p.shape[1] > MAX_FUSED_RANK or columns_refuse(p, q, out) is not None:
+        out += _low_rank_grad_cuda(p, q)
+        return
+    from fourfold.kernels import low_rank_triton
+
+    low_rank_triton.low_rank_grad(p, q, out)
+
+
 def _project_fake(x: Tensor, a: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], a.shape[0])
 
@@ -144,6 +177,9 @@ def _low_rank_grad_into_fake(_out: Tensor, _p: Tensor, _q: Tensor) -> None:
 torch.library.impl("fourfold::project", "default", project_reference)
 torch.library.impl("fourfold::low_rank_grad", "default", low_rank_grad_reference)
 torch.library.impl("fourfold::low_rank_grad_", "default", _low_rank_grad_into_reference)
+torch.library.impl("fourfold::project", "cuda", _project_cuda)
+torch.library.impl("fourfold::low_rank_grad", "cuda", _low_rank_grad_cuda)
+torch.library.impl("fourfold::low_rank_grad_", "cuda", _low_rank_grad_into_cuda)
 torch.library.register_fake("fourfold::project", _project_fake)
 torch.library.register_fake("fourfold::low_rank_grad", _low_rank_grad_fake)
 torch.library.register_fake("fourfold::low_rank_grad_", _low_rank_grad_into_fake)

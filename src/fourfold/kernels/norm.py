@@ -13,7 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import extend, working_dtype
+from fourfold.kernels.availability import say_once
+from fourfold.kernels.low_rank import columns_refuse, extend, working_dtype
 
 __all__ = ["rms_norm", "rms_norm_backward", "rms_norm_backward_reference", "rms_norm_reference"]
 
@@ -101,6 +102,33 @@ def rms_norm_backward_reference(
     return extend(grad_x.to(x.dtype), projection)
 
 
+def _forward_cuda(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    refusal = columns_refuse(x)
+    if refusal is not None:
+        say_once(logger, f"RMSNorm runs in PyTorch: {refusal}")
+        return rms_norm_reference(x, weight, eps, projection)
+    from fourfold.kernels import norm_triton
+
+    return norm_triton.rms_norm(x, weight, eps, projection)
+
+
+def _backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    residual_grad: Tensor | None,
+    projection: Tensor | None = None,
+) -> Tensor:
+    refusal = columns_refuse(x, grad, residual_grad)
+    if refusal is not None:
+        say_once(logger, f"RMSNorm's gradient runs in PyTorch: {refusal}")
+        return rms_norm_backward_reference(grad, x, weight, rstd, residual_grad, projection)
+    from fourfold.kernels import norm_triton
+
+    return norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, projection)
+
+
 def _forward_fake(x: Tensor, _weight: Tensor, _eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
     rank = 0 if projection is None else projection.shape[0]
     extended = x.new_empty(x.shape[0], x.shape[1] + rank)
@@ -121,5 +149,7 @@ def _backward_fake(
 
 torch.library.impl("fourfold::rms_norm", "default", rms_norm_reference)
 torch.library.impl("fourfold::rms_norm_backward", "default", rms_norm_backward_reference)
+torch.library.impl("fourfold::rms_norm", "cuda", _forward_cuda)
+torch.library.impl("fourfold::rms_norm_backward", "cuda", _backward_cuda)
 torch.library.register_fake("fourfold::rms_norm", _forward_fake)
 torch.library.register_fake("fourfold::rms_norm_backward", _backward_fake)

@@ -14,7 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import extend, working_dtype
+from fourfold.kernels.availability import say_once
+from fourfold.kernels.low_rank import columns_refuse, extend, working_dtype
 
 __all__ = ["rotary", "rotary_", "rotary_backward", "rotary_backward_reference", "rotary_reference"]
 
@@ -206,6 +207,69 @@ def rotary_backward_reference(
     return extend(torch.cat(parts, dim=1).to(dq.dtype), projection)
 
 
+def _forward_cuda(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    refusal = columns_refuse(qkv, cos, sin)
+    if refusal is not None:
+        say_once(logger, f"the rotary embedding runs in PyTorch: {refusal}")
+        return rotary_reference(qkv, cos, sin, num_heads, num_kv_heads, bias, q_norm, k_norm, eps)
+    from fourfold.kernels import rotary_triton
+
+    return rotary_triton.rotary(qkv, cos, sin, num_heads, num_kv_heads, bias, q_norm, k_norm, eps)
+
+
+def _inplace_cuda(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    bias: Tensor | None = None,
+) -> None:
+    refusal = columns_refuse(qkv, cos, sin)
+    if refusal is not None:
+        say_once(logger, f"the rotary embedding runs in PyTorch: {refusal}")
+        _rotary_inplace_reference(qkv, cos, sin, num_heads, num_kv_heads, bias)
+        return
+    from fourfold.kernels import rotary_triton
+
+    rotary_triton.rotary_(qkv, cos, sin, num_heads, num_kv_heads, bias)
+
+
+def _backward_cuda(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv_raw: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    projection: Tensor | None = None,
+) -> Tensor:
+    heads, norms = (num_heads, num_kv_heads), (q_norm, k_norm)
+    refusal = columns_refuse(dq, dk, dv, qkv_raw, cos, sin)
+    if refusal is not None:
+        say_once(logger, f"the rotary embedding's gradient runs in PyTorch: {refusal}")
+        return rotary_backward_reference(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
+    from fourfold.kernels import rotary_backward_triton
+
+    return rotary_backward_triton.rotary_backward(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
+
+
 def _forward_fake(
     qkv: Tensor,
     _cos: Tensor | None,
@@ -253,6 +317,9 @@ def _backward_fake(
 torch.library.impl("fourfold::rotary", "default", rotary_reference)
 torch.library.impl("fourfold::rotary_", "default", _rotary_inplace_reference)
 torch.library.impl("fourfold::rotary_backward", "default", rotary_backward_reference)
+torch.library.impl("fourfold::rotary", "cuda", _forward_cuda)
+torch.library.impl("fourfold::rotary_", "cuda", _inplace_cuda)
+torch.library.impl("fourfold::rotary_backward", "cuda", _backward_cuda)
 torch.library.register_fake("fourfold::rotary", _forward_fake)
 torch.library.register_fake("fourfold::rotary_", _inplace_fake)
 torch.library.register_fake("fourfold::rotary_backward", _backward_fake)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fourfold.kernels.low_rank import extend, project_reference, working_dtype
+from fourfold.kernels.availability import say_once
+from fourfold.kernels.low_rank import columns_refuse, extend, project_reference, working_dtype
 
 __all__ = ["ACTIVATIONS", "swiglu", "swiglu_backward_", "swiglu_backward_reference_", "swiglu_reference"]
 
@@ -122,11 +123,40 @@ def swiglu_backward_reference_(
     if low is not None and down_a is not None:
         grad_y = grad_y + low.to(dtype) @ down_a.to(dtype)
     activated = _activate(gate, activation).to(grad.dtype).to(dtype)
-    grad.copy_(activated * up)
-    gate_up_ext[:, :width] = grad_y * up * _activate_gradient(gate, activation)
-    gate_up_ext[:, width : 2 * width] = grad_y * activated
+    # All are computed before any is written: without a cast, gate, up and grad_y are views of what is overwritten.
+    results = (activated * up, grad_y * up * _activate_gradient(gate, activation), grad_y * activated)
+    for target, result in zip((grad, *gate_up_ext[:, : 2 * width].chunk(2, dim=1)), results, strict=True):
+        target.copy_(result)
     if projection is not None:
         gate_up_ext[:, 2 * width :] = project_reference(gate_up_ext[:, : 2 * width], projection)
+
+
+def _forward_cuda(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
+    refusal = columns_refuse(gate_up)
+    if refusal is not None or activation not in ACTIVATIONS:
+        say_once(logger, f"the gated activation runs in PyTorch: {refusal or activation}")
+        return swiglu_reference(gate_up, projection, activation)
+    from fourfold.kernels import swiglu_triton
+
+    return swiglu_triton.swiglu(gate_up, projection, activation)
+
+
+def _backward_cuda(
+    gate_up_ext: Tensor,
+    grad: Tensor,
+    low: Tensor | None = None,
+    down_a: Tensor | None = None,
+    projection: Tensor | None = None,
+    activation: str = "silu",
+) -> None:
+    refusal = columns_refuse(gate_up_ext, grad, low)
+    if refusal is not None or activation not in ACTIVATIONS:
+        say_once(logger, f"the gated activation's gradient runs in PyTorch: {refusal or activation}")
+        swiglu_backward_reference_(gate_up_ext, grad, low, down_a, projection, activation)
+        return
+    from fourfold.kernels import swiglu_triton
+
+    swiglu_triton.swiglu_backward_(gate_up_ext, grad, low, down_a, projection, activation)
 
 
 def _forward_fake(gate_up: Tensor, projection: Tensor | None = None, _activation: str = "silu") -> Tensor:
@@ -147,5 +177,7 @@ def _backward_fake(
 
 torch.library.impl("fourfold::swiglu", "default", swiglu_reference)
 torch.library.impl("fourfold::swiglu_backward_", "default", swiglu_backward_reference_)
+torch.library.impl("fourfold::swiglu", "cuda", _forward_cuda)
+torch.library.impl("fourfold::swiglu_backward_", "cuda", _backward_cuda)
 torch.library.register_fake("fourfold::swiglu", _forward_fake)
 torch.library.register_fake("fourfold::swiglu_backward_", _backward_fake)

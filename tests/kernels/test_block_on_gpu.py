@@ -1,0 +1,167 @@
+"""The kernels of the fused block on a GPU, at shapes of real models, against the references in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold.kernels import low_rank, norm, rotary, swiglu
+
+pytestmark = pytest.mark.gpu
+
+# Results are rounded once or twice to a dtype: half its epsilon is the most that one rounding changes a number.
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(2048, 4096), (1000, 4096), (333, 576), (77, 2050), (5, 33)]
+RANKS = [0, 16, 48, 64, 96]
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    assert out.isfinite().all()
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def strided(rows: int, columns: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Random rows whose stride is larger than their length."""
+    return (torch.randn(rows, columns + 16, device="cuda") * scale).to(dtype)[:, :columns]
+
+
+def projection_of(rank: int, width: int, dtype: torch.dtype) -> Tensor | None:
+    """Rows of a wide buffer, or for a rank of 48 a transposed view of columns."""
+    if rank == 0:
+        return None
+    scale = width**-0.5
+    return strided(rank, width, dtype, scale) if rank != 48 else strided(width, rank, dtype, scale).t()
+
+
+def poison() -> None:
+    """Leaves NaN in the memory that the next allocations get, so that an element that is not written shows."""
+    buffers = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 26)]
+    del buffers
+
+
+def check_extended(out: Tensor, exact: Tensor, width: int, dtype: torch.dtype) -> None:
+    assert out.shape == exact.shape
+    assert relative_error(out[:, :width], exact[:, :width]) < TOLERANCE[dtype]
+    if out.shape[1] > width:
+        assert relative_error(out[:, width:], exact[:, width:]) < max(2 * TOLERANCE[dtype], 1e-5)
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    poison()
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+    x, grad, residual = (strided(*shape, dtype) for _ in range(3))
+    weight = torch.randn(shape[1], device="cuda").to(dtype)
+    projection = projection_of(rank, shape[1], dtype)
+    out, rstd = norm.rms_norm(x, weight, 1e-6, projection)
+    wide = double(x, weight, projection)
+    _, exact_rstd = norm.rms_norm_reference(wide[0], wide[1], 1e-6, wide[2])  # type: ignore[arg-type]
+    assert relative_error(rstd, exact_rstd) < 1e-6
+    check_extended(out, norm.rms_norm_reference(x, weight, 1e-6, projection)[0], shape[1], dtype)
+    for residual_grad in (residual, None):
+        result = norm.rms_norm_backward(grad, x, weight, rstd, residual_grad, projection)
+        arguments = double(grad, x, weight, exact_rstd, residual_grad, projection)
+        check_extended(result, norm.rms_norm_backward_reference(*arguments), shape[1], dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("shape", [(2048, 14336), (333, 1536), (77, 2050), (5, 33)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, int], rank: int, activation: str) -> None:
+    rows, width = shape
+    gate_up = strided(rows, 2 * width, dtype)
+    projection = projection_of(rank, width, dtype)
+    out = swiglu.swiglu(gate_up, projection, activation)
+    check_extended(out, swiglu.swiglu_reference(gate_up, projection, activation), width, dtype)
+
+
+@pytest.mark.parametrize(("low", "rank"), [(0, 0), (16, 32), (0, 32), (64, 64), (96, 96), (16, 0)])
+@pytest.mark.parametrize("shape", [(2048, 14336), (333, 1536), (77, 2050), (5, 33)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_backward(dtype: torch.dtype, shape: tuple[int, int], low: int, rank: int) -> None:
+    rows, width = shape
+    extended, grad = strided(rows, 2 * width + rank, dtype), strided(rows, width, dtype)
+    extended[:, 2 * width :] = torch.nan
+    down_a, low_grad = projection_of(low, width, dtype), strided(rows, low, dtype) if low else None
+    projection = projection_of(rank, 2 * width, dtype)
+    exact, exact_grad = extended.double(), grad.double()
+    swiglu.swiglu_backward_reference_(exact, exact_grad, *double(low_grad, down_a, projection))
+    swiglu.swiglu_backward_(extended, grad, low_grad, down_a, projection)
+    assert relative_error(grad, exact_grad) < 2 * TOLERANCE[dtype]
+    check_extended(extended, exact, 2 * width, dtype)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotary_dim"),
+    [((32, 8), 128, 128), ((9, 3), 64, 64), ((7, 1), 40, 40), ((6, 2), 96, 48), ((4, 4), 64, 0)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary(
+    dtype: torch.dtype, heads: tuple[int, int], head_dim: int, rotary_dim: int, norms: bool, rank: int
+) -> None:
+    positions, rows = 333, 999
+    width = (heads[0] + 2 * heads[1]) * head_dim
+    qkv, bias = strided(rows, width, dtype), torch.randn(width, device="cuda").to(dtype)
+    cos = sin = None
+    if rotary_dim:
+        turns = torch.outer(
+            torch.arange(positions, device="cuda"), 1e4 ** -torch.arange(0, 1, 2 / rotary_dim, device="cuda")
+        )
+        cos, sin = (function(torch.cat([turns, turns], dim=1)).to(dtype) for function in (torch.cos, torch.sin))
+    weights = [torch.randn(head_dim, device="cuda").to(dtype) if norms else None for _ in range(2)]
+    arguments = (cos, sin, *heads, bias, *weights, 1e-6)
+    expected = rotary.rotary_reference(qkv, *arguments)
+    assert relative_error(rotary.rotary(qkv, *arguments), expected) < TOLERANCE[dtype]
+    parts = [strided(rows, count * head_dim, dtype) for count in (heads[0], heads[1], heads[1])]
+    projection = projection_of(rank, width, dtype)
+    out = rotary.rotary_backward(*parts, qkv if norms else None, *arguments, projection)
+    wide = (*double(cos, sin), *heads, *double(bias, *weights), 1e-6, *double(projection))
+    exact = rotary.rotary_backward_reference(*double(*parts), qkv.double() if norms else None, *wide)  # type: ignore
+    check_extended(out, exact, width, dtype)
+    if not norms:
+        rotary.rotary_(qkv, cos, sin, *heads, bias)
+        assert relative_error(qkv, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rank", [8, 16, 48, 64, 96])
+@pytest.mark.parametrize("shape", [(8192, 4096), (2048, 14336), (1000, 576), (77, 2056), (5, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+    x, p = strided(*shape, dtype), strided(shape[0], rank, dtype)
+    a = projection_of(rank, shape[1], dtype)
+    assert a is not None
+    tolerance = TOLERANCE[dtype] if dtype != torch.float32 else 1e-5
+    assert relative_error(low_rank.project(x, a), x.double() @ a.double().T) < tolerance
+    exact = p.double().T @ x.double()
+    grad = low_rank.low_rank_grad(p, x)
+    assert grad.dtype == torch.float32
+    assert relative_error(grad, exact) < 1e-5
+    assert torch.equal(low_rank.low_rank_grad(p, x), grad)
+    out = torch.randn_like(grad)
+    before = out.clone()
+    assert low_rank.low_rank_grad(p, x, out) is out
+    assert relative_error(out, before + exact) < 1e-5
+
+
+def test_rows_past_two_to_the_31_elements_are_addressed() -> None:
+    rows, width = (1 << 31) // 28672 + 500, 28672
+    gate_up = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_()
+    last = gate_up[-100:].clone()
+    out = swiglu.swiglu(gate_up, projection_of(16, width // 2, torch.bfloat16))
+    expected = swiglu.swiglu_reference(last)
+    assert relative_error(out[-100:, : width // 2], expected) < TOLERANCE[torch.bfloat16]

@@ -1,0 +1,85 @@
+"""RMSNorm: the reference against Transformers and autograd, the Triton kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from fourfold.kernels import norm
+
+pytest.importorskip("triton")
+
+from fourfold.kernels import norm_triton
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def strided(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Random rows whose stride is larger than their length."""
+    return torch.randn(rows, columns + 16, dtype=torch.float64).to(dtype)[:, :columns]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_reference_equals_transformers(dtype: torch.dtype) -> None:
+    x = torch.randn(7, 96, dtype=dtype)
+    module = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(module.weight)
+    y, _ = norm.rms_norm(x, module.weight.detach(), 1e-5)
+    # Transformers computes in fp32 whatever the dtype, the reference in float64 where it is given that.
+    assert relative_error(y, module(x)) <= (1e-6 if dtype == torch.float64 else 0)
+
+
+def test_reference_gradient_equals_autograd() -> None:
+    x = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
+    weight, grad, residual = torch.randn(40).double(), torch.randn(5, 40).double(), torch.randn(5, 40).double()
+    projection = torch.randn(16, 40).double()
+    y = torch.nn.functional.rms_norm(x, (40,), weight, 1e-5)
+    y.backward(grad)
+    assert x.grad is not None
+    out, rstd = norm.rms_norm(x.detach(), weight, 1e-5, projection)
+    torch.testing.assert_close(out, torch.cat([y, y @ projection.T], 1).detach())
+    result = norm.rms_norm_backward(grad, x.detach(), weight, rstd, residual, projection)
+    expected = x.grad + residual
+    torch.testing.assert_close(result, torch.cat([expected, expected @ projection.T], 1))
+
+
+@pytest.mark.parametrize("rank", [0, 16, 48, 80])
+@pytest.mark.parametrize("shape", [(19, 200), (33, 33), (3, 64)])
+# bf16 stands in the tests for a GPU: the interpreter multiplies the bits of bf16 matrices as integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_equal_reference(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+    rows, width = shape
+    x, grad, residual = (strided(rows, width, dtype) for _ in range(3))
+    weight = torch.randn(width).to(dtype)
+    # A projection comes as rows of a wide buffer and as a transposed view of columns.
+    projection = strided(rank, width, dtype) if rank != 48 else strided(width, rank, dtype).t()
+    given = projection if rank else None
+    out, rstd = norm_triton.rms_norm(x, weight, 1e-6, given)
+    expected, expected_rstd = norm.rms_norm_reference(x, weight, 1e-6, given)
+    torch.testing.assert_close(rstd, expected_rstd)
+    assert relative_error(out[:, :width], expected[:, :width]) < TOLERANCE[dtype]
+    for residual_grad in (residual, None):
+        result = norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, given)
+        wanted = norm.rms_norm_backward_reference(grad, x, weight, rstd, residual_grad, given)
+        assert result.shape == wanted.shape
+        assert relative_error(result[:, :width], wanted[:, :width]) < TOLERANCE[dtype]
+        if rank:
+            assert relative_error(result[:, width:], wanted[:, width:]) < TOLERANCE[dtype]
+    if rank:
+        assert relative_error(out[:, width:], expected[:, width:]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("operator", ["rms_norm", "rms_norm_backward"])
+def test_operators_pass_opcheck(operator: str) -> None:
+    x, weight, projection = torch.randn(4, 32), torch.randn(32), torch.randn(16, 32)
+    arguments = (x, weight, 1e-6, projection)
+    if operator == "rms_norm_backward":
+        arguments = (x, x, weight, torch.rand(4), None, projection)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.fourfold, operator).default, arguments, test_utils=checks)
