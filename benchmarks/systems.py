@@ -61,6 +61,7 @@ class Training:
 
 def fourfold(job: Job, *, fused: bool | None = None) -> Callable[[], Training]:
     import fourfold
+    from fourfold.data.packing import supervised_positions
     from fourfold.training.loss import supervised_cross_entropy
 
     model = fourfold.load_model(
@@ -75,10 +76,12 @@ def fourfold(job: Job, *, fused: bool | None = None) -> Callable[[], Training]:
         config = LoraConfig(r=job.rank, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM")
         prepared = fourfold.prepare(model, config, fused=fused, recompute=job.policy)
         base = prepared.get_base_model()
+        # Found once, as the collator does it beside the training: every token has a label.
+        positions = supervised_positions(torch.zeros(job.batch, job.seq, dtype=torch.int64)).to(job.device)
 
         def loss(ids: Tensor) -> Tensor:
             hidden_states = base.base_model(input_ids=ids, use_cache=False)[0]
-            supervised = supervised_cross_entropy(hidden_states, ids, base.get_output_embeddings())
+            supervised = supervised_cross_entropy(hidden_states, ids, base.get_output_embeddings(), positions)
             return supervised.loss_sum / (ids.shape[0] * (ids.shape[1] - 1))
 
         return Training(prepared, loss, _our_optimizer(prepared, job))

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from fourfold.data.packing import supervised_positions
 from fourfold.errors import ConfigError, TrainingError
 from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import FusedDecoderLayer, set_recomputation
@@ -191,10 +192,11 @@ def bench(model: PeftModel, *, batch: int, seq: int, steps: int = 6) -> BenchRep
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (batch, seq), generator=generator).to(device)
     model.train()
+    positions = supervised_positions(ids)
     rows = []
     for name, choose in _ways(base).items():
         choose()
-        rows.append(_measure(model, name, ids, steps))
+        rows.append(_measure(model, name, ids, positions, steps))
         _free(device)
     return BenchReport(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
@@ -222,14 +224,14 @@ def _ways(base: PreTrainedModel) -> dict[str, Callable[[], None]]:
     }
 
 
-def _measure(model: PeftModel, name: str, ids: torch.Tensor, steps: int) -> BenchRow:
+def _measure(model: PeftModel, name: str, ids: torch.Tensor, positions: torch.Tensor, steps: int) -> BenchRow:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, lr=_LEARNING_RATE, state_bits=8, max_grad_norm=1.0)
     times = []
     reset_peak(ids.device)
     try:
         for _ in range(_WARM_UP_STEPS + steps):
-            times.append(_seconds(functools.partial(_step, model, optimizer, ids), ids.device))
+            times.append(_seconds(functools.partial(_step, model, optimizer, ids, positions), ids.device))
     except torch.OutOfMemoryError:
         optimizer.zero_grad()
         return BenchRow(name, error="out of memory")
@@ -237,11 +239,11 @@ def _measure(model: PeftModel, name: str, ids: torch.Tensor, steps: int) -> Benc
     return BenchRow(name, seconds, ids.numel() / seconds, memory_used(ids.device).peak_bytes)
 
 
-def _step(model: PeftModel, optimizer: AdamW, ids: torch.Tensor) -> None:
+def _step(model: PeftModel, optimizer: AdamW, ids: torch.Tensor, positions: torch.Tensor) -> None:
     base = model.get_base_model()
     hidden_states = base.base_model(input_ids=ids, use_cache=False)[0]
-    loss = supervised_cross_entropy(hidden_states, ids, base.get_output_embeddings())
-    (loss.loss_sum / loss.num_tokens).backward()
+    loss = supervised_cross_entropy(hidden_states, ids, base.get_output_embeddings(), positions)
+    (loss.loss_sum / len(positions)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
