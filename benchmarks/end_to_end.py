@@ -197,7 +197,7 @@ def run_worker(
         "dtype": "bfloat16" if args.device == "cuda" else "float32",
         "steps": args.steps,
     }
-    words: list[str | Path] = [HERE / "worker.py", json.dumps(job)]
+    words: list[str | Path] = [HERE / "peers" / "worker.py", json.dumps(job)]
     profile: list[str | Path] = []
     if args.profile and is_profiled:
         name = f"{setting.shape}-{setting.batch}x{setting.seq}-{policy}.{system}.txt"

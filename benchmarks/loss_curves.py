@@ -25,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
+import fourfold
 from end_to_end import commit
+from fourfold.data.packing import supervised_positions
 from fourfold.models.loading import load_tokenizer
+from fourfold.optimizers import AdamW
+from fourfold.training.loss import supervised_cross_entropy
 from fourfold.training.run_folder import installed_versions
-from systems import Job, Training, fourfold
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOOTHED_STEPS = 20
@@ -65,18 +69,27 @@ def batches(model: str, text: str, num_batches: int, batch: int, seq: int) -> Te
     return windows[torch.cat(orders)[:wanted]].view(num_batches, batch, seq)
 
 
-def losses_of(run: Run, job: Job, data: Tensor) -> list[float]:
-    adapt = fourfold(job, fused=run.fused)
+def losses_of(run: Run, data: Tensor, args: argparse.Namespace) -> list[float]:
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = fourfold.load_model(args.model, quantization=fourfold.FourfoldConfig(), dtype=dtype, device=device)
     torch.manual_seed(run.seed)
-    training: Training = adapt()
-    training.model.train()
+    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = fourfold.prepare(model, config, fused=run.fused, recompute=args.policy if run.fused else None)
+    adapted.train()
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = AdamW(parameters, lr=args.learning_rate, state_bits=8)
     losses = []
-    for ids in data.to(job.device):
-        loss = training.loss(ids)
-        loss.backward()
-        training.optimizer.step()
-        training.optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+    for ids in data:
+        positions = supervised_positions(ids).to(device)
+        ids = ids.to(device)
+        hidden_states = model.base_model(input_ids=ids, use_cache=False)[0]
+        loss = supervised_cross_entropy(hidden_states, ids, model.get_output_embeddings(), positions)
+        mean = loss.loss_sum / len(positions)
+        mean.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean.detach())
     return torch.stack(losses).tolist()
 
 
@@ -128,18 +141,7 @@ def main() -> None:
     data = batches(args.model, text, args.steps, args.batch, args.seq)
     curves: dict[str, list[float]] = {}
     for name, run in RUNS.items():
-        job = Job(
-            system="fourfold",
-            model=args.model,
-            batch=args.batch,
-            seq=args.seq,
-            recompute=False,
-            policy=args.policy if run.fused else None,
-            device=args.device,
-            dtype="bfloat16" if args.device == "cuda" else "float32",
-            learning_rate=args.learning_rate,
-        )
-        curves[name] = losses_of(run, job, data)
+        curves[name] = losses_of(run, data, args)
         print(f"{name:22} first {curves[name][0]:.4f}, last {smoothed(curves[name])[-1]:.4f} (smoothed)", flush=True)
     result = verdict(curves)
     record = {

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for folder in (ROOT / "benchmarks" / "peers", ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
     return importlib.import_module(name)
 
 

@@ -1,9 +1,12 @@
 """One system in one setting, in a process of its own; end_to_end.py starts it.
 
-    python benchmarks/worker.py JOB OUT [--profile FILE]
+    python benchmarks/peers/worker.py JOB OUT [--profile FILE]
 
 JOB is `systems.Job` as JSON. OUT becomes a JSON object with its `status`: "measured", "skipped" (the system is not
 installed here) or "out_of_memory"; any other failure ends the process with its traceback.
+
+It has a folder of its own because Python looks for modules beside a script first, and `benchmarks/kernels` would be
+taken for the package of that name, which the peers look for.
 """
 
 from __future__ import annotations
@@ -19,9 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from systems import Job, Training
+    from torch import Tensor, nn
 
 # What a system needs beyond Transformers. Imported before torch and Transformers, as Unsloth wants it.
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -36,7 +38,6 @@ VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "u
 
 def measure(job: Job, profile_to: Path | None) -> dict[str, Any]:
     import torch
-
     from systems import SYSTEMS, trainable
 
     on_gpu = job.device == "cuda"
@@ -157,7 +158,6 @@ def run(values: dict[str, Any], profile_to: Path | None) -> dict[str, Any]:
         except ImportError as error:
             return {"status": "skipped", "reason": f"{package}: {error}"}
     import torch
-
     from systems import Job
 
     job = Job(**values)
