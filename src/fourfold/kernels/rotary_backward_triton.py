@@ -20,7 +20,7 @@ from fourfold.kernels.rotary_triton import BLOCK_ROWS, half_of, load_angles, loa
 __all__ = ["HEAD_PARTS", "rotary_backward"]
 
 # Programs that share the heads of a row where no product sums over them.
-HEAD_PARTS = 8
+HEAD_PARTS = 4
 
 
 @triton.jit
