@@ -6,9 +6,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from fourfold.data import IGNORE_INDEX, Collator, pack
+from fourfold.data import IGNORE_INDEX, Collator, model_inputs, pack
 from fourfold.errors import DataError
 
 PAD = 0
@@ -57,14 +60,99 @@ def test_packed_batches_restart_positions_and_mask_first_labels_and_padding() ->
         {"input_ids": [4, 3], "labels": [IGNORE_INDEX, 3], "seq_lengths": [2]},
     ]
     batch = Collator(PAD, width=7)(rows)
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    boundaries = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert set(batch) == {"input_ids", "labels", "position_ids", "supervised_positions"} | boundaries
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0], [4, 3, 0, 0, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 2, 3, 4]]
     assert batch["labels"].tolist() == [
         [-100, 6, 7, -100, 9, -100, -100],
         [-100, 3, -100, -100, -100, -100, -100],
     ]
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert all(batch[name].dtype == torch.int64 for name in set(batch) - boundaries)
+
+
+def test_packed_batches_tell_where_documents_and_padding_start_when_laid_end_to_end() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]},
+        {"input_ids": [4, 3, 2, 8, 8, 8, 8], "labels": [4, 3, 2, 8, 8, 8, 8], "seq_lengths": [2, 5]},
+    ]
+    batch = Collator(PAD, width=7)(rows)
+    for side in "qk":
+        assert batch[f"cu_seq_lens_{side}"].tolist() == [0, 3, 5, 7, 9, 14]
+        assert batch[f"cu_seq_lens_{side}"].dtype == torch.int32
+        assert batch[f"max_length_{side}"] == 5
+        assert type(batch[f"max_length_{side}"]) is int
+    starts = (batch["position_ids"].flatten() == 0).nonzero().squeeze(1).tolist()
+    assert batch["cu_seq_lens_q"].tolist()[:-1] == starts
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_supervised_positions_are_those_whose_next_token_has_a_label(packed: bool) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, 7, 8, 9], "seq_lengths": [3, 2]},
+        {"input_ids": [4, 3], "labels": [-100, 3], "seq_lengths": [2]},
+        {"input_ids": [4], "labels": [4], "seq_lengths": [1]},
+    ]
+    if not packed:
+        rows = [{key: value for key, value in row.items() if key != "seq_lengths"} for row in rows]
+    batch = Collator(PAD, width=6)(rows)
+    wanted = [
+        row * 6 + column
+        for row, labels in enumerate(batch["labels"].tolist())
+        for column in range(5)
+        if labels[column + 1] != IGNORE_INDEX
+    ]
+    assert batch["supervised_positions"].tolist() == wanted
+    assert wanted == ([1, 3, 6] if packed else [1, 2, 3, 6])
+
+
+def model_of(family: str, attention: str) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 300, "pad_token_id": PAD}
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300}
+        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = AutoConfig.for_model(family, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2", "gpt2"]
+)
+def test_boundaries_change_no_number_of_attention_that_masks(family: str, attention: str) -> None:
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("it caps its attention logits, which sdpa cannot")
+    model = get_peft_model(model_of(family, attention), LoraConfig(target_modules="all-linear"))
+    model.train()
+    batch = Collator(PAD, width=28)(list(pack(as_dataset(documents([5, 12, 3, 9, 16])), 24)))
+    plain = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    inputs = model_inputs(model, batch)
+    assert "labels" not in inputs
+    assert "supervised_positions" not in inputs
+    assert torch.equal(model(**inputs, use_cache=False).logits, model(**plain).logits)
+
+
+def test_boundaries_stay_out_of_a_forward_that_has_no_name_for_them() -> None:
+    class Strict(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+    batch = Collator(PAD)(list(pack(as_dataset(documents([5, 7])), 16)))
+    assert set(model_inputs(Strict(), batch)) == {"input_ids", "position_ids"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_keep_their_numbers_through_loader_and_accelerate(workers: int) -> None:
+    rows = list(pack(as_dataset(documents([5, 12, 3, 9, 16, 4])), 24))
+    loader = DataLoader(rows, batch_size=2, collate_fn=Collator(PAD, width=24), num_workers=workers)
+    for got, rows_of_batch in zip(Accelerator(cpu=True).prepare(loader), (rows[:2], rows[2:]), strict=False):
+        want = Collator(PAD, width=24)(rows_of_batch)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert type(got[name]) is type(value)
+            assert torch.equal(torch.as_tensor(got[name]), torch.as_tensor(value))
 
 
 def test_unpacked_batches_are_padded_on_the_right_under_a_mask() -> None:
@@ -119,7 +207,8 @@ def test_packed_gradients_under_checkpointing_are_those_of_the_documents_alone(
     model = load(tiny_llama, attention).train()
     model.gradient_checkpointing_enable()
     batch = Collator(PAD)(list(pack(as_dataset(rows), 20)))
-    model(**batch, use_cache=False, num_items_in_batch=1).loss.backward()
+    inputs = model_inputs(model, batch) | {"labels": batch["labels"]}
+    model(**inputs, use_cache=False, num_items_in_batch=1).loss.backward()
     packed = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing_disable()

@@ -25,20 +25,21 @@ def took_generic_path(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("quantized", [True, False], ids=["nf4", "dense"])
-def test_loss_and_all_gradients_equal_the_generic_path_in_float64(name: str, quantized: bool) -> None:
-    fused = adapted(decoder(name, torch.float64, quantized=quantized), fused=True)
-    generic = adapted(decoder(name, torch.float64, quantized=quantized), fused=False)
+@pytest.mark.parametrize("kind", ["nf4 in fp32", "dense in float64"])
+def test_loss_and_all_gradients_equal_the_generic_path(name: str, kind: str) -> None:
+    dtype, bound = (torch.float32, 2e-5) if kind == "nf4 in fp32" else (torch.float64, 1e-6)
+    fused = adapted(decoder(name, dtype, quantized=dtype == torch.float32), fused=True)
+    generic = adapted(decoder(name, dtype, quantized=dtype == torch.float32), fused=False)
     loss, grads = loss_and_grads(fused)
     expected_loss, expected = loss_and_grads(generic)
     assert len(fused_layers(fused)) == 2
     assert took_generic_path(fused) == set()
     # Transformers computes its norms in fp32 even here.
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-7, atol=0)
+    torch.testing.assert_close(loss, expected_loss, rtol=bound / 10, atol=0)
     assert len(expected) == 2 * 7 * 2
     for key, grad in grads.items():
         # The adapters' gradients leave in fp32.
-        assert distance({key: grad}, {key: expected[key]}) < 1e-6, key
+        assert distance({key: grad}, {key: expected[key]}) < bound, key
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -59,8 +60,8 @@ def test_the_fused_path_is_no_further_from_float64_than_the_generic_path(name: s
         losses.append(abs(float(loss - truth_loss)))
         errors.append(distance(grads, truth))
     assert errors[0] < {torch.float32: 1e-5}.get(dtype, 0.05)
-    # A tenth above, for what is chance in so few numbers.
-    assert errors[0] <= errors[1] * 1.1
+    # Where nothing is rounded to 16 bits, a few units of the last place decide, by the order of summation.
+    assert errors[0] <= errors[1] * (1.5 if dtype == torch.float32 else 1.1)
     assert losses[0] <= losses[1] + 2 * float(torch.finfo(dtype).eps)
 
 
@@ -83,7 +84,7 @@ def test_each_layer_can_have_a_policy_of_its_own() -> None:
 
 
 def test_the_mlp_in_parts_gives_what_it_gives_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(decoder("llama-gqa", torch.float64), fused=True, recompute="selective")
+    model = adapted(decoder("llama-gqa", torch.float64, quantized=False), fused=True, recompute="selective")
     _, whole = loss_and_grads(model)
     monkeypatch.setattr("fourfold.models.block_function._MLP_TOKENS", 5)
     _, parts = loss_and_grads(model)
@@ -155,7 +156,7 @@ def test_frozen_adapters_take_part_and_get_no_gradient() -> None:
 
 
 def test_packed_documents_equal_the_same_documents_one_by_one() -> None:
-    model = adapted(decoder("llama-gqa", torch.float64), fused=True)
+    model = adapted(decoder("llama-gqa", torch.float64, quantized=False), fused=True)
     lengths = [4, 1, 6]
     tokens = ids(1, sum(lengths))
     boundaries = torch.tensor([0, 4, 5, 11], dtype=torch.int32)

@@ -8,11 +8,22 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer, TrainerCallback
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Trainer,
+    TrainerCallback,
+)
 from trl import SFTTrainer
 
+from fourfold.data import Collator, pack
 from fourfold.errors import ConfigError, DataError, TrainingError
+from fourfold.training import trainer as trainer_module
 from fourfold.training.trainer import FourfoldTrainer
 
 
@@ -96,6 +107,97 @@ def test_loss_equals_that_of_trl(tmp_path: Path) -> None:
     ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
     theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def small_model(family: str, **config: object) -> PeftModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": tiny.VOCAB, "pad_token_id": 0}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **config)).float()
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen3", {}),
+        ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    ],
+)
+def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
+    tmp_path: Path, family: str, config: dict[str, object]
+) -> None:
+    model = small_model(family, **config)
+    trainer = tiny.trainer(tmp_path, model)
+    ours, foreign = Collator(0)(list(tiny.rows(6))), tiny.collate(list(tiny.rows(6)))
+    masks = []
+    model.get_base_model().base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    results = []
+    for batch in (ours, foreign):
+        model.zero_grad()
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(31))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert masks[0] is None
+    assert torch.equal(masks[1], foreign["attention_mask"])
+    assert len(results[0]) > 10
+    for left_out, kept in zip(*results, strict=True):
+        torch.testing.assert_close(left_out, kept, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "may"),
+    [
+        (LlamaConfig(), True),
+        (AutoConfig.for_model("gemma3_text", layer_types=["sliding_attention"] * 26), True),
+        (AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True), False),
+        (AutoConfig.for_model("qwen3_next"), False),
+        (AutoConfig.for_model("mamba2"), False),
+        (AutoConfig.for_model("bamba"), False),
+        (AutoConfig.for_model("falcon_h1"), False),
+    ],
+)
+def test_mask_is_left_out_only_where_all_layers_look_back(config: PretrainedConfig, may: bool) -> None:
+    assert trainer_module._looks_back_only(config) is may
+
+
+def test_evaluation_keeps_the_mask(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path)
+    model = trainer.model.eval()
+    masks = []
+    model.get_base_model().base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    trainer.compute_loss(model, Collator(0)(list(tiny.rows(3))))
+    assert masks[0] is not None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (3, 3)])
+def test_our_batches_have_the_exact_loss_and_gradients_under_accumulation(
+    tmp_path: Path, packed: bool, batch: int, accumulation: int
+) -> None:
+    rows, keeper = tiny.rows(8), GradientKeeper()
+    trainer = tiny.trainer(
+        tmp_path,
+        dataset=pack(rows, 40) if packed else rows,
+        callbacks=(keeper,),
+        max_steps=1,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.data_collator = Collator(0)
+    trainer.train()
+    wanted_grads, wanted_loss = reference_step(torch.float32)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted_loss, rel=1e-6)
+    for name, want in wanted_grads.items():
+        torch.testing.assert_close(keeper.grads[name], want, rtol=2e-4, atol=2e-6)
 
 
 def test_packed_batch_has_the_loss_of_its_rows(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fourfold.data.dataset import OVERLONG, DataOptions, DataReport, PreparedData, prepare
-from fourfold.data.packing import Collator, pack
+from fourfold.data.packing import Collator, model_inputs, pack, supervised_positions
 from fourfold.data.row_formats import ROW_FORMATS, Message, RowFormat, detect_row_format
 from fourfold.data.sources import load_rows
 from fourfold.data.templates import IGNORE_INDEX, Encoded, check_tokenizer, encode_conversation
@@ -23,6 +23,8 @@ __all__ = [
     "detect_row_format",
     "encode_conversation",
     "load_rows",
+    "model_inputs",
     "pack",
     "prepare",
+    "supervised_positions",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +15,9 @@ import trl
 from fourfold.data.templates import IGNORE_INDEX
 from fourfold.errors import DataError
 
-__all__ = ["Collator", "pack"]
+__all__ = ["Collator", "model_inputs", "pack", "supervised_positions"]
+
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def pack(dataset: datasets.Dataset, max_length: int) -> datasets.Dataset:
@@ -39,17 +44,53 @@ def pack(dataset: datasets.Dataset, max_length: int) -> datasets.Dataset:
     return trl.pack_dataset(dataset, max_length, strategy="bfd")
 
 
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Flat indices, int64 [tokens], of the positions of [batch, seq] whose next token has a label.
+
+    On a GPU the host waits for their number; the collator therefore finds them before a batch goes there.
+
+    Args:
+        labels: [batch, seq], int64, -100 where there is none.
+    """
+    has_label = labels != IGNORE_INDEX
+    predicts = torch.nn.functional.pad(has_label[:, 1:], (0, 1))
+    return predicts.flatten().nonzero().squeeze(1)
+
+
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch of `Collator` goes into the model's forward: not the labels, nor what it has no name for.
+
+    Args:
+        model: A causal LM of Transformers, or a PEFT model around one.
+        batch: As the collator made it, or with its tensors moved to a device.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    dropped = ("labels", "supervised_positions", *(() if _takes_boundaries(base.__class__.forward) else _BOUNDARIES))
+    return {name: value for name, value in batch.items() if name not in dropped}
+
+
+@functools.cache
+def _takes_boundaries(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Rows to one padded batch on the right; all tensors int64, [batch, width].
+    """Rows to one padded batch on the right; tensors are int64, [batch, width], unless said otherwise.
 
-    Unpacked rows give `input_ids`, `labels` and `attention_mask`.
+    Unpacked rows give `input_ids`, `labels`, `attention_mask` and `supervised_positions` [tokens], which is
+    `supervised_positions(labels)`.
 
-    Packed rows (those with `seq_lengths`) give `input_ids`, `labels` and `position_ids`, which start again at
-    0 with each document and with the padding, and no `attention_mask`: from exactly that, Transformers builds
-    the block-diagonal causal mask (`masking_utils.find_packed_sequence_indices`) for sdpa, eager and flex
-    attention. The model must be called with `use_cache=False`, since with a cache Transformers takes the row
-    for one document. Each document's first label is -100, for no token of its own stands before it.
+    Packed rows (those with `seq_lengths`) give `input_ids`, `labels`, `supervised_positions` and `position_ids`,
+    which start again at 0 with each document and with the padding, and no `attention_mask`: from exactly that,
+    Transformers builds the block-diagonal causal mask (`masking_utils.find_packed_sequence_indices`) for sdpa, eager
+    and flex attention. For attention of variable length they give its `FlashAttentionKwargs`: `cu_seq_lens_q` and
+    `cu_seq_lens_k`, int32 [documents + 1], where documents start in the batch's tokens laid end to end and how
+    many tokens there are, the padding of a row counting as a document; and `max_length_q` and `max_length_k`, the
+    longest document, numbers of Python. The model must be called with `use_cache=False`, since with a cache
+    Transformers takes the row for one document. Each document's first label is -100, for no token of its own
+    stands before it.
 
     Attributes:
         pad_token_id: Written into the padding's `input_ids`; its labels are -100 whatever this id is.
@@ -59,19 +100,24 @@ class Collator:
     pad_token_id: int
     width: int | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        packed = "seq_lengths" in rows[0]
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         width = self.width or max(len(row["input_ids"]) for row in rows)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._padded(rows, "input_ids", width, self.pad_token_id),
             "labels": self._padded(rows, "labels", width, IGNORE_INDEX),
         }
-        if packed:
-            batch["position_ids"] = torch.stack([_position_ids(row["seq_lengths"], width) for row in rows])
+        if "seq_lengths" in rows[0]:
+            documents = [_document_lengths(row["seq_lengths"], width) for row in rows]
+            batch["position_ids"] = torch.stack([torch.cat(list(map(torch.arange, row))) for row in documents])
             batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORE_INDEX)
+            lengths = [length for row in documents for length in row]
+            starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+            batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+            batch |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
         else:
-            lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-            batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+            lengths = [len(row["input_ids"]) for row in rows]
+            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+        batch["supervised_positions"] = supervised_positions(batch["labels"])
         return batch
 
     @staticmethod
@@ -79,6 +125,8 @@ class Collator:
         return torch.tensor([[*row[key], *[value] * (width - len(row[key]))] for row in rows])
 
 
-def _position_ids(seq_lengths: list[int], width: int) -> torch.Tensor:
-    padding = width - sum(seq_lengths)
-    return torch.cat([torch.arange(length) for length in (*seq_lengths, padding)])
+def _document_lengths(seq_lengths: list[int], width: int) -> list[int]:
+    """With the row's padding as a document of its own; documents without a token have no place in attention."""
+    lengths = [length for length in seq_lengths if length]
+    padding = width - sum(lengths)
+    return [*lengths, padding] if padding else lengths

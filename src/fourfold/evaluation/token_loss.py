@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from fourfold.data import IGNORE_INDEX
+from fourfold.data import IGNORE_INDEX, model_inputs
 
 __all__ = ["summed_loss"]
 
 
-def summed_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
+def summed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[float, int]:
     """Summed cross entropy of the labels of a batch, and how many labels there are.
 
     The output layer runs only on positions of the sequence that predict a label in some row of the batch,
@@ -25,8 +25,11 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[float, i
         batch: `input_ids` and `labels`, int64, [batch, seq], with whatever else the model takes; on any
             device.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    labels = inputs.pop("labels")
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in model_inputs(model, batch).items()
+    }
+    labels = batch["labels"].to(model.device)
     targets = labels[:, 1:]  # [batch, seq - 1]: position t predicts token t + 1
     predicting = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # [kept]
     if len(predicting) == 0:

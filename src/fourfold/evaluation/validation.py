@@ -31,7 +31,7 @@ class ValidationLoss:
 def validation_loss(
     model: Any,
     dataset: Sequence[Any],
-    collator: Callable[[list[Any]], dict[str, torch.Tensor]],
+    collator: Callable[[list[Any]], dict[str, Any]],
     batch_size: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ValidationLoss:

@@ -15,6 +15,7 @@ https://arxiv.org/abs/2305.14314, section 3): then, with two roundings,
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -22,12 +23,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fourfold.kernels.availability import say_once, triton_refuses
+
 __all__ = [
     "dequantize_blockwise",
     "dequantize_blockwise_reference",
+    "dequantize_nested",
+    "dequantize_nested_reference",
     "dequantize_scales",
     "dequantize_scales_reference",
+    "says_no_kernel",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,8 +73,15 @@ torch.library.define(
     "(Tensor codes, Tensor code_map, Tensor nested_absmax, Tensor offset, SymInt nested_block_size) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+torch.library.define(
+    "fourfold::dequantize_nested",
+    "(Tensor codes, Tensor codebook, Tensor scale_codes, Tensor code_map, Tensor nested_absmax, Tensor offset, "
+    "SymInt block_size, SymInt nested_block_size, SymInt[] shape, ScalarType dtype) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 _blockwise_op = torch.ops.fourfold.dequantize_blockwise.default
 _scales_op = torch.ops.fourfold.dequantize_scales.default
+_nested_op = torch.ops.fourfold.dequantize_nested.default
 
 
 def dequantize_blockwise(
@@ -142,8 +157,110 @@ def _scales_fake(
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
+def dequantize_nested(
+    codes: Tensor,
+    codebook: Tensor,
+    scale_codes: Tensor,
+    code_map: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    block_size: int,
+    nested_block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`dequantize_scales` and `dequantize_blockwise` at once, with their arguments: on a GPU, one launch."""
+    return cast(
+        Tensor,
+        _nested_op(
+            *(codes, codebook, scale_codes, code_map, nested_absmax, offset),
+            *(block_size, nested_block_size, shape, dtype),
+        ),
+    )
+
+
+def dequantize_nested_reference(
+    codes: Tensor,
+    codebook: Tensor,
+    scale_codes: Tensor,
+    code_map: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    block_size: int,
+    nested_block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`dequantize_nested` by the two operators that it joins."""
+    absmax = dequantize_scales(scale_codes, code_map, nested_absmax, offset, nested_block_size)
+    return dequantize_blockwise(codes, codebook, absmax, block_size, shape, dtype)
+
+
+def _nested_fake(
+    codes: Tensor,
+    _codebook: Tensor,
+    _scale_codes: Tensor,
+    _code_map: Tensor,
+    _nested_absmax: Tensor,
+    _offset: Tensor,
+    _block_size: int,
+    _nested_block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def says_no_kernel(codes: Tensor, codebook: Tensor, block_size: int, nested_block_size: int = 1) -> bool:
+    """Whether no Triton kernel decodes such a tensor; logs, once, why."""
+    reason = triton_refuses(codes)
+    if reason is None and codebook.numel() not in (16, 256):
+        reason = f"a codebook of {codebook.numel()} entries is neither of 4 bits nor of 8"
+    for size, least in ((block_size, 8), (nested_block_size, 1)):
+        if reason is None and (size < least or size & (size - 1)):
+            reason = f"blocks of {size} are not a power of two of at least {least}"
+    if reason is not None:
+        say_once(logger, f"quantized tensors are decoded by PyTorch, slower than by a kernel: {reason}")
+    return reason is not None
+
+
+def _blockwise_on_gpu(
+    codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    if says_no_kernel(codes, codebook, block_size):
+        return dequantize_blockwise_reference(codes, codebook, absmax, block_size, shape, dtype)
+    from fourfold.kernels import blockwise_triton
+
+    return blockwise_triton.dequantize(codes, codebook, absmax, block_size, shape, dtype)
+
+
+def _nested_on_gpu(
+    codes: Tensor,
+    codebook: Tensor,
+    scale_codes: Tensor,
+    code_map: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    block_size: int,
+    nested_block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    if says_no_kernel(codes, codebook, block_size, nested_block_size):
+        absmax = dequantize_scales_reference(scale_codes, code_map, nested_absmax, offset, nested_block_size)
+        return dequantize_blockwise_reference(codes, codebook, absmax, block_size, shape, dtype)
+    from fourfold.kernels import blockwise_triton
+
+    nested = blockwise_triton.NestedParts(code_map, nested_absmax, offset, nested_block_size)
+    return blockwise_triton.dequantize(codes, codebook, scale_codes, block_size, shape, dtype, nested)
+
+
 # "default" serves every device that has no kernel of its own.
 torch.library.impl("fourfold::dequantize_blockwise", "default", dequantize_blockwise_reference)
 torch.library.impl("fourfold::dequantize_scales", "default", dequantize_scales_reference)
 torch.library.register_fake("fourfold::dequantize_blockwise", _blockwise_fake)
 torch.library.register_fake("fourfold::dequantize_scales", _scales_fake)
+torch.library.impl("fourfold::dequantize_nested", "default", dequantize_nested_reference)
+torch.library.register_fake("fourfold::dequantize_nested", _nested_fake)
+torch.library.impl("fourfold::dequantize_blockwise", "cuda", _blockwise_on_gpu)
+torch.library.impl("fourfold::dequantize_nested", "cuda", _nested_on_gpu)

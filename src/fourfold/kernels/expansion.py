@@ -17,13 +17,14 @@ A call writes one linear. The one whose `row` is 0 also writes the zeros below t
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourfold.errors import QuantizationError
-from fourfold.kernels.availability import say_once, triton_refuses
-from fourfold.kernels.blockwise import dequantize_blockwise_reference, dequantize_scales_reference
+from fourfold.kernels.availability import say_once
+from fourfold.kernels.blockwise import dequantize_blockwise, dequantize_scales, says_no_kernel
 
 __all__ = ["expand_blockwise_", "expand_blockwise_reference", "expand_nested_", "expand_nested_reference"]
 
@@ -133,7 +134,7 @@ def check_place(
     fits = (
         out.is_contiguous()
         and out.shape[0] == total_rows + padded_ranks
-        and 0 <= row
+        and row >= 0
         and row + num_rows <= total_rows
         and rank_row + rank <= used_ranks <= padded_ranks
         and (lora_a is None) == (lora_b is None)
@@ -168,7 +169,7 @@ def expand_blockwise_reference(
 ) -> None:
     """`expand_blockwise_` in PyTorch: what a kernel must equal bit for bit, or else what runs."""
     rows = out[row : row + num_rows]
-    rows[:, :num_columns] = dequantize_blockwise_reference(
+    rows[:, :num_columns] = dequantize_blockwise(
         codes, codebook, absmax, block_size, [num_rows, num_columns], out.dtype
     )
     rows[:, num_columns:] = 0
@@ -201,7 +202,7 @@ def expand_nested_reference(
     scaling: float,
 ) -> None:
     """`expand_nested_` in PyTorch."""
-    absmax = dequantize_scales_reference(scale_codes, code_map, nested_absmax, offset, nested_block_size)
+    absmax = dequantize_scales(scale_codes, code_map, nested_absmax, offset, nested_block_size)
     expand_blockwise_reference(
         *(out, codes, codebook, absmax, block_size, num_rows, num_columns),
         *(row, total_rows, used_ranks, rank_row, lora_a, lora_b, scaling),
@@ -212,7 +213,49 @@ def _fake(*_: object) -> None:
     return None
 
 
+def _refuses(out: Tensor, codes: Tensor, codebook: Tensor, block_size: int, nested_block_size: int = 1) -> bool:
+    if out.numel() >= 2**31:
+        say_once(logger, "matrices of 2**31 elements are expanded by PyTorch, slower than by a kernel")
+        return True
+    return says_no_kernel(codes, codebook, block_size, nested_block_size)
+
+
+def _blockwise_on_gpu(
+    out: Tensor, codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, *place: Any
+) -> None:
+    if _refuses(out, codes, codebook, block_size):
+        expand_blockwise_reference(out, codes, codebook, absmax, block_size, *place)
+        return
+    from fourfold.kernels import expansion_triton
+
+    expansion_triton.expand_(out, codes, codebook, absmax, block_size, None, *place)
+
+
+def _nested_on_gpu(
+    out: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    scale_codes: Tensor,
+    code_map: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    block_size: int,
+    nested_block_size: int,
+    *place: Any,
+) -> None:
+    if _refuses(out, codes, codebook, block_size, nested_block_size):
+        parts = (scale_codes, code_map, nested_absmax, offset, block_size, nested_block_size)
+        expand_nested_reference(out, codes, codebook, *parts, *place)
+        return
+    from fourfold.kernels import blockwise_triton, expansion_triton
+
+    nested = blockwise_triton.NestedParts(code_map, nested_absmax, offset, nested_block_size)
+    expansion_triton.expand_(out, codes, codebook, scale_codes, block_size, nested, *place)
+
+
 torch.library.impl("fourfold::expand_blockwise_", "default", expand_blockwise_reference)
 torch.library.impl("fourfold::expand_nested_", "default", expand_nested_reference)
 torch.library.register_fake("fourfold::expand_blockwise_", _fake)
 torch.library.register_fake("fourfold::expand_nested_", _fake)
+torch.library.impl("fourfold::expand_blockwise_", "cuda", _blockwise_on_gpu)
+torch.library.impl("fourfold::expand_nested_", "cuda", _nested_on_gpu)

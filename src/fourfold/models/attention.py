@@ -12,7 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fourfold.models.attention_backends import ATTENTION, AttentionBackend, AttentionCase, AttentionState, Documents
+from fourfold.models.attention_cpu import CPU, MATH
+from fourfold.models.attention_cuda import CUDNN, EFFICIENT, FLASH
+from fourfold.models.attention_types import AttentionBackend, AttentionCase, AttentionState, Documents
 
 __all__ = [
     "ATTENTION",
@@ -24,6 +26,9 @@ __all__ = [
     "attention_forward",
     "choose_attention",
 ]
+
+# In order of preference. cuDNN's is 1.7 to 1.8 times as fast as flash attention 2 on an H200.
+ATTENTION: dict[str, AttentionBackend] = {row.name: row for row in (CUDNN, FLASH, EFFICIENT, CPU, MATH)}
 
 
 @cache
@@ -91,8 +96,8 @@ def attention_backward(
 def _narrowest(q: Tensor, documents: Documents | None, window: int | None) -> tuple[Documents | None, int | None]:
     """Leaves out boundaries and windows that forbid nothing, so that the faster kernels can run."""
     batch, length = q.shape[:2]
-    if documents is not None and documents.max_length == length and documents.cu_seqlens.shape[0] == batch + 1:
-        documents = None  # as many documents as rows, and batch * length tokens in them
+    if documents is not None and documents.cu_seqlens.shape[0] == batch + 1:
+        documents = None  # as many documents as rows, and none crosses the end of one: each row is a document
     if window is not None and window >= (length if documents is None else documents.max_length):
         window = None
     return documents, window

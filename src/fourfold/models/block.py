@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.models.attention import Documents
+from fourfold.models.attention_interface import ATTENTION_NAME, documents_from_mask, window_from_mask
 from fourfold.models.block_function import Block, fused_block
 from fourfold.models.families import FAMILIES
 from fourfold.models.linear_group import LinearGroup, Unsupported, view_linear
@@ -103,16 +104,16 @@ class FusedDecoderLayer:
             Unsupported: The layer, or this call of it, asks for more than the block does.
         """
         attention = self.self_attn
-        if attention.config._attn_implementation not in ("fourfold", "sdpa"):
+        if attention.config._attn_implementation not in (ATTENTION_NAME, "sdpa"):
             raise Unsupported(f"attn_implementation is {attention.config._attn_implementation}")
         if past_key_values is not None:
             raise Unsupported("a key-value cache is in use")
         if kwargs.get("output_attentions") or kwargs.get("adapter_names") is not None:
             raise Unsupported("attention weights or adapters of each row are asked for")
-        documents = None
-        if cu_seq_lens_q is not None and max_length_q is not None:
+        documents = documents_from_mask(attention_mask)
+        if documents is None and cu_seq_lens_q is not None and max_length_q is not None:
             documents = Documents(cu_seq_lens_q, int(max_length_q))
-        elif attention_mask is not None:
+        if attention_mask is not None and documents is None and window_from_mask(attention_mask) is None:
             raise Unsupported("the attention mask is not plainly causal")
         if self.training and attention.attention_dropout > 0:
             raise Unsupported("attention_dropout is above 0")

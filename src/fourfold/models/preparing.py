@@ -18,7 +18,7 @@ from fourfold.adapters.initialisation import initialise
 from fourfold.adapters.lora import is_weight_dependent, register
 from fourfold.errors import AdapterError, CheckpointError, ConfigError
 from fourfold.kernels.availability import triton_refuses
-from fourfold.models.attention import register_attention
+from fourfold.models.attention_interface import register_attention
 from fourfold.models.block import fuse_blocks
 from fourfold.models.checkpoint_files import check_safetensors
 from fourfold.models.families import default_target_modules
@@ -117,8 +117,7 @@ def _fuse(model: PeftModel, fused: bool | None, recompute: str | Sequence[str] |
         num_fused = fuse_blocks(base, recompute)
         if num_fused and base.config._attn_implementation == "sdpa":
             # For what takes the generic path, and for masks: none is built that the blocks would not look at.
-            register_attention()
-            base.set_attn_implementation("fourfold")
+            base.set_attn_implementation(register_attention())
         if not num_fused:
             logger.info("%s has no fused block; its layers take the generic path", base.config.model_type)
     if recompute is not None and not fused:

@@ -99,7 +99,8 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
     """y = x W^T + b, W quantized and frozen: its gradient is never computed, the input's is.
 
     W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more
-    in the backward pass: between the two only the codes are kept. It is an `nn.Linear`, so that whatever selects linear
+    in the backward pass: between the two only the codes are kept. On a GPU, up to 64 rows of `x` are multiplied with
+    the codes themselves. It is an `nn.Linear`, so that whatever selects linear
     layers (PEFT's "all-linear") finds it.
 
     Args:
@@ -183,7 +184,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, weight: QuantizedTensor) -> Tensor:
         ctx.quantized = weight
         with torch.autocast(input.device.type, enabled=False):
-            return nn.functional.linear(input, weight.dequantize(input.dtype), bias)
+            return weight.linear(input, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -45,6 +45,10 @@ class NumberFormat:
         """The values in ascending order, fp32 [2**bits], and the code of each, uint8 [2**bits]."""
         return _sorted_values(self, torch.device(device))
 
+    def thresholds(self, device: torch.device | str = "cpu") -> Tensor:
+        """The middles between neighbouring values, in ascending order: fp32 [2**bits - 1]."""
+        return _thresholds(self, torch.device(device))
+
     def num_code_bytes(self, num_elements: int) -> int:
         """Bytes that the codes of `num_elements` elements take."""
         return -(-num_elements * self.bits // 8)
@@ -74,3 +78,9 @@ def _codebook(number_format: NumberFormat, device: torch.device) -> Tensor:
 def _sorted_values(number_format: NumberFormat, device: torch.device) -> tuple[Tensor, Tensor]:
     values, codes = _codebook(number_format, device).sort(stable=True)
     return values, codes.to(torch.uint8)
+
+
+@functools.cache
+def _thresholds(number_format: NumberFormat, device: torch.device) -> Tensor:
+    values, _ = _sorted_values(number_format, device)
+    return (values[1:] + values[:-1]) / 2

@@ -23,8 +23,8 @@ def round_nearest(normalized: Tensor, number_format: NumberFormat, generator: to
     Returns:
         uint8 [n].
     """
-    values, codes = number_format.sorted_values(normalized.device)
-    rank = _count_below(normalized, (values[1:] + values[:-1]) / 2)
+    _, codes = number_format.sorted_values(normalized.device)
+    rank = _count_below(normalized, number_format.thresholds(normalized.device))
     return rank if number_format.is_sorted else codes.index_select(0, rank.int())
 
 

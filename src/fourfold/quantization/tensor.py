@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourfold.errors import QuantizationError
-from fourfold.kernels.blockwise import dequantize_blockwise
+from fourfold.kernels.blockwise import dequantize_blockwise, dequantize_nested
+from fourfold.kernels.encoding import quantize_blockwise
+from fourfold.kernels.encoding import serves as serves_quantize
 from fourfold.kernels.expansion import expand_blockwise_, expand_nested_
+from fourfold.kernels.small_batch import matmul_4bit, serves
 from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
 from fourfold.quantization.number_format import NumberFormat
@@ -47,14 +51,13 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in `dtype` (default: the one it came in): fp32(codebook[code] * scale), rounded once."""
-        return dequantize_blockwise(
-            self.codes,
-            self.codebook,
-            self.scales.dequantize(),
-            self.block_size,
-            list(self.shape),
-            dtype or self.dtype,
-        )
+        scales, shape, dtype = self.scales, list(self.shape), dtype or self.dtype
+        # The CPU's kernels are two, and joining them in an operator would only add that operator's overhead.
+        if isinstance(scales, NestedScales) and self.codes.is_cuda:
+            parts = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
+            sizes = (self.block_size, scales.nested_block_size)
+            return dequantize_nested(self.codes, self.codebook, *parts, *sizes, shape, dtype)
+        return dequantize_blockwise(self.codes, self.codebook, scales.dequantize(), self.block_size, shape, dtype)
 
     def expand_(
         self,
@@ -73,13 +76,30 @@ class QuantizedTensor:
         Args are those of `fourfold.kernels.expansion.expand_blockwise_`, where the matrix is described.
         """
         num_rows, num_columns = self.shape
-        place = (num_rows, num_columns, row, total_rows, used_ranks, rank_row, lora_a, lora_b, scaling)
+        place: Any = (num_rows, num_columns, row, total_rows, used_ranks, rank_row, lora_a, lora_b, scaling)
         scales = self.scales
         if isinstance(scales, PlainScales):
             expand_blockwise_(out, self.codes, self.codebook, scales.absmax, self.block_size, *place)
             return
         parts = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
         expand_nested_(out, self.codes, self.codebook, *parts, self.block_size, scales.nested_block_size, *place)
+
+    def linear(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`input` [..., num_columns] times this weight's transpose, plus `bias`, in `input`'s dtype.
+
+        Few rows on a GPU are multiplied with the codes themselves; otherwise the weight is dequantized first.
+        """
+        scales, num_rows = self.scales, self.shape[0]
+        nested_block_size = scales.nested_block_size if isinstance(scales, NestedScales) else 1
+        if not serves(input, self.codebook, self.block_size, nested_block_size, num_rows):
+            return torch.nn.functional.linear(input, self.dequantize(input.dtype), bias)
+        parts: Any = (
+            (scales.absmax, None, None, None)
+            if isinstance(scales, PlainScales)
+            else (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
+        )
+        sizes = (self.block_size, nested_block_size, num_rows)
+        return matmul_4bit(input, self.codes, self.codebook, *parts, *sizes, bias)
 
     @property
     def num_elements(self) -> int:
@@ -148,6 +168,32 @@ def quantize(
         raise QuantizationError(f"{name} cannot be quantized", found=tensor.dtype, allowed=DTYPES)
     flat = tensor.detach().reshape(-1)
     _check_finite(flat, name)
+    if rounding == "nearest" and calibration == "absmax" and serves_quantize(flat, block_size):
+        order = number_format.sorted_values(flat.device)[1]
+        codes, absmax = quantize_blockwise(flat, number_format.thresholds(flat.device), order, block_size)
+        packed = codes.view(-1, 1)
+    else:
+        packed, absmax = _quantize_in_parts(flat, number_format, block_size, rounding, calibration, generator)
+    return QuantizedTensor(
+        codes=packed,
+        scales=NestedScales.quantize(absmax) if double_quant else PlainScales(absmax),
+        codebook=number_format.codebook(tensor.device),
+        format=number_format,
+        block_size=block_size,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+    )
+
+
+def _quantize_in_parts(
+    flat: Tensor,
+    number_format: NumberFormat,
+    block_size: int,
+    rounding: str,
+    calibration: str,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes [num_code_bytes, 1] and scales [num_blocks], with temporary memory for a part only."""
     num_blocks = -(-flat.numel() // block_size)
     absmax = torch.empty(num_blocks, dtype=torch.float32, device=flat.device)
     packed = torch.empty(number_format.num_code_bytes(flat.numel()), 1, dtype=torch.uint8, device=flat.device)
@@ -163,15 +209,7 @@ def quantize(
         codes = number_format.pack(ROUNDINGS[rounding](normalized.view(-1), number_format, generator))
         packed[first_byte : first_byte + len(codes)] = codes
         first, first_byte = first + len(blocks), first_byte + len(codes)
-    return QuantizedTensor(
-        codes=packed,
-        scales=NestedScales.quantize(absmax) if double_quant else PlainScales(absmax),
-        codebook=number_format.codebook(tensor.device),
-        format=number_format,
-        block_size=block_size,
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-    )
+    return packed, absmax
 
 
 def _part_size(device: torch.device) -> int:

@@ -12,13 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["SupervisedLoss", "supervised_cross_entropy"]
+from fourfold.data import supervised_positions
+from fourfold.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_
+from fourfold.quantization.linear import QuantizedLinear
 
-IGNORE_INDEX = -100
-# 128 MiB of fp32 logits a chunk: few enough to be cheap, many enough to keep the matrix product busy.
+__all__ = ["IGNORE_INDEX", "SupervisedLoss", "supervised_cross_entropy"]
+
+# Logits of a chunk: few enough to be cheap, many enough to keep the matrix product busy. 256 MiB in 16 bits are 1,024
+# positions of a vocabulary of 128,256, whose gradient [1024, 4096] is one wave of tiles on 132 processors.
+_BYTES_PER_CHUNK_ON_GPU = 2**28
+# Elsewhere, and where autograd needs a copy in fp32: 128 MiB in fp32.
 _LOGITS_PER_CHUNK = 2**25
 
 
@@ -32,41 +39,132 @@ class SupervisedLoss:
         num_correct: How many of them the model ranks first, int64.
     """
 
-    loss_sum: torch.Tensor
-    num_tokens: torch.Tensor
-    num_correct: torch.Tensor
+    loss_sum: Tensor
+    num_tokens: Tensor
+    num_correct: Tensor
 
 
-def supervised_cross_entropy(hidden_states: torch.Tensor, labels: torch.Tensor, lm_head: nn.Module) -> SupervisedLoss:
+def supervised_cross_entropy(
+    hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, positions: Tensor | None = None
+) -> SupervisedLoss:
     """Sum of the cross entropies of all positions whose next token has a label.
+
+    A frozen linear head, quantized or not, takes the short way: one product for a chunk's logits, one kernel for
+    its loss and gradient, one product back. Beyond the hidden states' gradient, which the backward pass holds twice
+    while it scales it, that takes at most 256 MiB of logits on a GPU, two chunks of hidden states, and the weight
+    where it must be dequantized or cast. Any other head is called as it is, under autograd.
 
     Args:
         hidden_states: [batch, seq, hidden], what the LM head takes.
         labels: [batch, seq], int64, -100 where there is none; shifted here, as Transformers does.
-        lm_head: From [tokens, hidden] to logits [tokens, vocab]. It is called as it is, so it may be
-            quantized or trainable.
+        lm_head: From [tokens, hidden] to logits [tokens, vocab]; may be quantized or trainable.
+        positions: int64 [tokens] on the device of the hidden states, what `supervised_positions(labels)` gives;
+            without it the host waits for the device to count them.
     """
-    targets = labels[:, 1:].to(hidden_states.device)
-    supervised = targets != IGNORE_INDEX
-    hidden = hidden_states[:, :-1][supervised]  # [tokens, hidden]
+    labels = labels.to(hidden_states.device)
+    if positions is None:
+        positions = supervised_positions(labels)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch * seq, hidden]
+    targets = labels.reshape(-1).index_select(0, positions + 1)
+    num_tokens = torch.full((), len(positions), dtype=torch.int64, device=hidden.device)
     trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
-    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or bool(trainable))
-    loss_sum, num_correct = _ChunkedCrossEntropy.apply(hidden, targets[supervised], lm_head, differentiable, *trainable)
-    return SupervisedLoss(loss_sum, supervised.sum(), num_correct)
+    frozen = None if trainable else _frozen_linear(lm_head, hidden)
+    if frozen is not None:
+        differentiable = torch.is_grad_enabled() and hidden.requires_grad
+        loss_sum, num_correct = _FrozenHeadCrossEntropy.apply(hidden, positions, targets, *frozen, differentiable)
+    else:
+        hidden = hidden.index_select(0, positions)
+        differentiable = torch.is_grad_enabled() and (hidden.requires_grad or bool(trainable))
+        loss_sum, num_correct = _AutogradCrossEntropy.apply(hidden, targets, lm_head, differentiable, *trainable)
+    return SupervisedLoss(loss_sum, num_tokens, num_correct)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """(hidden [tokens, hidden], targets [tokens]) -> (sum of the losses, number ranked first)."""
+def _frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias in the dtype of the logits, if the head is no more than its product with `hidden`."""
+    hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(lm_head):  # accelerate's hooks stand in the instance's `forward`
+        return None
+    is_autocast = torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if is_autocast else hidden.dtype
+    if type(lm_head) is QuantizedLinear:
+        weight = lm_head.quantized.dequantize(dtype)
+    elif type(lm_head) is nn.Linear and (is_autocast or lm_head.weight.dtype == dtype):
+        weight = lm_head.weight.detach().to(dtype)
+    else:
+        return None
+    if weight.device != hidden.device:
+        return None
+    return weight, None if lm_head.bias is None else lm_head.bias.detach().to(dtype)
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient * scale, multiplied in the wider dtype and rounded once, in one pass."""
+    # A scale of no dimension would be rounded to the gradient's dtype first: an error of all its elements alike.
+    scale = scale.reshape([1] * gradient.dim())
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient))
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """(hidden [batch * seq, hidden], positions, targets [tokens], W, b) -> (sum of the losses, number ranked first)."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor]:
+        vocab = weight.shape[0]
+        num_logits = _BYTES_PER_CHUNK_ON_GPU // weight.element_size() if hidden.is_cuda else _LOGITS_PER_CHUNK
+        rows = max(1, num_logits // vocab)
+        rows -= rows % 128 if rows > 128 else 0  # whole tiles of the matrix product
+        # Rows start on 128 bytes whatever the vocabulary is: the products and the kernel load vectors.
+        buffer = weight.new_empty(min(rows, len(positions)), -(-vocab // 64) * 64)[:, :vocab]
+        grad_hidden = torch.zeros_like(hidden) if differentiable else None
+        losses = [weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))]
+        ranked_first = [weight.new_empty(0, dtype=torch.bool)]
+        for start in range(0, len(positions), rows):
+            index = positions[start : start + rows]
+            chunk = hidden.index_select(0, index).to(weight.dtype)
+            logits = buffer[: len(index)]
+            if bias is None:
+                torch.mm(chunk, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, chunk, weight.t(), out=logits)
+            loss, is_first = cross_entropy_(logits, targets[start : start + rows], differentiable)
+            losses.append(loss)
+            ranked_first.append(is_first)
+            if grad_hidden is not None:
+                # From here on the logits are their own gradient.
+                grad_hidden.index_copy_(0, index, torch.mm(logits, weight).to(hidden.dtype))
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+        num_correct = torch.cat(ranked_first).sum()
+        ctx.mark_non_differentiable(num_correct)
+        return torch.cat(losses).sum(), num_correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return _scaled(grad_hidden, grad_loss), None, None, None, None, None
+
+
+class _AutogradCrossEntropy(torch.autograd.Function):
+    """(hidden [tokens, hidden], targets [tokens]) -> (sum of the losses, number ranked first), for any head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
         lm_head: nn.Module,
         differentiable: bool,
-        *trainable: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        *trainable: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss_sum = hidden.new_zeros((), dtype=loss_dtype)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -96,12 +194,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss_sum, num_correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, *grad_trainable = ctx.saved_tensors
-        return (
-            grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None,
-            None,
-            None,
-            *(grad * grad_loss.to(grad.dtype) for grad in grad_trainable),
-        )
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *grad_trainable = (_scaled(grad, grad_loss) for grad in ctx.saved_tensors)
+        return grad_hidden, None, None, None, *grad_trainable

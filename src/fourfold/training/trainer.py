@@ -23,9 +23,11 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
+from fourfold.data import model_inputs
 from fourfold.errors import ConfigError, DataError, TrainingError
 from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
+from fourfold.models.families import FAMILIES
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
@@ -52,7 +54,7 @@ __all__ = ["FourfoldTrainer", "build_trainer"]
 
 logger = logging.getLogger(__name__)
 
-Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 ROW_NUMBERS = "row_numbers"
 """Column of the training data set and key of a batch: positions of its rows, so that a bad step can name them."""
@@ -132,10 +134,12 @@ class FourfoldTrainer(SFTTrainer):
         scale), mixtures of experts with a balancing loss, and callers that want the logits.
         """
         if return_outputs or self.aux_loss_enabled or not self._takes_logits_to_keep():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self._supervised_loss(model, inputs)
+            loss = None
+        else:
+            loss = self._supervised_loss(model, inputs)
         if loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            forward_inputs = model_inputs(self.model, inputs) | {"labels": inputs["labels"]}
+            return super().compute_loss(model, forward_inputs, return_outputs, num_items_in_batch)
         mask = inputs.get("attention_mask")
         num_tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         self._tallies["train" if self.model.training else "eval"].add(loss, num_tokens)
@@ -158,11 +162,17 @@ class FourfoldTrainer(SFTTrainer):
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             captured.append(output[0])
 
+        positions = inputs.get("supervised_positions")
+        forward_inputs = model_inputs(self.model, inputs)
+        if positions is not None and self.model.training and _looks_back_only(base.config):
+            # Our collator pads on the right, where no real token looks: its mask would change nothing, and cost the
+            # building and applying of [batch, 1, seq, seq].
+            forward_inputs.pop("attention_mask", None)
+
         # The model is called as a whole, so that DDP and autocast see the call; its own LM head gets the last
         # position only, and a forward hook hands out the hidden states of all.
         handle = base.base_model.register_forward_hook(keep)
         try:
-            forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
             outputs = model(**forward_inputs, use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
@@ -175,7 +185,7 @@ class FourfoldTrainer(SFTTrainer):
                     logger.info("%s scales or caps its logits; TRL computes the loss", type(base).__name__)
             if not self._head_is_plain:
                 return None
-            return supervised_cross_entropy(hidden_states, inputs["labels"], lm_head)
+            return supervised_cross_entropy(hidden_states, inputs["labels"], lm_head, positions)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._resuming:
@@ -341,6 +351,17 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
 
 
+def _looks_back_only(config: Any) -> bool:
+    """Whether no layer lets a token depend on later ones, masked or not: all have plain causal attention."""
+    config = config.get_text_config()
+    if getattr(config, "use_bidirectional_attention", None):
+        return False
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return config.model_type in FAMILIES
+    return set(layer_types) <= {"full_attention", "sliding_attention"}
+
+
 def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -355,7 +376,8 @@ def build_trainer(
     Args:
         model: Its adapters are trained as they are; their dtype is not changed.
         train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label.
-        collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids.
+        collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids;
+            with what else `fourfold.data.Collator` gives, the host never waits for the device to count labels.
 
     Raises:
         ConfigError: Evaluation is asked for without rows for it, or nothing in the model can be trained.

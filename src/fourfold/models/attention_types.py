@@ -1,21 +1,15 @@
-"""The attention kernels that PyTorch ships, each as a forward and a backward that are called by themselves.
-
-Autograd's attention hides the log-sum-exp, and runs its forward again where activations are recomputed. These rows call
-the same ATen operators below autograd (``derivatives.yaml`` of PyTorch shows the calls), so that the caller holds the
-output and the log-sum-exp and can run the backward alone. A new kernel is a row of `ATTENTION`.
-"""
+"""What the attention functions are told, what they keep, and what a row of the table of kernels is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fourfold.models.attention_math import math_backward, math_forward
-
-__all__ = ["ATTENTION", "AttentionBackend", "AttentionCase", "AttentionState", "Documents"]
+__all__ = ["AttentionBackend", "AttentionCase", "AttentionState", "Documents"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +51,8 @@ class AttentionState:
         return replace(self, lse=lse)
 
 
-@dataclass(frozen=True)
-class AttentionCase:
-    """What decides which backend may run, and nothing else: the key of the choice.
+class AttentionCase(NamedTuple):
+    """What decides which backend may run, and nothing else: the key of the choice. A tuple: one is made at each call.
 
     Attributes:
         device_type: "cuda", "cpu", ...
@@ -92,44 +85,14 @@ Backward = Callable[
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """One row: why it cannot run a case (None when it can), its forward and its backward.
+    """One row: why it cannot, or should not, run a case (None when it can), its forward and its backward.
 
-    Both take q, k, v as [batch, seq, heads, head_dim] with any strides but a contiguous last dimension.
+    Forward takes q, k, v, scale, documents and window; backward takes grad_out, q, k, v, out, state and the same three.
+    q, k and v are [batch, seq, heads, head_dim] with any strides but a contiguous last dimension; grad_out and out are
+    contiguous.
     """
 
     name: str
     refuses: Callable[[AttentionCase], str | None]
     forward: Forward
     backward: Backward
-
-
-def _math_refuses(case: AttentionCase) -> str | None:
-    return None
-
-
-def _math_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None, window: int | None
-) -> tuple[Tensor, AttentionState]:
-    cu_seqlens = None if documents is None else documents.cu_seqlens
-    out, lse = math_forward(q, k, v, scale=scale, cu_seqlens=cu_seqlens, window=window)
-    return out, AttentionState("math", lse)
-
-
-def _math_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    state: AttentionState,
-    scale: float,
-    documents: Documents | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens = None if documents is None else documents.cu_seqlens
-    return math_backward(grad_out, q, k, v, out, state.lse, scale=scale, cu_seqlens=cu_seqlens, window=window)
-
-
-ATTENTION: dict[str, AttentionBackend] = {
-    row.name: row for row in (AttentionBackend("math", _math_refuses, _math_forward, _math_backward),)
-}

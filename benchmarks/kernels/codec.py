@@ -1,0 +1,178 @@
+"""The 4-bit codec on a GPU: ours, bitsandbytes and the limits, in one run.
+
+    python benchmarks/kernels/codec.py [--json benchmarks/results/codec.json]
+
+Weights are NF4 with double quantization, in bf16. The limit of decoding and encoding is the bandwidth of a copy within
+the GPU, of few-row products the bf16 GEMM. Every call takes the next of several sets of buffers, so that nothing that
+it reads is left in the L2 cache by the call before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import bitsandbytes.functional
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+from fourfold.kernels import blockwise_triton, expansion_triton, small_batch_triton
+from fourfold.quantization.tensor import QuantizedTensor, quantize
+
+SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]
+BATCHES = [1, 2, 4, 8, 16, 32, 64]
+RANK = 16
+# More than twice the L2 cache of any GPU so far.
+ROTATED_BYTES = 256 * 2**20
+
+
+def median_us(calls: list[Callable[[], Any]]) -> float:
+    """Median microseconds of a call, taking the calls in turn."""
+    turn = itertools.cycle(calls)
+    return float(do_bench(lambda: next(turn)(), warmup=20, rep=100, return_mode="median")) * 1e3
+
+
+def copy_bandwidth() -> float:
+    """Bytes a microsecond, read and written, of a copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_us([lambda: target.copy_(source)])
+
+
+def nested_of(weight: QuantizedTensor) -> tuple[Tensor, blockwise_triton.NestedParts]:
+    scales: Any = weight.scales
+    parts = (scales.code_map, scales.nested_absmax, scales.offset, scales.nested_block_size)
+    return scales.codes, blockwise_triton.NestedParts(*parts)
+
+
+def decoding(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
+    """Dequantization, expansion with an adapter, and quantization."""
+    dense = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(copies(shape))]
+    weights = [quantize(tensor) for tensor in dense]
+    theirs = [
+        bitsandbytes.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=True) for tensor in dense
+    ]
+    assert torch.equal(quantize(dense[0]).dequantize(), bitsandbytes.functional.dequantize_4bit(*theirs[0]))
+    rows, columns = shape
+    outs = [torch.empty(rows + RANK, columns + RANK, dtype=torch.bfloat16, device="cuda") for _ in dense]
+    a, b = torch.randn(RANK, columns, device="cuda"), torch.randn(rows, RANK, device="cuda")
+
+    def dequantize(weight: QuantizedTensor, lookup: str) -> Callable[[], Any]:
+        codes, nested = nested_of(weight)
+        options = (codes, 64, list(shape), torch.bfloat16, nested, lookup)
+        return lambda: blockwise_triton.dequantize(weight.codes, weight.codebook, *options)
+
+    def expand(weight: QuantizedTensor, out: Tensor, lookup: str) -> Callable[[], Any]:
+        codes, nested = nested_of(weight)
+        place = (rows, columns, 0, rows, RANK, 0, a, b, 2.0, lookup)
+        return lambda: expansion_triton.expand_(out, weight.codes, weight.codebook, codes, 64, nested, *place)
+
+    def by_bitsandbytes(codes: Tensor, state: Any) -> Callable[[], Any]:
+        return lambda: bitsandbytes.functional.dequantize_4bit(codes, state)
+
+    def quantize_by_bitsandbytes(tensor: Tensor) -> Callable[[], Any]:
+        return lambda: bitsandbytes.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=True)
+
+    moved = 2 * rows * columns + weights[0].num_bytes
+    times = {
+        **{f"dequantize, {name}": [dequantize(w, name) for w in weights] for name in blockwise_triton.LOOKUPS},
+        "dequantize, bitsandbytes": [by_bitsandbytes(*pair) for pair in theirs],
+        **{
+            f"expand, {name}": [expand(w, out, name) for w, out in zip(weights, outs, strict=True)]
+            for name in blockwise_triton.LOOKUPS
+        },
+        "quantize": [lambda tensor=tensor: quantize(tensor) for tensor in dense],
+        "quantize, bitsandbytes": [quantize_by_bitsandbytes(tensor) for tensor in dense],
+    }
+    return [
+        {"shape": shape, "what": what, "us": (us := median_us(calls)), "of_copy_bandwidth": moved / us / bandwidth}
+        for what, calls in times.items()
+    ]
+
+
+def copies(shape: tuple[int, int]) -> int:
+    """Sets of buffers whose codes alone fill ROTATED_BYTES."""
+    return min(32, max(2, ROTATED_BYTES // (shape[0] * shape[1] // 2)))
+
+
+def products(shape: tuple[int, int]) -> list[dict[str, Any]]:
+    """Products of few rows, against bitsandbytes and the bf16 GEMM."""
+    rows, columns = shape
+    dense = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(copies(shape))]
+    weights = [quantize(tensor) for tensor in dense]
+    theirs = [
+        bitsandbytes.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=True) for tensor in dense
+    ]
+
+    def ours(weight: QuantizedTensor, x: Tensor, lookup: str) -> Callable[[], Any]:
+        codes, nested = nested_of(weight)
+        parts = (codes, nested.code_map, nested.nested_absmax, nested.offset, 64, nested.block_size, rows)
+        return lambda: small_batch_triton.matmul(x, weight.codes, weight.codebook, *parts, None, lookup)
+
+    def by_bitsandbytes(x: Tensor, codes: Tensor, state: Any) -> Callable[[], Any]:
+        return lambda: bitsandbytes.matmul_4bit(x, codes.t(), quant_state=state)
+
+    results = []
+    for batch in BATCHES:
+        x = torch.randn(batch, columns, dtype=torch.bfloat16, device="cuda")
+        times = {
+            **{name: [ours(weight, x, name) for weight in weights] for name in blockwise_triton.LOOKUPS},
+            "bitsandbytes": [by_bitsandbytes(x, *pair) for pair in theirs],
+            "bf16": [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense],  # noqa: B023
+        }
+        results.append(
+            {"shape": shape, "batch": batch, "us": {name: median_us(calls) for name, calls in times.items()}}
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where the results go, with the versions")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e6:.2f} TB/s")
+    print(f"{'shape':>12} {'what':>26} {'us':>9} {'of copy':>8}")
+    codec, small = [], []
+    for shape in SHAPES:
+        for row in decoding(shape, bandwidth):
+            codec.append(row)
+            print(f"{shape[0]:>6}x{shape[1]:<5} {row['what']:>26} {row['us']:9.1f} {row['of_copy_bandwidth']:8.1%}")
+    names = [*blockwise_triton.LOOKUPS, "bitsandbytes", "bf16"]
+    print(f"{'shape':>12} {'rows of x':>10} " + " ".join(f"{name:>13}" for name in names) + "   (us)")
+    for shape in SHAPES:
+        for row in products(shape):
+            small.append(row)
+            cells = " ".join(f"{row['us'][name]:13.1f}" for name in names)
+            print(f"{shape[0]:>6}x{shape[1]:<5} {row['batch']:>10} {cells}")
+    if arguments.json:
+        report = {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(),
+            "copy_tb_s": bandwidth / 1e6,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("torch", "triton", "bitsandbytes")},
+            },
+            "codec": codec,
+            "small_batch": small,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

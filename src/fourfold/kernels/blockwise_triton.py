@@ -1,0 +1,211 @@
+"""Blockwise dequantization in Triton: one launch for codes and scales, nested or not.
+
+A tile is WORDS 32-bit words of codes. A thread takes whole words: one load of codes, one scale, eight products and one
+store of 16 bytes for each. Everything but the store of the result is small, so what counts is that the lookup in the
+codebook costs few instructions and that the stores are wide.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.kernels.availability import launching_on
+
+__all__ = ["LOOKUPS", "WORDS", "NestedParts", "dequantize", "geometry", "product_tile"]
+
+WORDS = 512
+# "shuffle" holds the 16 code points in the lanes of a warp; "gather" reads them from the L1 cache.
+LOOKUPS = ("shuffle", "gather")
+
+
+@triton.jit
+def block_scales(
+    block: tl.tensor,
+    mask: tl.tensor,
+    scales_ptr: tl.tensor,
+    code_map_ptr: tl.tensor,
+    nested_absmax_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    NESTED_SHIFT: tl.constexpr,
+) -> tl.tensor:
+    """fp32 scales of the blocks `block`: two roundings where they are nested, so fused multiply-adds must be off."""
+    scale = tl.load(scales_ptr + block, mask=mask, other=0)
+    if code_map_ptr is not None:
+        nested = tl.load(nested_absmax_ptr + (block >> NESTED_SHIFT), mask=mask, other=0.0)
+        scale = tl.load(code_map_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
+    return scale
+
+
+@triton.jit
+def code_points(shifted: tl.tensor, codebook_ptr: tl.tensor, BITS: tl.constexpr, LOOKUP: tl.constexpr) -> tl.tensor:
+    """fp32 code points of the lowest BITS bits of each element of `shifted` (int32)."""
+    if LOOKUP == "shuffle":
+        # The same operands for every element: the compiler keeps one copy of this load.
+        held = tl.inline_asm_elementwise(
+            """{
+            .reg .u32 lane; .reg .u64 address;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mad.wide.u32 address, lane, 4, $1;
+            ld.global.nc.b32 $0, [address];
+            }""",
+            "=r,l",
+            [codebook_ptr.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        # Segments of 16 lanes: only the lowest four bits of the index count.
+        point = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;",
+            "=r,r,r",
+            [held, shifted],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        return point.to(tl.float32, bitcast=True)
+    return tl.load(codebook_ptr + (shifted & (2**BITS - 1)))
+
+
+@triton.jit
+def product_tile(
+    tile: tl.tensor,
+    num_elements: tl.tensor,
+    codes_ptr: tl.tensor,
+    codebook_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    code_map_ptr: tl.tensor,
+    nested_absmax_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    BITS: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> tl.tensor:
+    """fp32 [WORDS, 32 // BITS] products of tile number `tile`, and the mask of those that exist.
+
+    IS_WHOLE: The elements are whole words, and the codes aligned to words. Otherwise codes are read byte by byte.
+    """
+    PER_WORD: tl.constexpr = 32 // BITS
+    TILE: tl.constexpr = WORDS * PER_WORD
+    word = tl.arange(0, WORDS)
+    within = tl.arange(0, PER_WORD)
+    start = tile.to(tl.int64) * TILE
+    remaining = tl.minimum(num_elements - start, TILE).to(tl.int32)
+    # A tile of 2048 or 4096 elements may begin inside a block, but a word never spans two.
+    first_block = (start >> BLOCK_SHIFT).to(tl.int32)
+    inside = (start - (first_block.to(tl.int64) << BLOCK_SHIFT)).to(tl.int32)
+    block = first_block + ((inside + word * PER_WORD) >> BLOCK_SHIFT)
+    has_word = word * PER_WORD < remaining
+    scale = block_scales(
+        block, has_word, scales_ptr, code_map_ptr, nested_absmax_ptr, offset_ptr, NESTED_SHIFT=NESTED_SHIFT
+    )
+    # The even element of a byte is in the high nibble.
+    shift = (within ^ 1) * 4 if BITS == 4 else within * 8
+    if IS_WHOLE:
+        words_ptr = codes_ptr.to(tl.pointer_type(tl.int32)) + tile.to(tl.int64) * WORDS
+        shifted = tl.load(words_ptr + word, mask=has_word, other=0)[:, None] >> shift[None, :]
+        mask = has_word[:, None] & (within[None, :] >= 0)
+    else:
+        element = word[:, None] * PER_WORD + within[None, :]
+        mask = element < remaining
+        bytes_ptr = codes_ptr + tile.to(tl.int64) * (WORDS * 4)
+        byte = tl.load(bytes_ptr + (element * BITS >> 3), mask=mask, other=0).to(tl.int32)
+        shifted = byte >> (shift[None, :] & 7)
+    return code_points(shifted, codebook_ptr, BITS=BITS, LOOKUP=LOOKUP) * scale[:, None], mask
+
+
+@triton.jit
+def dequantize_kernel(
+    out_ptr: tl.tensor,
+    num_elements: tl.tensor,
+    codes_ptr: tl.tensor,
+    codebook_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    code_map_ptr: tl.tensor,
+    nested_absmax_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    BITS: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> None:
+    PER_WORD: tl.constexpr = 32 // BITS
+    tile = tl.program_id(0)
+    product, mask = product_tile(
+        *(tile, num_elements, codes_ptr, codebook_ptr, scales_ptr, code_map_ptr, nested_absmax_ptr, offset_ptr),
+        *(BITS, BLOCK_SHIFT, NESTED_SHIFT, IS_WHOLE, LOOKUP, WORDS),
+    )
+    element = tl.arange(0, WORDS)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
+    tile_ptr = out_ptr + tile.to(tl.int64) * (WORDS * PER_WORD)
+    tl.store(tile_ptr + element, product.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class NestedParts(NamedTuple):
+    """What quantized scales are decoded with: fp32 [256], fp32 [nested blocks], fp32 scalar, and the block size."""
+
+    code_map: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    block_size: int
+
+
+def geometry(
+    codes: Tensor, codebook: Tensor, num_elements: int, block_size: int, nested: NestedParts | None
+) -> dict[str, int | bool | str]:
+    """The constants of `product_tile`; block sizes are powers of two, of at least a word's elements."""
+    bits = 4 if codebook.numel() == 16 else 8
+    interpreted = not codes.is_cuda
+    return {
+        "BITS": bits,
+        "BLOCK_SHIFT": block_size.bit_length() - 1,
+        "NESTED_SHIFT": 0 if nested is None else nested.block_size.bit_length() - 1,
+        "IS_WHOLE": num_elements % (32 // bits) == 0 and codes.data_ptr() % 4 == 0,
+        # The interpreter has no warps.
+        "LOOKUP": "shuffle" if bits == 4 and not interpreted else "gather",
+        "WORDS": WORDS,
+    }
+
+
+def dequantize(
+    codes: Tensor,
+    codebook: Tensor,
+    scales: Tensor,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    nested: NestedParts | None = None,
+    lookup: str | None = None,
+) -> Tensor:
+    """`fourfold.kernels.blockwise.dequantize_blockwise`, and `dequantize_nested` where `nested` is given.
+
+    Args:
+        lookup: One of LOOKUPS instead of the usual one, to compare them.
+    """
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    num_elements = out.numel()
+    if num_elements == 0:
+        return out
+    constants = geometry(codes, codebook, num_elements, block_size, nested)
+    if lookup is not None:
+        constants["LOOKUP"] = lookup
+    code_map, nested_absmax, offset, _ = nested or (None, None, None, None)
+    programs = triton.cdiv(num_elements, WORDS * (32 // int(constants["BITS"])))
+    with launching_on(codes):
+        dequantize_kernel[(programs,)](
+            *(out, num_elements, codes, codebook, scales, code_map, nested_absmax, offset),
+            **constants,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return out

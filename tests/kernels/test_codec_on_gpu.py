@@ -1,0 +1,170 @@
+"""The codec's kernels on a GPU: what the interpreter cannot show, against the CPU and bitsandbytes' own kernels."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourfold.kernels import blockwise, blockwise_triton
+from fourfold.kernels.expansion import expand_blockwise_reference
+from fourfold.quantization.linear import QuantizedLinear
+from fourfold.quantization.scales import NestedScales
+from fourfold.quantization.tensor import QuantizedTensor, quantize
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def quantized_on_cpu(shape: tuple[int, ...], *options: Any) -> QuantizedTensor:
+    return quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), *options)
+
+
+def poison(num_bytes: int) -> None:
+    """Leave NaN (0xFF) in the memory that the next allocation of this size gets."""
+    torch.full((num_bytes,), 255, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize(
+    ("shape", "block_size"),
+    [((512, 4096), 64), ((1000, 1032), 32), ((33, 257), 128), ((3, 41000), 4096), ((1,), 64), ((0, 8), 64)],
+)
+def test_dequantize_is_bit_equal_to_the_cpu(
+    shape: tuple[int, ...], block_size: int, format: str, double_quant: bool, dtype: torch.dtype
+) -> None:
+    quantized = quantized_on_cpu(shape, format, block_size, double_quant)
+    expected = quantized.dequantize(dtype)
+    poison(expected.nbytes)
+    assert torch.equal(quantized.to("cuda").dequantize(dtype).cpu(), expected)
+
+
+@pytest.mark.parametrize("lookup", blockwise_triton.LOOKUPS)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_both_lookups_are_bit_equal_to_bitsandbytes(double_quant: bool, lookup: str) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
+    nested = None
+    if double_quant:
+        second = state.state2
+        nested = blockwise_triton.NestedParts(second.code, second.absmax, state.offset, second.blocksize)
+    expected = functional.dequantize_4bit(codes, state)
+    poison(expected.nbytes)
+    shape = list(weight.shape)
+    ours = blockwise_triton.dequantize(codes, state.code, state.absmax, 64, shape, weight.dtype, nested, lookup)
+    assert torch.equal(ours, expected)
+
+
+def test_products_over_all_of_fp32_are_rounded_as_torch_rounds_them() -> None:
+    absmax = torch.arange(-(2**31), 2**31, 1009, device="cuda").to(torch.int32).view(torch.float32)
+    codes = torch.full((absmax.numel() * 16,), 0xFF, dtype=torch.uint8, device="cuda")
+    ours = blockwise.dequantize_blockwise(
+        codes, torch.ones(16, device="cuda"), absmax, 32, [absmax.numel(), 32], torch.bfloat16
+    )
+    expected = absmax.to(torch.bfloat16)[:, None].expand(-1, 32)
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert torch.equal(ours.nan_to_num(0), expected.nan_to_num(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "linears"),
+    [(4096, [(512, 16), (128, 7), (128, 256)]), (1536, [(200, 3), (100, 16)]), (100, [(7, 3), (9, None)])],
+)
+def test_expansion_is_bit_equal_to_the_reference(
+    columns: int, linears: list[tuple[int, int | None]], double_quant: bool, dtype: torch.dtype
+) -> None:
+    total_rows = sum(rows for rows, _ in linears)
+    used_ranks = sum(rank or 0 for _, rank in linears)
+    padded_ranks = -(-used_ranks // 16) * 16
+    out = torch.full((total_rows + padded_ranks, columns + padded_ranks), torch.nan, dtype=dtype, device="cuda")
+    expected, row, rank_row = out.clone(), 0, 0
+    for rows, rank in linears:
+        weight = quantized_on_cpu((rows, columns), "nf4", 64, double_quant).to("cuda")
+        a = None if rank is None else torch.randn(rank, columns, device="cuda")
+        b = None if rank is None else torch.randn(rows, rank, device="cuda")
+        place: dict[str, Any] = {"row": row, "total_rows": total_rows, "used_ranks": used_ranks, "rank_row": rank_row}
+        place |= {"lora_a": a, "lora_b": b, "scaling": 0.7}
+        weight.expand_(out, **place)
+        absmax = weight.scales.dequantize()
+        arguments = (weight.codes, weight.codebook, absmax, 64, rows, columns, *place.values())
+        expand_blockwise_reference(expected, *arguments)
+        row, rank_row = row + rows, rank_row + (rank or 0)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(out.isnan().sum(), torch.tensor(padded_ranks**2, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int8"])
+@pytest.mark.parametrize(("size", "block_size"), [(2**20, 64), (100_001, 32), (50_000, 4096), (1, 64)])
+def test_quantize_is_the_cpus(size: int, block_size: int, format: str, dtype: torch.dtype) -> None:
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[64:128] = 0
+    expected = quantize(tensor, format, block_size, double_quant=False)
+    ours = quantize(tensor.cuda(), format, block_size, double_quant=False).to("cpu")
+    assert torch.equal(ours.scales.dequantize(), expected.scales.dequantize())
+    assert torch.equal(ours.codes, expected.codes)
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("format", "block_size", "double_quant"), [("nf4", 64, True), ("fp4", 128, False)])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (1000, 576), (72, 14336), (64, 64)])
+@pytest.mark.parametrize("inputs", [1, 3, 16, 17, 33, 64, 65])
+def test_few_rows_are_multiplied_no_further_from_float64_than_by_the_dense_product(
+    inputs: int, rows: int, columns: int, format: str, block_size: int, double_quant: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(columns, rows, device="cuda", dtype=dtype)
+    layer = QuantizedLinear.from_linear(linear, format=format, block_size=block_size, double_quant=double_quant)
+    x = torch.randn(1, inputs, columns, device="cuda", dtype=dtype)
+    weight = layer.quantized.dequantize(dtype)
+    exact = x.double() @ weight.double().T + linear.bias.double()
+    poison(exact.numel() * dtype.itemsize)
+    with torch.no_grad():
+        ours = layer(x)
+        again = layer(x)
+    assert error(ours, exact) <= 1.05 * error(nn.functional.linear(x, weight, linear.bias), exact) + 1e-6
+    assert torch.equal(ours, again)
+
+
+def test_the_gradient_of_few_rows_is_that_of_the_dense_layer() -> None:
+    layer = QuantizedLinear.from_linear(nn.Linear(256, 128, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
+    (ours,) = torch.autograd.grad(layer(x), x, grad)
+    assert torch.equal(ours, grad @ layer.quantized.dequantize(torch.bfloat16))
+
+
+def test_a_block_size_that_no_kernel_takes_is_served_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    codes = torch.randint(0, 256, (500,), dtype=torch.uint8)
+    codebook, absmax = torch.randn(16), torch.rand(-(-1000 // 48))
+    expected = blockwise.dequantize_blockwise(codes, codebook, absmax, 48, [1000], torch.float32)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            on_gpu = (codes.cuda(), codebook.cuda(), absmax.cuda())
+            ours = blockwise.dequantize_blockwise(*on_gpu, 48, [1000], torch.float32)
+            assert torch.equal(ours.cpu(), expected)
+    assert len([message for message in caplog.messages if "blocks of 48" in message]) == 1
+
+
+def test_nested_scales_are_read_in_their_one_launch() -> None:
+    weight = quantized_on_cpu((256, 256)).to("cuda")
+    assert isinstance(weight.scales, NestedScales)
+    weight.dequantize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        weight.dequantize()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert [name for name in kernels if "dequantize_kernel" in name] == [name for name in kernels if "Sync" not in name]

@@ -1,0 +1,65 @@
+"""The product of few rows with a 4-bit weight: the kernel, interpreted, against float64 and the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold.kernels.small_batch import matmul_4bit, matmul_4bit_reference, serves
+from fourfold.quantization.scales import NestedScales
+from fourfold.quantization.tensor import QuantizedTensor, quantize
+
+
+def parts(weight: QuantizedTensor) -> tuple[object, ...]:
+    """The arguments of `matmul_4bit` between x and the bias."""
+    scales = weight.scales
+    if isinstance(scales, NestedScales):
+        nested = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
+        return (weight.codes, weight.codebook, *nested, weight.block_size, 256, weight.shape[0])
+    return (weight.codes, weight.codebook, scales.absmax, None, None, None, weight.block_size, 1, weight.shape[0])
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+# Split over the columns (few rows, many columns) and not; rows that fill no tile; 64 columns that are no 128.
+@pytest.mark.parametrize(("inputs", "rows", "columns"), [(1, 72, 64), (5, 64, 1024), (17, 130, 192), (40, 64, 128)])
+@pytest.mark.parametrize(("format", "block_size", "double_quant"), [("nf4", 64, True), ("fp4", 128, False)])
+def test_kernel_is_as_near_to_float64_as_its_output_can_be(
+    inputs: int, rows: int, columns: int, format: str, block_size: int, double_quant: bool
+) -> None:
+    pytest.importorskip("triton")
+    from fourfold.kernels import small_batch_triton
+
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(rows, columns), format, block_size, double_quant)
+    x, bias = torch.randn(inputs, columns).half(), torch.randn(rows).half()
+    exact = x.double() @ weight.dequantize(torch.float16).double().T + bias.double()
+    ours = small_batch_triton.matmul(x, *parts(weight), bias)
+    assert ours.shape == exact.shape
+    assert error(ours, exact) < 3e-4
+    assert error(small_batch_triton.matmul(x, *parts(weight)), exact - bias.double()) < 3e-4
+
+
+def test_operator_on_the_cpu_is_dequantize_and_multiply() -> None:
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(24, 64))
+    x, bias = torch.randn(2, 3, 64), torch.randn(24)
+    expected = torch.nn.functional.linear(x, weight.dequantize(torch.float32), bias)
+    assert torch.equal(matmul_4bit(x, *parts(weight), bias), expected)
+    assert torch.equal(matmul_4bit_reference(x, *parts(weight), bias), expected)
+    assert not serves(x, weight.codebook, 64, 256, 24)
+
+
+def test_operator_passes_opcheck() -> None:
+    weight = quantize(torch.randn(24, 64))
+    torch.library.opcheck(
+        torch.ops.fourfold.matmul_4bit.default, (torch.randn(3, 64), *parts(weight), None), test_utils="test_schema"
+    )
+    torch.library.opcheck(
+        torch.ops.fourfold.matmul_4bit.default,
+        (torch.randn(3, 64), *parts(weight), torch.randn(24)),
+        test_utils="test_faketensor",
+    )

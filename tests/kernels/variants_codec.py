@@ -1,0 +1,93 @@
+"""The launches of the 4-bit codec: dequantization, expansion, quantization and the small-batch product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiling import Variant
+
+from fourfold.kernels.blockwise_triton import LOOKUPS, WORDS, dequantize_kernel
+from fourfold.kernels.encoding_triton import TILE, quantize_kernel
+from fourfold.kernels.expansion_triton import ADAPTER_TILE, expand_kernel
+from fourfold.kernels.small_batch_triton import BLOCK_N, matmul_kernel, sum_kernel
+
+NESTED = {"scales_ptr": "*u8", "code_map_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "offset_ptr": "*fp32"}
+PLAIN = {"scales_ptr": "*fp32", "code_map_ptr": None, "nested_absmax_ptr": None, "offset_ptr": None}
+CODES = {"codes_ptr": "*u8", "codebook_ptr": "*fp32"}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def constants(bits: int, lookup: str, is_whole: bool = True) -> dict[str, Any]:
+    return {
+        "BITS": bits,
+        "BLOCK_SHIFT": 6,
+        "NESTED_SHIFT": 8,
+        "IS_WHOLE": is_whole,
+        "LOOKUP": lookup,
+        "WORDS": WORDS,
+    }
+
+
+def dequantize(dtype: str, scales: dict[str, Any], integer: str = "i32", **options: Any) -> Variant:
+    arguments = {"out_ptr": dtype, "num_elements": integer, **CODES, **scales, **constants(**options)}
+    return Variant(dequantize_kernel, arguments, OPTIONS)
+
+
+def expand(dtype: str, scales: dict[str, Any], adapter: str | None, is_wide: bool, **options: Any) -> Variant:
+    integers = [
+        *("num_rows", "row", "total_rows", "used_ranks", "rank_row", "rank", "num_zero_rows"),
+        *("num_weight_programs", "num_b_programs"),
+    ]
+    arguments = {
+        **{"out_ptr": dtype, **CODES, **scales, "lora_a_ptr": adapter, "lora_b_ptr": adapter, "scaling": "fp32"},
+        **dict.fromkeys(["num_columns", "padded_ranks", *integers], "i32"),
+        **constants(**options),
+        "IS_WIDE": is_wide,
+        "ADAPTER_TILE": ADAPTER_TILE,
+    }
+    return Variant(expand_kernel, arguments, OPTIONS, unaligned=tuple(integers))
+
+
+def quantize(dtype: str, bits: int, block_size: int) -> Variant:
+    pointers = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "flat_ptr": dtype, "thresholds_ptr": "*fp32"}
+    sizes = {"BITS": bits, "BLOCK_SIZE": block_size, "BLOCKS": TILE // block_size}
+    arguments = {**pointers, "order_ptr": "*u8", "num_elements": "i32", **sizes}
+    return Variant(quantize_kernel, arguments, {"num_warps": 8, "enable_fp_fusion": False})
+
+
+def matmul(dtype: str, block_m: int, block_k: int, scales: dict[str, Any], bias: str | None, is_split: bool) -> Variant:
+    arguments = {
+        **{"out_ptr": "*fp32" if is_split else dtype, "x_ptr": dtype, **CODES, **scales, "bias_ptr": bias},
+        **dict.fromkeys(["num_inputs", "num_rows", "num_columns"], "i32"),
+        **{"BLOCK_SHIFT": 6, "NESTED_SHIFT": 8, "LOOKUP": "shuffle"},
+        **{"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k, "IS_SPLIT": is_split, "STEPS": 11},
+        "STAGES": 4 if block_m < 64 else 3,
+    }
+    return Variant(matmul_kernel, arguments, OPTIONS, unaligned=("num_inputs",))
+
+
+def add(dtype: str, block_m: int, splits: int) -> Variant:
+    pointers = {"out_ptr": dtype, "partial_ptr": "*fp32", "bias_ptr": dtype}
+    integers = {"num_inputs": "i32", "num_rows": "i32"}
+    constants = {"BLOCK_M": block_m, "BLOCK_N": 32, "SPLITS": splits}
+    return Variant(sum_kernel, {**pointers, **integers, **constants}, {"num_warps": 4}, unaligned=("num_inputs",))
+
+
+VARIANTS = [
+    *(dequantize("*bf16", NESTED, bits=4, lookup=lookup) for lookup in LOOKUPS),
+    dequantize("*bf16", PLAIN, bits=4, lookup="shuffle"),
+    dequantize("*fp32", NESTED, bits=4, lookup="shuffle"),
+    dequantize("*fp16", NESTED, "i64", bits=4, lookup="shuffle", is_whole=False),
+    dequantize("*bf16", NESTED, bits=8, lookup="gather"),
+    *(expand("*bf16", NESTED, "*fp32", True, bits=4, lookup=lookup) for lookup in LOOKUPS),
+    expand("*bf16", NESTED, "*fp32", False, bits=4, lookup="shuffle"),
+    expand("*fp32", PLAIN, None, False, bits=4, lookup="shuffle", is_whole=False),
+    expand("*bf16", NESTED, "*bf16", True, bits=8, lookup="gather"),
+    quantize("*bf16", 4, 64),
+    quantize("*fp32", 4, 4096),
+    quantize("*fp16", 8, 64),
+    *(matmul("*bf16", block_m, 128, NESTED, None, True) for block_m in (16, 32, 64)),
+    matmul("*fp16", 16, 64, PLAIN, "*fp16", False),
+    add("*bf16", 16, 9),
+    add("*bf16", 64, 4),
+]
