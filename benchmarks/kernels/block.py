@@ -62,7 +62,7 @@ def norms(tokens: int) -> Iterator[Row]:
 
     def liger_backward() -> None:
         # Its gradient is of the norm alone; the residual's is added behind.
-        grad_x, _ = liger_norm.rms_norm_backward(grad, x, None, rstd, 0.0, mode, block, warps, False, None)
+        grad_x, _ = liger_norm.rms_norm_backward(grad, x, weight, rstd, 0.0, mode, block, warps, False, None, False)
         grad_x.add_(residual)
 
     yield "rms_norm_backward", "Liger + add", 4 * size, liger_backward

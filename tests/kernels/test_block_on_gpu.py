@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(2048, 4096), (1000, 4096), (333, 576), (77, 2050), (5, 33)]
-RANKS = [0, 16, 48, 64, 96]
+RANKS = [0, 16, 48, 96]
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -88,18 +88,18 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, int], rank: int, activatio
     check_extended(out, swiglu.swiglu_reference(gate_up, projection, activation), width, dtype)
 
 
-@pytest.mark.parametrize(("low", "rank"), [(0, 0), (16, 32), (0, 32), (64, 64), (96, 96), (16, 0)])
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("shape", [(2048, 14336), (333, 1536), (77, 2050), (5, 33)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_backward(dtype: torch.dtype, shape: tuple[int, int], low: int, rank: int) -> None:
+def test_swiglu_backward(dtype: torch.dtype, shape: tuple[int, int], rank: int, activation: str) -> None:
     rows, width = shape
     extended, grad = strided(rows, 2 * width + rank, dtype), strided(rows, width, dtype)
     extended[:, 2 * width :] = torch.nan
-    down_a, low_grad = projection_of(low, width, dtype), strided(rows, low, dtype) if low else None
     projection = projection_of(rank, 2 * width, dtype)
     exact, exact_grad = extended.double(), grad.double()
-    swiglu.swiglu_backward_reference_(exact, exact_grad, *double(low_grad, down_a, projection))
-    swiglu.swiglu_backward_(extended, grad, low_grad, down_a, projection)
+    swiglu.swiglu_backward_reference_(exact, exact_grad, *double(projection), activation)
+    swiglu.swiglu_backward_(extended, grad, projection, activation)
     assert relative_error(grad, exact_grad) < 2 * TOLERANCE[dtype]
     check_extended(extended, exact, 2 * width, dtype)
 
@@ -138,20 +138,19 @@ def test_rotary(
         assert relative_error(qkv, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rank", [8, 16, 48, 64, 96])
+@pytest.mark.parametrize("rank", [8, 16, 48])
 @pytest.mark.parametrize("shape", [(8192, 4096), (2048, 14336), (1000, 576), (77, 2056), (5, 40)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_rank(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
     x, p = strided(*shape, dtype), strided(shape[0], rank, dtype)
-    a = projection_of(rank, shape[1], dtype)
-    assert a is not None
-    tolerance = TOLERANCE[dtype] if dtype != torch.float32 else 1e-5
-    assert relative_error(low_rank.project(x, a), x.double() @ a.double().T) < tolerance
+    projection = projection_of(rank, shape[1], dtype)
+    check_extended(low_rank.extend(x, projection), low_rank.extend(x.double(), *double(projection)), shape[1], dtype)
     exact = p.double().T @ x.double()
     grad = low_rank.low_rank_grad(p, x)
     assert grad.dtype == torch.float32
     assert relative_error(grad, exact) < 1e-5
     assert torch.equal(low_rank.low_rank_grad(p, x), grad)
+    assert relative_error(low_rank.low_rank_grad(x, p), exact.T) < 1e-5
     out = torch.randn_like(grad)
     before = out.clone()
     assert low_rank.low_rank_grad(p, x, out) is out

@@ -14,9 +14,10 @@ from fourfold.kernels import rotary
 
 pytest.importorskip("triton")
 
-from fourfold.kernels import rotary_backward_triton, rotary_triton
+from fourfold.kernels import rotary_triton
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# The interpreter cuts fp32 off to bf16 where a GPU rounds it, three times on the way through a norm and a rotation.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 POSITIONS, BATCH = 5, 3
 ROWS = POSITIONS * BATCH
 
@@ -123,10 +124,9 @@ def test_kernel_equals_reference(case: dict[str, Any], dtype: torch.dtype) -> No
         assert relative_error(qkv, expected) < TOLERANCE[dtype]
 
 
-# bf16 stands in the tests for a GPU: the interpreter multiplies the bits of bf16 matrices as integers.
-@pytest.mark.parametrize("rank", [0, 16, 48, 80])
+@pytest.mark.parametrize("rank", [0, 16, 48])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backward_kernel_equals_reference(case: dict[str, Any], dtype: torch.dtype, rank: int) -> None:
     qkv, arguments = make_case(dtype, **case)
     num_heads, num_kv_heads = arguments[2:4]
@@ -135,7 +135,7 @@ def test_backward_kernel_equals_reference(case: dict[str, Any], dtype: torch.dty
     parts = [strided(ROWS, heads * head_dim, dtype) for heads in (num_heads, num_kv_heads, num_kv_heads)]
     projection = (strided(rank, width, dtype) if rank != 48 else strided(width, rank, dtype).t()) if rank else None
     raw = qkv if case.get("norms") else None
-    out = rotary_backward_triton.rotary_backward(*parts, raw, *arguments, projection)
+    out = rotary_triton.rotary_backward(*parts, raw, *arguments, projection)
     expected = rotary.rotary_backward_reference(*parts, raw, *arguments, projection)
     assert out.shape == expected.shape
     assert relative_error(out[:, :width], expected[:, :width]) < TOLERANCE[dtype]

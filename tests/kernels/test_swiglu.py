@@ -38,27 +38,24 @@ def test_reference_equals_transformers(dtype: torch.dtype, activation: str, hidd
     torch.testing.assert_close(out, mlp(x), rtol=0 if exact else 1e-6, atol=0 if exact else 1e-6)
 
 
-@pytest.mark.parametrize("with_low", [False, True])
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
-def test_reference_gradient_equals_autograd(activation: str, with_low: bool) -> None:
+def test_reference_gradient_equals_autograd(activation: str) -> None:
     rows, width = 5, 24
     gate_up = torch.randn(rows, 2 * width, dtype=torch.float64, requires_grad=True)
-    grad, low, down_a = torch.randn(rows, width).double(), torch.randn(rows, 16).double(), torch.randn(16, width)
-    down_a, projection = down_a.double(), torch.randn(32, 2 * width).double()
+    grad, projection = torch.randn(rows, width).double(), torch.randn(32, 2 * width).double()
     y = swiglu.swiglu_reference(gate_up, None, activation)
-    y.backward(grad + low @ down_a if with_low else grad)
+    y.backward(grad)
     extended = torch.cat([gate_up.detach(), torch.full((rows, 32), torch.nan)], dim=1)
-    swiglu.swiglu_backward_(extended, grad, *((low, down_a) if with_low else (None, None)), projection, activation)
+    swiglu.swiglu_backward_(extended, grad, projection, activation)
     torch.testing.assert_close(grad, y.detach())
     torch.testing.assert_close(extended[:, : 2 * width], gate_up.grad)
     torch.testing.assert_close(extended[:, 2 * width :], gate_up.grad @ projection.T)
 
 
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
-@pytest.mark.parametrize("rank", [0, 16, 48, 80])
+@pytest.mark.parametrize("rank", [0, 16, 48])
 @pytest.mark.parametrize("shape", [(19, 200), (35, 600), (3, 33)])
-# bf16 stands in the tests for a GPU: the interpreter multiplies the bits of bf16 matrices as integers.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_equal_reference(shape: tuple[int, int], rank: int, dtype: torch.dtype, activation: str) -> None:
     rows, width = shape
     gate_up = strided(rows, 2 * width, dtype)
@@ -71,20 +68,20 @@ def test_kernels_equal_reference(shape: tuple[int, int], rank: int, dtype: torch
         assert relative_error(out[:, width:], expected[:, width:]) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("low_rank", "rank"), [(0, 0), (16, 0), (0, 32), (16, 48), (48, 64), (80, 80)])
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+@pytest.mark.parametrize("rank", [0, 16, 48])
 @pytest.mark.parametrize("shape", [(19, 200), (35, 600), (3, 33)])
-# bf16 stands in the tests for a GPU: the interpreter multiplies the bits of bf16 matrices as integers.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_backward_kernel_equals_reference(shape: tuple[int, int], low_rank: int, rank: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_backward_kernel_equals_reference(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, activation: str
+) -> None:
     rows, width = shape
     extended, grad = strided(rows, 2 * width + rank, dtype), strided(rows, width, dtype)
     extended[:, 2 * width :] = torch.nan
-    low = strided(rows, low_rank, dtype) if low_rank else None
-    down_a = strided(low_rank, width, dtype) if low_rank else None
     projection = strided(2 * width, rank, dtype).t() if rank else None
     expected, expected_grad = extended.clone(), grad.clone()
-    swiglu.swiglu_backward_reference_(expected, expected_grad, low, down_a, projection)
-    swiglu_triton.swiglu_backward_(extended, grad, low, down_a, projection)
+    swiglu.swiglu_backward_reference_(expected, expected_grad, projection, activation)
+    swiglu_triton.swiglu_backward_(extended, grad, projection, activation)
     assert relative_error(grad, expected_grad) < TOLERANCE[dtype]
     assert relative_error(extended[:, : 2 * width], expected[:, : 2 * width]) < TOLERANCE[dtype]
     if rank:
@@ -95,5 +92,5 @@ def test_operators_pass_opcheck() -> None:
     checks = ("test_schema", "test_faketensor")
     gate_up, projection = torch.randn(4, 64), torch.randn(16, 32)
     torch.library.opcheck(torch.ops.fourfold.swiglu.default, (gate_up, projection), test_utils=checks)
-    arguments = (torch.randn(4, 80), torch.randn(4, 32), torch.randn(4, 16), projection, torch.randn(16, 64))
+    arguments = (torch.randn(4, 80), torch.randn(4, 32), torch.randn(16, 64))
     torch.library.opcheck(torch.ops.fourfold.swiglu_backward_.default, arguments, test_utils=checks)

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from fourfold.errors import AdapterError
+from fourfold.kernels.low_rank import low_rank_grad
 from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["LoraQuantizedLinear", "is_weight_dependent", "register"]
@@ -179,19 +180,10 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_low @ lora_a.to(grad.dtype)).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            grad_a = _matmul_fp32(grad_low.T, flat).to(lora_a.dtype)
+            grad_a = low_rank_grad(grad_low, flat).to(lora_a.dtype)
         if ctx.needs_input_grad[2]:
-            grad_b = (_matmul_fp32(grad.T, low) * ctx.scaling).to(lora_b.dtype)
+            grad_b = (low_rank_grad(grad, low) * ctx.scaling).to(lora_b.dtype)
         return grad_x, grad_a, grad_b, None
-
-
-def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """A product of 16-bit matrices that is not rounded back to 16 bits."""
-    if left.dtype == torch.float64:
-        return left @ right
-    if left.device.type == "cuda" and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 class _QuantizedDoraLayer(DoraLinearLayer):

@@ -1,49 +1,21 @@
-"""Products with the two small matrices of LoRA, and the columns by which they ride along with other operators.
+"""Products with the two small matrices of LoRA, and the columns in which they stand beside what they are made of.
 
 LoRA (https://arxiv.org/abs/2106.09685) multiplies activations of thousands of columns by matrices of a few rows.
-Such a product does almost no arithmetic: its cost is reading the activations once. Operators of the fused block
-that write an activation therefore give it *extended*: [M, K + R], whose first K columns are the result and whose
-last R are `result @ projection.T`, computed while the result is still on the chip.
+Operators of the fused block that write an activation give it *extended*: [M, K + R], whose first K columns are the
+result and whose last R are `result @ projection.T`, so that one matrix product takes both. The R columns are a GEMM of
+their own: multiplied while the result is still on the chip, they cost more time than cuBLAS needs to read it again.
 """
 
 from __future__ import annotations
 
-import logging
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from fourfold.kernels.availability import say_once, triton_refuses
+from fourfold.kernels.availability import triton_refuses
 
-__all__ = [
-    "MAX_FUSED_RANK",
-    "columns_refuse",
-    "extend",
-    "fill_columns",
-    "fused",
-    "low_rank_grad",
-    "low_rank_grad_reference",
-    "project",
-    "project_reference",
-    "working_dtype",
-]
-
-logger = logging.getLogger(__name__)
-
-# Rows of a projection that fit beside an operator's own registers; above it, a GEMM fills the tensor cores anyway.
-MAX_FUSED_RANK = 0
+__all__ = ["columns_refuse", "extend", "fill_columns", "low_rank_grad", "working_dtype"]
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-torch.library.define("fourfold::project", "(Tensor x, Tensor a) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define("fourfold::low_rank_grad", "(Tensor p, Tensor q) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    "fourfold::low_rank_grad_", "(Tensor(a!) out, Tensor p, Tensor q) -> ()", tags=torch.Tag.pt2_compliant_tag
-)
-_project_op = torch.ops.fourfold.project.default
-_grad_op = torch.ops.fourfold.low_rank_grad.default
-_grad_into_op = torch.ops.fourfold.low_rank_grad_.default
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,121 +37,45 @@ def columns_refuse(*tensors: Tensor | None) -> str | None:
     return triton_refuses(present[0])
 
 
-def fused(projection: Tensor | None) -> Tensor | None:
-    """`projection` where a kernel can take it along, None where there is none or its rank is too high."""
-    return projection if projection is not None and projection.shape[0] <= MAX_FUSED_RANK else None
-
-
 def fill_columns(extended: Tensor, width: int, projection: Tensor | None) -> None:
-    """Writes columns `width:` of `extended` by a GEMM where the kernel that wrote the others did not."""
-    if projection is not None and projection.shape[0] > MAX_FUSED_RANK:
+    """Writes columns `width:` of `extended` [M, width + R]: those before them times `projection.T`, [R, width]."""
+    if projection is not None:
         torch.mm(extended[:, :width], projection.t(), out=extended[:, width:])
 
 
-def extend(result: Tensor, projection: Tensor | None) -> Tensor:
-    """`result` [M, K] with the columns `result @ projection.T` behind it: contiguous [M, K + R], in PyTorch."""
-    if projection is None:
-        return result.contiguous()
-    return torch.cat([result, project_reference(result, projection)], dim=1)
-
-
-def project(x: Tensor, a: Tensor) -> Tensor:
-    """`x @ a.T`, accumulated in fp32 and rounded once: the first product of a LoRA adapter.
+def extend(x: Tensor, projection: Tensor | None) -> Tensor:
+    """`x` with the columns `x @ projection.T` behind it.
 
     Args:
-        x: [M, K], bf16, fp16 or fp32; last stride 1.
-        a: [R, K] of x's dtype, any strides.
+        x: [M, K].
+        projection: [R, K] of x's dtype, any strides, or None for R = 0.
 
     Returns:
-        [M, R], x's dtype, contiguous.
+        Contiguous [M, K + R] of x's dtype; x itself where it is contiguous and R = 0.
     """
-    return cast(Tensor, _project_op(x, a))
-
-
-def project_reference(x: Tensor, a: Tensor) -> Tensor:
-    """`project` in PyTorch."""
-    dtype = working_dtype(x.dtype)
-    return (x.to(dtype) @ a.to(dtype).t()).to(x.dtype)
+    if projection is None:
+        return x.contiguous()
+    rows, width = x.shape
+    extended = x.new_empty(rows, width + projection.shape[0])
+    extended[:, :width] = x
+    fill_columns(extended, width, projection)
+    return extended
 
 
 def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:
-    """`p.T @ q` in fp32: the gradient of a LoRA matrix. The same inputs give the same bits each time.
+    """`p.T @ q`, not rounded to 16 bits: the gradient of a LoRA matrix.
 
     Args:
-        p: [M, R], the narrow side; last stride 1.
-        q: [M, N] of p's dtype, the wide side, read once; last stride 1.
-        out: fp32 [R, N] to which the product is added, in place.
+        p: [M, R].
+        q: [M, N] of p's dtype.
+        out: [R, N] of the result's dtype, to which the product is added in place.
 
     Returns:
         fp32 [R, N] (float64 for float64 inputs): `out` where it is given.
     """
-    if out is None:
-        return cast(Tensor, _grad_op(p, q))
-    _grad_into_op(out, p, q)
-    return out
-
-
-def low_rank_grad_reference(p: Tensor, q: Tensor) -> Tensor:
-    """`low_rank_grad` in PyTorch, without `out`."""
+    if p.is_cuda and p.dtype in (torch.bfloat16, torch.float16):
+        product = torch.mm(p.t(), q, out_dtype=torch.float32)
+        return product if out is None else out.add_(product)
     dtype = working_dtype(p.dtype)
-    return p.to(dtype).t() @ q.to(dtype)
-
-
-def _low_rank_grad_into_reference(out: Tensor, p: Tensor, q: Tensor) -> None:
-    out += low_rank_grad_reference(p, q)
-
-
-def _project_cuda(x: Tensor, a: Tensor) -> Tensor:
-    if a.shape[0] > MAX_FUSED_RANK:
-        return torch.mm(x, a.t())
-    refusal = columns_refuse(x)
-    if refusal is not None:
-        say_once(logger, f"low-rank products run in PyTorch: {refusal}")
-        return project_reference(x, a)
-    from fourfold.kernels import low_rank_triton
-
-    return low_rank_triton.project(x, a)
-
-
-def _low_rank_grad_cuda(p: Tensor, q: Tensor) -> Tensor:
-    refusal = columns_refuse(p, q)
-    if refusal is not None:
-        say_once(logger, f"low-rank gradients run in PyTorch: {refusal}")
-        return low_rank_grad_reference(p, q)
-    if p.shape[1] > MAX_FUSED_RANK:
-        return torch.mm(p.t(), q) if p.dtype == torch.float32 else torch.mm(p.t(), q, out_dtype=torch.float32)
-    from fourfold.kernels import low_rank_triton
-
-    return low_rank_triton.low_rank_grad(p, q)
-
-
-def _low_rank_grad_into_cuda(out: Tensor, p: Tensor, q: Tensor) -> None:
-    if p.shape[1] > MAX_FUSED_RANK or columns_refuse(p, q, out) is not None:
-        out += _low_rank_grad_cuda(p, q)
-        return
-    from fourfold.kernels import low_rank_triton
-
-    low_rank_triton.low_rank_grad(p, q, out)
-
-
-def _project_fake(x: Tensor, a: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], a.shape[0])
-
-
-def _low_rank_grad_fake(p: Tensor, q: Tensor) -> Tensor:
-    return p.new_empty(p.shape[1], q.shape[1], dtype=working_dtype(p.dtype))
-
-
-def _low_rank_grad_into_fake(_out: Tensor, _p: Tensor, _q: Tensor) -> None:
-    return None
-
-
-torch.library.impl("fourfold::project", "default", project_reference)
-torch.library.impl("fourfold::low_rank_grad", "default", low_rank_grad_reference)
-torch.library.impl("fourfold::low_rank_grad_", "default", _low_rank_grad_into_reference)
-torch.library.impl("fourfold::project", "cuda", _project_cuda)
-torch.library.impl("fourfold::low_rank_grad", "cuda", _low_rank_grad_cuda)
-torch.library.impl("fourfold::low_rank_grad_", "cuda", _low_rank_grad_into_cuda)
-torch.library.register_fake("fourfold::project", _project_fake)
-torch.library.register_fake("fourfold::low_rank_grad", _low_rank_grad_fake)
-torch.library.register_fake("fourfold::low_rank_grad_", _low_rank_grad_into_fake)
+    left, right = p.to(dtype).t(), q.to(dtype)
+    return left @ right if out is None else out.addmm_(left, right)

@@ -1,4 +1,4 @@
-"""RMSNorm (https://arxiv.org/abs/1910.07467), forward and backward, with a low-rank product riding along.
+"""RMSNorm (https://arxiv.org/abs/1910.07467), forward and backward, with low-rank columns beside the result.
 
     rstd = 1 / sqrt(mean(x²) + eps);  y = weight * round(x * rstd)
 
@@ -19,6 +19,9 @@ from fourfold.kernels.low_rank import columns_refuse, extend, working_dtype
 __all__ = ["rms_norm", "rms_norm_backward", "rms_norm_backward_reference", "rms_norm_reference"]
 
 logger = logging.getLogger(__name__)
+
+# What a program's registers hold of a row.
+_MAX_WIDTH = 16384
 
 torch.library.define(
     "fourfold::rms_norm",
@@ -41,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = 
         x: [M, K], bf16, fp16 or fp32; last stride 1.
         weight: [K] of x's dtype.
         eps: added to the mean square.
-        projection: [R, K] of x's dtype, any strides, R a multiple of 16; None stands for R = 0.
+        projection: [R, K] of x's dtype, any strides; None stands for R = 0.
 
     Returns:
         Contiguous [M, K + R] of x's dtype: the normed rows y, then `y @ projection.T`, accumulated in fp32; and
@@ -102,8 +105,14 @@ def rms_norm_backward_reference(
     return extend(grad_x.to(x.dtype), projection)
 
 
+def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
+    if x.shape[1] > _MAX_WIDTH:
+        return f"no kernel takes rows of more than {_MAX_WIDTH} numbers"
+    return columns_refuse(x, *others)
+
+
 def _forward_cuda(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    refusal = columns_refuse(x)
+    refusal = _refusal(x)
     if refusal is not None:
         say_once(logger, f"RMSNorm runs in PyTorch: {refusal}")
         return rms_norm_reference(x, weight, eps, projection)
@@ -120,7 +129,7 @@ def _backward_cuda(
     residual_grad: Tensor | None,
     projection: Tensor | None = None,
 ) -> Tensor:
-    refusal = columns_refuse(x, grad, residual_grad)
+    refusal = _refusal(x, grad, residual_grad)
     if refusal is not None:
         say_once(logger, f"RMSNorm's gradient runs in PyTorch: {refusal}")
         return rms_norm_backward_reference(grad, x, weight, rstd, residual_grad, projection)

@@ -109,7 +109,7 @@ def rotary_backward(
         dk: [M, num_kv_heads * head_dim].
         dv: [M, num_kv_heads * head_dim].
         qkv_raw: [M, N], `rotary`'s input; needed with norms only.
-        projection: [R, N] of dq's dtype, any strides, R a multiple of 16; None stands for R = 0.
+        projection: [R, N] of dq's dtype, any strides; None stands for R = 0.
 
     The others are as in `rotary`.
 
@@ -265,9 +265,9 @@ def _backward_cuda(
     if refusal is not None:
         say_once(logger, f"the rotary embedding's gradient runs in PyTorch: {refusal}")
         return rotary_backward_reference(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
-    from fourfold.kernels import rotary_backward_triton
+    from fourfold.kernels import rotary_triton
 
-    return rotary_backward_triton.rotary_backward(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
+    return rotary_triton.rotary_backward(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
 
 
 def _forward_fake(

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once
-from fourfold.kernels.low_rank import columns_refuse, extend, project_reference, working_dtype
+from fourfold.kernels.low_rank import columns_refuse, extend, fill_columns, working_dtype
 
 __all__ = ["ACTIVATIONS", "swiglu", "swiglu_backward_", "swiglu_backward_reference_", "swiglu_reference"]
 
@@ -32,8 +32,7 @@ torch.library.define(
 )
 torch.library.define(
     "fourfold::swiglu_backward_",
-    "(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? low=None, Tensor? down_a=None, Tensor? projection=None, "
-    'str activation="silu") -> ()',
+    '(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? projection=None, str activation="silu") -> ()',
     tags=torch.Tag.pt2_compliant_tag,
 )
 _forward_op = torch.ops.fourfold.swiglu.default
@@ -45,7 +44,7 @@ def swiglu(gate_up: Tensor, projection: Tensor | None = None, activation: str = 
 
     Args:
         gate_up: [M, 2I], gate columns first; bf16, fp16 or fp32; last stride 1.
-        projection: [R, I] of gate_up's dtype, any strides, R a multiple of 16; None stands for R = 0.
+        projection: [R, I] of gate_up's dtype, any strides; None stands for R = 0.
         activation: One of ACTIVATIONS; gelu_tanh is GELU's approximation by tanh.
 
     Returns:
@@ -82,14 +81,12 @@ def swiglu_reference(gate_up: Tensor, projection: Tensor | None = None, activati
 def swiglu_backward_(
     gate_up_ext: Tensor,
     grad: Tensor,
-    low: Tensor | None = None,
-    down_a: Tensor | None = None,
     projection: Tensor | None = None,
     activation: str = "silu",
 ) -> None:
     """Gradients of gate and up, and y once more, written over the inputs.
 
-    With dy = grad + low @ down_a, the arithmetic is in fp32 and every result is rounded once:
+    With dy what `grad` holds; the arithmetic is in fp32 and every result is rounded once:
 
         grad                  <- y = round(activation(gate)) * up
         gate_up_ext[:, :I]    <- dgate = dy * up * activation'(gate)
@@ -97,21 +94,17 @@ def swiglu_backward_(
         gate_up_ext[:, 2I:]   <- [dgate dup] @ projection.T
 
     Args:
-        gate_up_ext: [M, 2I + R2], gate columns first, then room for R2 columns; last stride 1.
-        grad: [M, I], the gradient of y as it came through the frozen down projection; last stride 1.
-        low: [M, R], the gradient of y's low-rank product; with it, `down_a`.
-        down_a: [R, I], any strides. Above MAX_FUSED_RANK, dy is rounded before it is used.
-        projection: [R2, 2I], any strides, or None for R2 = 0.
+        gate_up_ext: [M, 2I + R], gate columns first, then room for R columns; last stride 1.
+        grad: [M, I], the gradient of y; last stride 1.
+        projection: [R, 2I], any strides, or None for R = 0.
         activation: One of ACTIVATIONS.
     """
-    _backward_op(gate_up_ext, grad, low, down_a, projection, activation)
+    _backward_op(gate_up_ext, grad, projection, activation)
 
 
 def swiglu_backward_reference_(
     gate_up_ext: Tensor,
     grad: Tensor,
-    low: Tensor | None = None,
-    down_a: Tensor | None = None,
     projection: Tensor | None = None,
     activation: str = "silu",
 ) -> None:
@@ -119,16 +112,13 @@ def swiglu_backward_reference_(
     width = grad.shape[1]
     dtype = working_dtype(grad.dtype)
     gate, up = gate_up_ext[:, :width].to(dtype), gate_up_ext[:, width : 2 * width].to(dtype)
-    grad_y = grad.to(dtype, copy=True)
-    if low is not None and down_a is not None:
-        grad_y = grad_y + low.to(dtype) @ down_a.to(dtype)
+    grad_y = grad.to(dtype)
     activated = _activate(gate, activation).to(grad.dtype).to(dtype)
     # All are computed before any is written: without a cast, gate, up and grad_y are views of what is overwritten.
     results = (activated * up, grad_y * up * _activate_gradient(gate, activation), grad_y * activated)
     for target, result in zip((grad, *gate_up_ext[:, : 2 * width].chunk(2, dim=1)), results, strict=True):
         target.copy_(result)
-    if projection is not None:
-        gate_up_ext[:, 2 * width :] = project_reference(gate_up_ext[:, : 2 * width], projection)
+    fill_columns(gate_up_ext, 2 * width, projection)
 
 
 def _forward_cuda(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
@@ -144,19 +134,17 @@ def _forward_cuda(gate_up: Tensor, projection: Tensor | None = None, activation:
 def _backward_cuda(
     gate_up_ext: Tensor,
     grad: Tensor,
-    low: Tensor | None = None,
-    down_a: Tensor | None = None,
     projection: Tensor | None = None,
     activation: str = "silu",
 ) -> None:
-    refusal = columns_refuse(gate_up_ext, grad, low)
+    refusal = columns_refuse(gate_up_ext, grad)
     if refusal is not None or activation not in ACTIVATIONS:
         say_once(logger, f"the gated activation's gradient runs in PyTorch: {refusal or activation}")
-        swiglu_backward_reference_(gate_up_ext, grad, low, down_a, projection, activation)
+        swiglu_backward_reference_(gate_up_ext, grad, projection, activation)
         return
     from fourfold.kernels import swiglu_triton
 
-    swiglu_triton.swiglu_backward_(gate_up_ext, grad, low, down_a, projection, activation)
+    swiglu_triton.swiglu_backward_(gate_up_ext, grad, projection, activation)
 
 
 def _forward_fake(gate_up: Tensor, projection: Tensor | None = None, _activation: str = "silu") -> Tensor:
@@ -167,8 +155,6 @@ def _forward_fake(gate_up: Tensor, projection: Tensor | None = None, _activation
 def _backward_fake(
     _gate_up_ext: Tensor,
     _grad: Tensor,
-    _low: Tensor | None = None,
-    _down_a: Tensor | None = None,
     _projection: Tensor | None = None,
     _activation: str = "silu",
 ) -> None:

@@ -4,7 +4,8 @@
     normed2 = norm2(mid);  gate_up = normed2 Wgu^T;  out = mid + (act(gate) * up) Wdown^T
 
 every W with its adapter (see linear_group). Activations are [tokens, features]; a name that ends in `_x` has the
-group's low-rank columns beside it. A weight is dequantized once in each pass: what a backward pass computes again shares it.
+group's low-rank columns beside it. A weight is dequantized once in each pass: what a backward pass computes again
+shares it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import project
+from fourfold.kernels.low_rank import extend
 from fourfold.kernels.norm import rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary, rotary_, rotary_backward
 from fourfold.kernels.swiglu import swiglu, swiglu_backward_
@@ -136,7 +137,7 @@ class _FusedBlock(torch.autograd.Function):
 
 
 def _take(ctx: Any) -> _Saved:
-    """What the forward pass saved. `ctx` forgets it, so that a tensor is freed when the backward pass is done with it."""
+    """What the forward pass saved. `ctx` forgets it: a tensor is freed when the backward pass is done with it."""
     large = iter(ctx.large.take())
     x, qkv, mid, *attended = [next(large) if present else None for present in ctx.present]
     saved = _Saved(
@@ -190,7 +191,7 @@ def _forward(x: Tensor, block: Block, keep_gate_up: bool = False) -> tuple[Tenso
     qkv, rotated, attention, state = _attend(normed_x, weight, block)
     del normed_x, rotated
     weight = block.out.expand(x.dtype, x.device)
-    low_out = None if weight.down is None else project(attention, weight.down)
+    low_out = None if weight.down is None else attention @ weight.down.T
     mid = _add_output(x, attention, low_out, weight)
 
     weight = block.gate_up.expand(x.dtype, x.device)
@@ -317,12 +318,11 @@ def _mlp_backward(grad: Tensor, mid: Tensor, saved: _Saved, block: Block) -> tup
         if gate_up_x is None:
             gate_up_x = mid.new_empty(part.stop - part.start, gate_up.rows + block.gate_up.rank)
             torch.mm(normed_x[part], gate_up.forward.T, out=gate_up_x[:, : gate_up.rows])
-        grad_out = grad[part]
-        grad_low = None if down.up is None else project(grad_out, down.up)
-        act = grad_out @ down.base  # its gradient first; swiglu_backward_ puts the activation itself in its place
-        swiglu_backward_(gate_up_x, act, grad_low, down.down, gate_up.up, block.activation)
-        if saved.low_down is not None and grad_low is not None:
-            down_sums.add(act, saved.low_down[part], grad_out, grad_low)
+        grad_x = extend(grad[part], down.up)
+        act = grad_x @ down.backward  # its gradient first; swiglu_backward_ puts the activation itself in its place
+        swiglu_backward_(gate_up_x, act, gate_up.up, block.activation)
+        if saved.low_down is not None:
+            down_sums.add(act, saved.low_down[part], *_columns(grad_x, down.rows))
         if block.gate_up.rank:
             gate_up_sums.add(*_columns(normed_x[part], gate_up.columns), *_columns(gate_up_x, gate_up.rows))
         torch.mm(gate_up_x, gate_up.backward, out=grad_normed[part])
