@@ -86,7 +86,7 @@ def test_each_layer_can_have_a_policy_of_its_own() -> None:
 def test_the_mlp_in_parts_gives_what_it_gives_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(decoder("llama-gqa", torch.float64, quantized=False), fused=True, recompute="selective")
     _, whole = loss_and_grads(model)
-    monkeypatch.setattr("fourfold.models.block_function._MLP_TOKENS", 5)
+    monkeypatch.setattr("fourfold.models.block_state.MLP_TOKENS", 5)
     _, parts = loss_and_grads(model)
     assert distance(parts, whole) < 1e-6
 

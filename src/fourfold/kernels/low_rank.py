@@ -8,12 +8,33 @@ their own: multiplied while the result is still on the chip, they cost more time
 
 from __future__ import annotations
 
+import logging
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from fourfold.kernels.availability import triton_refuses
+from fourfold.kernels.availability import say_once, triton_refuses
 
-__all__ = ["columns_refuse", "extend", "fill_columns", "low_rank_grad", "working_dtype"]
+__all__ = [
+    "add_low_rank",
+    "add_low_rank_reference",
+    "columns_refuse",
+    "extend",
+    "fill_columns",
+    "low_rank_grad",
+    "working_dtype",
+]
+
+logger = logging.getLogger(__name__)
+
+torch.library.define(
+    "fourfold::add_low_rank", "(Tensor x, Tensor low, Tensor up) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+_add_op = torch.ops.fourfold.add_low_rank.default
+
+# Above it, registers run short, and cuBLAS is no slower.
+_MAX_RANK = 64
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -79,3 +100,44 @@ def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:
     dtype = working_dtype(p.dtype)
     left, right = p.to(dtype).t(), q.to(dtype)
     return left @ right if out is None else out.addmm_(left, right)
+
+
+def add_low_rank(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """`x + low @ up`, formed in fp32 and rounded once, in one pass over x.
+
+    Args:
+        x: [M, N], bf16, fp16 or fp32; last stride 1.
+        low: [M, R] of x's dtype; last stride 1.
+        up: [R, N] of x's dtype, any strides.
+
+    Returns:
+        Contiguous [M, N] of x's dtype.
+    """
+    return cast(Tensor, _add_op(x, low, up))
+
+
+def add_low_rank_reference(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    """`add_low_rank` in PyTorch."""
+    dtype = working_dtype(x.dtype)
+    return torch.addmm(x.to(dtype), low.to(dtype), up.to(dtype)).to(x.dtype)
+
+
+def _add_cuda(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    if low.shape[1] > _MAX_RANK:
+        return torch.addmm(x, low, up)
+    refusal = columns_refuse(x, low)
+    if refusal is not None:
+        say_once(logger, f"a low-rank product is added in PyTorch: {refusal}")
+        return add_low_rank_reference(x, low, up)
+    from fourfold.kernels import low_rank_triton
+
+    return low_rank_triton.add_low_rank(x, low, up)
+
+
+def _add_fake(x: Tensor, _low: Tensor, _up: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+torch.library.impl("fourfold::add_low_rank", "default", add_low_rank_reference)
+torch.library.impl("fourfold::add_low_rank", "cuda", _add_cuda)
+torch.library.register_fake("fourfold::add_low_rank", _add_fake)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import ATTENTION_NAME, documents_from_mask, window_from_mask
-from fourfold.models.block_function import Block, fused_block
+from fourfold.models.block_function import fused_block
+from fourfold.models.block_state import Block
 from fourfold.models.families import FAMILIES
 from fourfold.models.linear_group import LinearGroup, Unsupported, view_linear
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of

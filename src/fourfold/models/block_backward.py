@@ -1,0 +1,149 @@
+"""The backward pass of a fused block; what the forward pass did not keep is computed again. See block_forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.kernels.low_rank import extend
+from fourfold.kernels.norm import rms_norm, rms_norm_backward
+from fourfold.kernels.rotary import rotary_backward
+from fourfold.kernels.swiglu import swiglu_backward_
+from fourfold.models.attention import AttentionState, attention_backward
+from fourfold.models.block_forward import add_output, attend
+from fourfold.models.block_state import Block, Saved, columns, parts
+from fourfold.models.linear_group import ExtendedWeight, LowRankSums
+
+__all__ = ["block_backward"]
+
+
+@dataclass
+class _AttentionHalf:
+    """The first half of a block, as its backward pass needs it."""
+
+    weight: ExtendedWeight
+    normed: Tensor
+    low: Tensor
+    rstd: Tensor
+    qkv: Tensor
+    rotated: Tensor
+    attention: Tensor
+    state: AttentionState
+
+
+def block_backward(
+    grad: Tensor, saved: Saved, block: Block, *, needs_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of the block's input, if it needs one, and of its adapters, for `grad` [tokens, hidden].
+
+    Works in the memory of what was saved, and forgets it as it goes.
+    """
+    x, mid, half = saved.x, saved.mid, None
+    assert x is not None
+    if mid is None or saved.attention is None:
+        # Only the attention leads to the MLP's input. Where both were kept, this half waits until the MLP's wide
+        # tensors are gone.
+        half = _attention_half(x, saved, block)
+        mid = add_output(x, half.attention, saved.low_out, block.out.expand(x.dtype, x.device))
+    grad_normed, rstd2, mlp_grads = _mlp_backward(grad, mid, saved, block)
+    weight = block.out.expand(x.dtype, x.device)
+    grad_mid_x = rms_norm_backward(grad_normed, mid, block.norm2, rstd2, grad, weight.up)
+    del grad_normed, mid, grad
+    grad_mid, grad_low = columns(grad_mid_x, weight.rows)
+    half = half or _attention_half(x, saved, block)
+    out_sums = LowRankSums(block.out)
+    if saved.low_out is not None:
+        out_sums.add(half.attention, saved.low_out, grad_mid, grad_low)
+    grad_qkv_x = _attention_backward(grad_mid_x @ weight.backward, half, block)
+    del weight
+    qkv_sums = LowRankSums(block.qkv)
+    if block.qkv.rank:
+        qkv_sums.add(half.normed, half.low, *columns(grad_qkv_x, half.weight.rows))
+    grads = [*qkv_sums.gradients(), *out_sums.gradients(), *mlp_grads]
+    if not needs_x:
+        return None, grads
+    grad_normed = grad_qkv_x @ half.weight.backward
+    return rms_norm_backward(grad_normed, x, block.norm1, half.rstd, grad_mid), grads
+
+
+def _attention_half(x: Tensor, saved: Saved, block: Block) -> _AttentionHalf:
+    """Out of what was kept; the rest is computed again."""
+    weight = block.qkv.expand(x.dtype, x.device)
+    if saved.qkv is not None and saved.low_qkv is not None:
+        normed, rstd = rms_norm(x, block.norm1, block.norm_eps)
+        qkv, low = saved.qkv, saved.low_qkv
+        rotated = qkv if block.q_norm is None else block.rotate(qkv, block.qkv.bias(x.dtype))
+    else:
+        normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
+        normed, low = columns(normed_x, weight.columns)
+        if saved.attention is None:
+            return _AttentionHalf(weight, normed, low, rstd, *attend(normed_x, weight, block))
+        qkv = normed_x @ weight.forward.T
+        rotated = block.rotate(qkv, block.qkv.bias(x.dtype))
+    attention, state = saved.attention, saved.state
+    if attention is None or state is None:
+        raise ValueError("a policy that keeps qkv keeps the attention, too")
+    return _AttentionHalf(weight, normed, low, rstd, qkv, rotated, attention, state)
+
+
+def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Tensor:
+    """Gradient of qkv with its low-rank columns, for `grad` [tokens, features] of the attention's output."""
+    by_head = (block.batch, block.seq, block.num_heads, -1)
+    dq, dk, dv = attention_backward(
+        grad.view(by_head),
+        *block.split_heads(half.rotated),
+        half.attention.view(by_head),
+        half.state,
+        scale=block.scale,
+        documents=block.documents,
+        window=block.window,
+    )
+    return rotary_backward(
+        dq.view(len(grad), -1),
+        dk.view(len(grad), -1),
+        dv.view(len(grad), -1),
+        None if block.q_norm is None else half.qkv,
+        block.cos,
+        block.sin,
+        block.num_heads,
+        block.num_kv_heads,
+        block.qkv.bias(grad.dtype),
+        block.q_norm,
+        block.k_norm,
+        block.head_eps,
+        half.weight.up,
+    )
+
+
+def _mlp_backward(grad: Tensor, mid: Tensor, saved: Saved, block: Block) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """(gradient of the normed input of the MLP, its norm's 1/rms, gradients of the adapters)."""
+    gate_up = block.gate_up.expand(mid.dtype, mid.device)
+    down = block.down.expand(mid.dtype, mid.device)
+    kept, saved.gate_up_x = saved.gate_up_x, None
+    if kept is not None and saved.low_gate_up is not None:
+        normed, rstd = rms_norm(mid, block.norm2, block.norm_eps)
+        low = saved.low_gate_up
+    else:
+        normed_x, rstd = rms_norm(mid, block.norm2, block.norm_eps, gate_up.down)
+        normed, low = columns(normed_x, gate_up.columns)
+    grad_normed = torch.empty_like(mid)
+    gate_up_sums, down_sums = LowRankSums(block.gate_up), LowRankSums(block.down)
+    for part in parts(len(mid), whole=kept is not None):
+        gate_up_x = kept
+        if gate_up_x is None:
+            gate_up_x = mid.new_empty(part.stop - part.start, gate_up.rows + block.gate_up.rank)
+            torch.mm(normed_x[part], gate_up.forward.T, out=gate_up_x[:, : gate_up.rows])
+        grad_x = extend(grad[part], down.up)
+        act = grad_x @ down.backward  # its gradient first; swiglu_backward_ puts the activation itself in its place
+        swiglu_backward_(gate_up_x, act, gate_up.up, block.activation)
+        if saved.low_down is not None:
+            down_sums.add(act, saved.low_down[part], *columns(grad_x, down.rows))
+        del act, grad_x
+        if block.gate_up.rank:
+            gate_up_sums.add(normed[part], low[part], *columns(gate_up_x, gate_up.rows))
+        torch.mm(gate_up_x, gate_up.backward, out=grad_normed[part])
+        # Gone before the next part allocates its own.
+        del gate_up_x
+    return grad_normed, rstd, [*gate_up_sums.gradients(), *down_sums.gradients()]

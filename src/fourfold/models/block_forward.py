@@ -1,0 +1,86 @@
+"""A pre-norm decoder block with gated MLP over 4-bit weights and their adapters: one forward, one backward function.
+
+    normed = norm1(x);  qkv = rotate(normed Wqkv^T);  attention = softmax(q k^T) v;  mid = x + attention Wo^T
+    normed2 = norm2(mid);  gate_up = normed2 Wgu^T;  out = mid + (act(gate) * up) Wdown^T
+
+every W with its adapter (see linear_group). Activations are [tokens, features]; a name that ends in `_x` has the
+group's low-rank columns beside it. A weight is dequantized once in each pass: what a backward pass computes again
+shares it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourfold.kernels.low_rank import add_low_rank
+from fourfold.kernels.norm import rms_norm
+from fourfold.kernels.swiglu import swiglu
+from fourfold.models.attention import AttentionState, attention_forward
+from fourfold.models.block_state import Block, Saved, columns, parts
+from fourfold.models.linear_group import ExtendedWeight
+
+__all__ = ["add_output", "attend", "block_forward"]
+
+
+def attend(normed_x: Tensor, weight: ExtendedWeight, block: Block) -> tuple[Tensor, Tensor, Tensor, AttentionState]:
+    """(qkv as it is kept, rotated qkv, attention [tokens, features], its state) of the normed input."""
+    raw = normed_x @ weight.forward.T
+    rotated = block.rotate(raw, block.qkv.bias(raw.dtype))
+    attention, state = attention_forward(
+        *block.split_heads(rotated), scale=block.scale, documents=block.documents, window=block.window
+    )
+    kept = rotated if block.q_norm is None else raw
+    return kept, rotated, attention.view(len(normed_x), -1), state
+
+
+def add_output(x: Tensor, attention: Tensor, low: Tensor | None, weight: ExtendedWeight) -> Tensor:
+    """x + attention Wo^T + low (sB)^T."""
+    if low is None or weight.up is None:
+        return torch.addmm(x, attention, weight.base.T)
+    # Over a sum of its own, since addmm copies its first argument to begin with.
+    return add_low_rank(x, low, weight.up).addmm_(attention, weight.base.T)
+
+
+def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tensor, Saved]:
+    """The block's output [tokens, hidden] for x [tokens, hidden], and what `keeps` names of what it is made of."""
+    saved = Saved(x=x)
+    weight = block.qkv.expand(x.dtype, x.device)
+    normed_x, _ = rms_norm(x, block.norm1, block.norm_eps, weight.down)
+    qkv, rotated, attention, state = attend(normed_x, weight, block)
+    if "qkv" in keeps:
+        saved.qkv = qkv
+        saved.low_qkv = columns(normed_x, weight.columns)[1].contiguous()
+    del normed_x, qkv, rotated
+    weight = block.out.expand(x.dtype, x.device)
+    saved.low_out = None if weight.down is None else attention @ weight.down.T
+    mid = add_output(x, attention, saved.low_out, weight)
+    if "attention" in keeps:
+        saved.attention, saved.state = attention, state
+    if "mid" in keeps:
+        saved.mid = mid
+    del attention, state
+
+    weight = block.gate_up.expand(x.dtype, x.device)
+    down = block.down.expand(x.dtype, x.device)
+    normed_x, _ = rms_norm(mid, block.norm2, block.norm_eps, weight.down)
+    out = torch.empty_like(mid)
+    keeps_gate_up = "gate_up" in keeps
+    if keeps_gate_up:
+        saved.low_gate_up = columns(normed_x, weight.columns)[1].contiguous()
+    if block.down.rank:
+        saved.low_down = x.new_empty(len(x), block.down.rank)
+    for part in parts(len(x), whole=keeps_gate_up):
+        # With room for the low-rank columns of the backward pass, which works in this memory.
+        gate_up_x = x.new_empty(part.stop - part.start, weight.rows + block.gate_up.rank)
+        gate_up, _ = columns(gate_up_x, weight.rows)
+        torch.mm(normed_x[part], weight.forward.T, out=gate_up)
+        act_x = swiglu(gate_up, down.down, block.activation)
+        if saved.low_down is not None:
+            saved.low_down[part] = act_x[:, down.columns :]
+        torch.addmm(mid[part], act_x, down.forward.T, out=out[part])
+        if keeps_gate_up:
+            saved.gate_up_x = gate_up_x
+        # Gone before the next part allocates its own.
+        del gate_up, gate_up_x, act_x
+    return out, saved

@@ -1,0 +1,139 @@
+"""What a fused block is called with, and what its forward pass leaves for its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from fourfold.kernels.rotary import rotary, rotary_
+from fourfold.models.attention import AttentionState, Documents
+from fourfold.models.linear_group import LinearGroup
+from fourfold.models.recomputation import Policy, SavedTensors
+
+__all__ = ["Block", "Saved", "columns", "parts"]
+
+# The MLP works on this many tokens at a time where gate and up are not kept: enough for matrix products to run at full
+# speed, few enough that its three wide tensors do not set the peak of memory.
+MLP_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Block:
+    """Everything a block is and is called with, but its input.
+
+    Args:
+        qkv, out, gate_up, down: Linear layers by what input they share.
+        norm1, norm2: RMSNorm weights [hidden].
+        q_norm, k_norm: RMSNorm weights [head_dim] over each head, or None.
+        cos, sin: [positions, rotary_dim], the positions dividing the tokens; None for no rotation.
+        batch, seq: Rows and tokens of a row.
+        window: Tokens that a token sees at most, itself included; None for all before it.
+    """
+
+    qkv: LinearGroup
+    out: LinearGroup
+    gate_up: LinearGroup
+    down: LinearGroup
+    norm1: Tensor
+    norm2: Tensor
+    norm_eps: float
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    head_eps: float
+    cos: Tensor | None
+    sin: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    activation: str
+    window: int | None
+    documents: Documents | None
+    batch: int
+    seq: int
+    policy: Policy
+    save: Callable[[Sequence[Tensor]], SavedTensors]
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return (self.qkv, self.out, self.gate_up, self.down)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all adapters, in the order in which `block_backward` gives their gradients."""
+        return [parameter for group in self.groups for parameter in group.parameters()]
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q, k, v [batch, seq, heads, head_dim] of [tokens, (heads + 2 kv_heads) head_dim]."""
+        heads = qkv.view(self.batch, self.seq, -1, self.head_dim)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        return q, k, v
+
+    def rotate(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        """Biases, head norms and rotation; in the memory of `qkv` unless its values are needed once more."""
+        arguments = (self.cos, self.sin, self.num_heads, self.num_kv_heads, bias)
+        if self.q_norm is None:
+            rotary_(qkv, *arguments)
+            return qkv
+        return rotary(qkv, *arguments, self.q_norm, self.k_norm, self.head_eps)
+
+
+@dataclass
+class Saved:
+    """What a backward pass has of its forward pass. None is what must be computed again, or what there is not.
+
+    Attributes:
+        x: The input.
+        qkv: As the head norms and the rotation leave it; where there are head norms, as they take it.
+        attention, state: The attention's output, and its log-sum-exp.
+        mid: The residual stream between attention and MLP.
+        gate_up_x: Gate and up, with room for the low-rank columns of their gradient.
+        low_qkv, low_out, low_gate_up, low_down: The inputs of the groups times their A^T, [tokens, rank].
+    """
+
+    x: Tensor | None = None
+    qkv: Tensor | None = None
+    mid: Tensor | None = None
+    attention: Tensor | None = None
+    state: AttentionState | None = None
+    gate_up_x: Tensor | None = None
+    low_qkv: Tensor | None = None
+    low_out: Tensor | None = None
+    low_gate_up: Tensor | None = None
+    low_down: Tensor | None = None
+    _taken: list[str] = field(default_factory=list)
+
+    def take_out(self) -> list[Tensor]:
+        """The tensors that may wait elsewhere, which are forgotten here: all large ones but `gate_up_x`."""
+        names = [name for name in ("x", "qkv", "mid", "attention") if getattr(self, name) is not None]
+        tensors: list[Tensor] = [getattr(self, name) for name in names]
+        if self.state is not None:
+            lse = self.state.tensors()
+            self.state = self.state.with_tensors([tensor.new_empty(0) for tensor in lse])
+            tensors += lse
+        for name in names:
+            setattr(self, name, None)
+        self._taken = names
+        return tensors
+
+    def put_back(self, tensors: Sequence[Tensor]) -> Saved:
+        """Undo `take_out`."""
+        for name, tensor in zip(self._taken, tensors, strict=False):
+            setattr(self, name, tensor)
+        if self.state is not None:
+            self.state = self.state.with_tensors(list(tensors[len(self._taken) :]))
+        return self
+
+
+def parts(num_tokens: int, whole: bool) -> Iterator[slice]:
+    """All tokens, or about equally many at a time, at most `MLP_TOKENS`."""
+    count = 1 if whole else -(-num_tokens // MLP_TOKENS)
+    size = max(1, -(-num_tokens // max(count, 1)))
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def columns(extended: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The tensor and the low-rank columns beside it."""
+    return extended[:, :count], extended[:, count:]
