@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803
 """Triton kernels of norm.py. A program holds whole rows in registers and moves each byte once."""
 
 from __future__ import annotations

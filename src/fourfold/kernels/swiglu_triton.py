@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803
 """Triton kernels of swiglu.py. A program owns a tile of rows and columns of y and moves each byte once."""
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ class _FusedBlock(torch.autograd.Function):
 def _take(ctx: Any) -> _Saved:
     """What the forward pass saved. `ctx` forgets it: a tensor is freed when the backward pass is done with it."""
     large = iter(ctx.large.take())
-    x, qkv, mid, *attended = [next(large) if present else None for present in ctx.present]
+    tensors: list[Any] = [next(large) if present else None for present in ctx.present]
+    x, qkv, mid, *attended = tensors
     saved = _Saved(
         x=x,
         qkv=qkv,
@@ -290,8 +291,11 @@ def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Ten
         documents=block.documents,
         window=block.window,
     )
+    dq, dk, dv = (part.view(len(grad), -1) for part in grads)
     return rotary_backward(
-        *(part.view(len(grad), -1) for part in grads),
+        dq,
+        dk,
+        dv,
         None if block.q_norm is None else half.qkv,
         block.cos,
         block.sin,
