@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import cdiv, on_device
+from fourfold.kernels.launching import Tile, cdiv, on_device
 from fourfold.kernels.low_rank import fill_columns
-from fourfold.kernels.norm_triton import Tile
 
 __all__ = ["BACKWARD_TILE", "FORWARD_TILE", "swiglu", "swiglu_backward_"]
 
