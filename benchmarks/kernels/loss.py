@@ -42,7 +42,7 @@ Step = Callable[[], tuple[Tensor, Tensor]]
 
 def candidates(hidden: Tensor, labels: Tensor, head: nn.Linear) -> dict[str, Step]:
     """Name -> a step that gives the mean loss and its gradient to the hidden states."""
-    batch, seq, width = hidden.shape
+    width = hidden.shape[-1]
     positions, targets = supervised_positions(labels), labels[:, 1:].flatten()
     count = len(positions)
 

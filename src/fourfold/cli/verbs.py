@@ -57,6 +57,14 @@ class Onto(StrEnum):
     original = "original"
 
 
+class Shape(StrEnum):
+    """The shapes of `fourfold.training.bench.SHAPES`, named here so that `--help` need not import it."""
+
+    eight_b = "8b"
+    one_b = "1b"
+    tiny = "tiny"
+
+
 def _read_config(config: str, overrides: list[str]) -> RunConfig:
     """A CONFIG that is an option stands for none: then all keys come from the command line."""
     if config.startswith("--"):
@@ -242,6 +250,62 @@ def _converse(session: Any, opening: list[dict[str, str]]) -> None:
             except KeyboardInterrupt:
                 # The broken-off turn is forgotten: a template wants whole answers.
                 typer.echo("\n(stopped)")
+
+
+@app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
+def bench(
+    context: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="YAML file of a run, whose model is measured; or give --shape."),
+    ] = None,
+    shape: Annotated[
+        Shape | None, typer.Option(help="Measure a model of this shape with random weights, with no CONFIG's.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows a step; without it CONFIG's, or 4 with --shape.")
+    ] = None,
+    seq: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a row; without it CONFIG's, or 2048 with --shape.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each row, after two that are not.")] = 6,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure training on this machine: tokens a second and peak memory of each recomputation policy."""
+    words = list(context.args)
+    if config is not None and config.startswith("--"):
+        # Without CONFIG, the first key of the configuration stands in its place.
+        words.insert(0, config)
+        config = None
+    if shape is not None and config is not None:
+        raise typer.BadParameter("give a CONFIG or --shape, not both", param_hint="--shape")
+    with reporting_errors(json):
+        if shape is not None:
+            words = [f"--model_name_or_path={shape.value}", *words]
+            batch, seq = batch or 4, seq or 2048
+        run_config = load_config(config, words)
+        quiet_libraries(verbose)
+        from fourfold.config import options as choices
+        from fourfold.models.loading import load_model
+        from fourfold.models.preparing import prepare
+        from fourfold.training import bench as measuring
+
+        options = choices.load_options(run_config, for_training=True)
+        with _stdout_for_result(json):
+            if shape is None:
+                model = load_model(run_config.model_name_or_path, **options)
+            else:
+                model = measuring.random_model(
+                    shape.value, options["quantization"], options["dtype"], options["device"]
+                )
+            report = measuring.bench(
+                prepare(model, choices.lora_config(run_config)),
+                batch=batch or run_config.per_device_train_batch_size,
+                seq=seq or run_config.max_length,
+                steps=steps,
+            )
+        print_result(report, json)
 
 
 @app.command()

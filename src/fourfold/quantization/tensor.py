@@ -93,13 +93,13 @@ class QuantizedTensor:
         nested_block_size = scales.nested_block_size if isinstance(scales, NestedScales) else 1
         if not serves(input, self.codebook, self.block_size, nested_block_size, num_rows):
             return torch.nn.functional.linear(input, self.dequantize(input.dtype), bias)
-        parts: Any = (
+        parts: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] = (
             (scales.absmax, None, None, None)
             if isinstance(scales, PlainScales)
             else (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
         )
         sizes = (self.block_size, nested_block_size, num_rows)
-        return matmul_4bit(input, self.codes, self.codebook, *parts, *sizes, bias)
+        return matmul_4bit(input, self.codes, self.codebook, *parts, *sizes, bias=bias)
 
     @property
     def num_elements(self) -> int:
