@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from fourfold.kernels import norm_triton
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# The interpreter cuts fp32 off to bf16 where a GPU rounds it, twice on the way.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from compiling import Variant
 
 from fourfold.kernels import norm_triton, rotary_triton, swiglu_triton
-from fourfold.kernels.norm_triton import Tile
+from fourfold.kernels.launching import Tile
 
 _TRITON_TYPE = {2: "*bf16", 4: "*fp32"}
 

@@ -21,4 +21,4 @@ def _added(pointer: str, width: int, rank: int) -> Variant:
     return Variant(low_rank_triton.add_low_rank_kernel, arguments, {"num_warps": 4})
 
 
-VARIANTS = [_added("*bf16", 4096, rank) for rank in (16, 48, 64)] + [_added("*fp32", 576, 16)]
+VARIANTS = [_added("*bf16", 4096, rank) for rank in (16, 48, 64)] + [_added("*fp16", 576, 16)]

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["cdiv", "next_power_of_2", "on_device"]
+__all__ = ["Tile", "cdiv", "next_power_of_2", "on_device"]
 
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile, and its warps."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
 
 
 def cdiv(a: int, b: int) -> int:

@@ -33,7 +33,7 @@ torch.library.define(
 )
 _add_op = torch.ops.fourfold.add_low_rank.default
 
-# Above it, registers run short, and cuBLAS is no slower.
+# Above it, and in fp32, registers run short.
 _MAX_RANK = 64
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -123,7 +123,7 @@ def add_low_rank_reference(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
 
 
 def _add_cuda(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    if low.shape[1] > _MAX_RANK:
+    if low.shape[1] > _MAX_RANK or x.dtype == torch.float32:
         return torch.addmm(x, low, up)
     refusal = columns_refuse(x, low)
     if refusal is not None:

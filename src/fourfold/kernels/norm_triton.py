@@ -1,28 +1,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803
 """Triton kernels of norm.py. A program holds whole rows in registers and moves each byte once."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
+from fourfold.kernels.launching import Tile, cdiv, next_power_of_2, on_device
 from fourfold.kernels.low_rank import fill_columns
 
-__all__ = ["Tile", "rms_norm", "rms_norm_backward", "tile_for"]
-
-
-class Tile(NamedTuple):
-    """Rows and columns of a program's tile, and its warps."""
-
-    block_m: int
-    block_k: int
-    num_warps: int
+__all__ = ["rms_norm", "rms_norm_backward", "tile_for"]
 
 
 def tile_for(width: int) -> Tile:

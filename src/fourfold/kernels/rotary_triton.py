@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803, N806
 """Triton kernels of rotary.py.
 
 A program owns some rows and some heads of them. cos and sin are read once for all its heads.
@@ -20,7 +19,7 @@ __all__ = ["BLOCK_ROWS", "HEADS_PER_PROGRAM", "HEAD_PARTS", "rotary", "rotary_",
 BLOCK_ROWS = 16
 # Heads of a program of the forward pass, and programs that share a row's heads in the backward pass.
 HEADS_PER_PROGRAM = 4
-HEAD_PARTS = 8
+HEAD_PARTS = 4
 
 
 @triton.jit

@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803
 """Triton kernels of swiglu.py. A program owns a tile of rows and columns of y and moves each byte once."""
 
 from __future__ import annotations
@@ -9,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import cdiv, on_device
+from fourfold.kernels.launching import Tile, cdiv, on_device
 from fourfold.kernels.low_rank import fill_columns
-from fourfold.kernels.norm_triton import Tile
 
 __all__ = ["BACKWARD_TILE", "FORWARD_TILE", "swiglu", "swiglu_backward_"]
 
