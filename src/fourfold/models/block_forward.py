@@ -5,7 +5,7 @@
 
 every W with its adapter (see linear_group). Activations are [tokens, features]; a name that ends in `_x` has the
 group's low-rank columns beside it. A weight is dequantized once in each pass: what a backward pass computes again
-shares it.
+shares it, but for Wo's, dequantized twice where `mid` is computed again.
 """
 
 from __future__ import annotations

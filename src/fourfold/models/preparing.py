@@ -65,7 +65,7 @@ def prepare(
 
     Raises:
         AdapterError: Targets the model does not have, or an initialisation that does not fit.
-        ConfigError: An unknown policy.
+        ConfigError: An unknown policy, or policies where blocks are not fused.
     """
     prepared = _with_adapters(model, lora_config, init_lora_weights, original, loftq_iterations)
     _fuse(prepared, fused, recompute, cuda_graphs)
