@@ -23,7 +23,7 @@ from trl import SFTTrainer
 
 from fourfold.data import Collator, pack
 from fourfold.errors import ConfigError, DataError, TrainingError
-from fourfold.training import trainer as trainer_module
+from fourfold.training.batches import looks_back_only
 from fourfold.training.trainer import FourfoldTrainer
 
 
@@ -163,7 +163,7 @@ def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
     ],
 )
 def test_mask_is_left_out_only_where_all_layers_look_back(config: PretrainedConfig, may: bool) -> None:
-    assert trainer_module._looks_back_only(config) is may
+    assert looks_back_only(config) is may
 
 
 def test_evaluation_keeps_the_mask(tmp_path: Path) -> None:

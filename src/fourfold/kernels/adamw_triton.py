@@ -40,8 +40,8 @@ def norm_kernel(
     chunk_index_ptr,
     partial_ptr,  # fp32 [num_chunks]
     first_chunk,
-    DTYPE: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Sum of squares of one chunk of a gradient; 0 where there is no gradient."""
     chunk = first_chunk + tl.program_id(0)
@@ -75,7 +75,7 @@ def finish_kernel(
     norm_ptr,
     scale_ptr,
     num_params,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ):
     """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
     lanes = tl.arange(0, BLOCK)
@@ -164,9 +164,9 @@ def update_kernel(
     map2_ptr,
     threshold1_ptr,
     threshold2_ptr,
-    DTYPE: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """AdamW on one chunk of a parameter."""
     chunk = first_chunk + tl.program_id(0)

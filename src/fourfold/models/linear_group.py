@@ -79,7 +79,7 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
             adapters = [
                 _view_adapter(module, name, training) for name in module.active_adapters if name in module.lora_A
             ]
-    if type(base) not in (QuantizedLinear, nn.Linear):
+    if type(base) is not QuantizedLinear and type(base) is not nn.Linear:
         raise Unsupported(f"a linear layer is a {type(base).__name__}")
     if base.bias is not None and not bias:
         raise Unsupported("a linear layer of the block other than q, k and v has a bias")
