@@ -112,7 +112,7 @@ def finish_kernel(
         row = row_ptr + at * _ROW
         tl.store(row, (lr / correction1).to(tl.float32), mask=mask)
         tl.store(row + 1, (1.0 / correction2).to(tl.float32), mask=mask)
-        tl.store(row + 2, (1.0 - lr * weight_decay).to(tl.float32), mask=mask)
+        tl.store(row + 2, (lr * weight_decay).to(tl.float32), mask=mask)
         tl.store(row + 3, beta1.to(tl.float32), mask=mask)
         tl.store(row + 4, (1.0 - beta1).to(tl.float32), mask=mask)
         tl.store(row + 5, beta2.to(tl.float32), mask=mask)
@@ -216,7 +216,8 @@ def update_kernel(
 
         first = first * beta1 + grad * one_minus_beta1
         second = second * beta2 + grad * grad * one_minus_beta2
-        param = param * decay - step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
+        # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
+        param -= param * decay + step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
         tl.store(param_ptr + offsets, param.to(DTYPE), mask=mask)
         if BITS == 8:
             _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, elements, mask, blocks, some)
