@@ -21,7 +21,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from trl import SFTTrainer
 
 from fourfold.data import Collator, pack
@@ -122,7 +121,7 @@ def small_model(family: str, **config: object) -> PeftModel:
     return model.train()
 
 
-@pytest.mark.parametrize(
+ALIKE = pytest.mark.parametrize(
     ("family", "config"),
     [
         ("llama", {}),
@@ -131,6 +130,9 @@ def small_model(family: str, **config: object) -> PeftModel:
         ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     ],
 )
+
+
+@ALIKE
 def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
     tmp_path: Path, family: str, config: dict[str, object]
 ) -> None:
@@ -154,68 +156,62 @@ def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
         torch.testing.assert_close(left_out, kept, rtol=1e-4, atol=1e-6)
 
 
-class AskedFor(TorchDispatchMode):
-    """Notes the operators that hand a tensor's numbers to the host: on a GPU it would wait for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
-            self.names.add(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("llama", {}),
-        ("mistral", {"sliding_window": 4}),
-        ("qwen3", {}),
-        ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
-    ],
-)
+@ALIKE
 def test_own_attention_is_told_the_documents_and_no_mask_is_made(
     tmp_path: Path, family: str, config: dict[str, object], packed: bool
 ) -> None:
     rows = tiny.rows(6)
     batch = Collator(0, width=48 if packed else 28)(list(pack(rows, 40) if packed else rows))
     made, seen, results = [], [], []
-
-    def make_mask(*args, **kwargs):
-        made.append(kwargs.get("attention_mask"))
-        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
-
-    AttentionMaskInterface.register(register_attention(), make_mask)
+    AttentionMaskInterface.register(register_attention(), lambda *_args, **kwargs: made.append(kwargs))
     try:
         for attention in ("fourfold", "sdpa"):
             model = small_model(family, **config)
-            model.get_base_model().set_attn_implementation(attention)
-            trainer = tiny.trainer(tmp_path, model)
-            trainer._head_is_plain = True  # looked at once a run, by numbers
-            model.get_base_model().model.layers[-1].register_forward_pre_hook(
+            base = model.get_base_model()
+            base.set_attn_implementation(attention)
+            base.model.layers[-1].register_forward_pre_hook(
                 lambda _module, _args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
             )
-            model.get_base_model().model.register_forward_hook(lambda *_: asked.append(set(spy.names)))
-            asked: list[set[str]] = []
-            with AskedFor() as spy:
-                loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(31))
+            loss = tiny.trainer(tmp_path, model).compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(31))
             loss.backward()
             results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-            if attention == "fourfold" and not packed:  # the CPU's kernel makes a mask of documents, the GPU's does not
-                assert asked == [set()]
     finally:
         register_attention()
-    documents = documents_from_mask(seen[0])
     assert made == []
+    documents = documents_from_mask(seen[0])
     assert documents is not None
     assert documents.cu_seqlens.tolist() == (batch["cu_seq_lens_q"].tolist() if packed else list(range(0, 169, 28)))
     assert documents.max_length == (batch["max_length_q"] if packed else 28)
     assert len(results[0]) > 10
     for told, masked in zip(*results, strict=True):
         torch.testing.assert_close(told, masked, rtol=1e-4, atol=1e-6)
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operators that hand a tensor's numbers to the host, which on a GPU waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("attention", "waits"), [("fourfold", False), ("sdpa", True)])
+def test_no_forward_pass_with_own_attention_waits_for_the_device(tmp_path: Path, attention: str, waits: bool) -> None:
+    register_attention()
+    model = small_model("llama")
+    model.get_base_model().set_attn_implementation(attention)
+    trainer = tiny.trainer(tmp_path, model)
+    batch, counts = Collator(0)(list(tiny.rows(6))), []
+    trainer.compute_loss(model, dict(batch))  # the first looks whether the head is a plain one
+    model.get_base_model().model.register_forward_hook(lambda *_: counts.append(asked.count))
+    with Asked() as asked:
+        trainer.compute_loss(model, dict(batch))
+    assert (counts[0] > 0) is waits
 
 
 def test_layers_that_do_not_name_their_window_are_told_no_documents() -> None:
