@@ -319,6 +319,7 @@ def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -
         loftq_iterations=config.loftq_iterations,
         fused=config.fused_blocks,
         recompute=config.recompute,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

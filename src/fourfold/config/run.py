@@ -153,6 +153,11 @@ class RunConfig(BaseModel):
         description="What fused blocks compute again, and what waits in host memory; a list has one for each layer; "
         "null: full with gradient_checkpointing, none without.",
     )
+    cuda_graphs: bool | None = Field(
+        None,
+        description="Fused blocks replayed as CUDA graphs where all batches have one shape; null: batches of at most "
+        "8192 tokens.",
+    )
     fused_blocks: bool | None = Field(
         None, description="Decoder layers as one function each; null: where a GPU has the kernels."
     )

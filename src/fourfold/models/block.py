@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from fourfold.models.attention_interface import ATTENTION_NAME, documents_from_m
 from fourfold.models.block_function import fused_block
 from fourfold.models.block_state import Block
 from fourfold.models.families import FAMILIES
+from fourfold.models.graphs import BlockGraphs
 from fourfold.models.linear_group import LinearGroup, Unsupported, view_linear
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
 
@@ -44,10 +46,13 @@ class FusedDecoderLayer:
     input_layernorm: Any
     post_attention_layernorm: Any
     training: bool
+    _forward_hooks: Any
     _gradient_checkpointing_func: Any
 
     recompute: str | None
+    _index: int
     _offload: HostOffload
+    _graphs: BlockGraphs | None
     _checkpoints: bool
     _told: set[str]
 
@@ -70,9 +75,14 @@ class FusedDecoderLayer:
             self._say(str(reason))
             return self._generic(hidden_states, *args, **kwargs)
         batch, seq, hidden = hidden_states.shape
-        device_type = hidden_states.device.type
-        with torch.autocast(device_type, enabled=False):
-            return fused_block(hidden_states.reshape(batch * seq, hidden), block).view(batch, seq, hidden)
+        x = hidden_states.reshape(batch * seq, hidden)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            out = None
+            if self._graphs is not None and self.training and block.needs_gradients(x) and not self._forward_hooks:
+                out = self._graphs.run(self._index, x, block)
+            if out is None:
+                out = fused_block(x, block)
+        return out.view(batch, seq, hidden)
 
     def _generic(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward = super().forward  # type: ignore[misc]  # the decoder layer's
@@ -156,6 +166,7 @@ class FusedDecoderLayer:
             batch=batch,
             seq=seq,
             policy=policy,
+            rotation=None if cos is None or position_embeddings is None else position_embeddings[0],
             save=self._offload.save,
         )
 
@@ -210,7 +221,7 @@ def _fused_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[layer_class]
 
 
-def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None) -> int:
+def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, cuda_graphs: bool | None = None) -> int:
     """Put a fused block in the place of every decoder layer that has one, on this one model object.
 
     Modules, parameters and their names stay as they are.
@@ -218,6 +229,8 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None) 
     Args:
         recompute: A policy of `POLICIES` for all layers, or one for each; None follows the model's
             `gradient_checkpointing_enable()`.
+        cuda_graphs: Whether batches that keep their shape are run by CUDA graphs (see `graphs`); None: those of at most
+            `AUTO_TOKENS` tokens.
 
     Returns:
         How many layers were replaced, or were before.
@@ -236,7 +249,10 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None) 
         if isinstance(layer, layer_class)
     ]
     offload, told = HostOffload(), set[str]()
-    for parent, name, layer in found:
+    graphs = None
+    if cuda_graphs is not False:
+        graphs = BlockGraphs() if cuda_graphs is None else BlockGraphs(max_tokens=sys.maxsize)
+    for index, (parent, name, layer) in enumerate(found):
         if not isinstance(layer, FusedDecoderLayer):
             fused_class = _fused_class(type(layer))
             fused = fused_class.__new__(fused_class)
@@ -246,6 +262,8 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None) 
             )
             fused.__dict__.update(recompute=None, _offload=offload, _checkpoints=checkpoints, _told=told)
             setattr(parent, name, fused)
+            layer = fused
+        layer.__dict__.update(_index=index, _graphs=graphs)
     if found and recompute is not None:
         set_recomputation(model, recompute)
     return len(found)

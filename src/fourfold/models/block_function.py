@@ -17,9 +17,8 @@ __all__ = ["fused_block"]
 
 def fused_block(x: Tensor, block: Block) -> Tensor:
     """The block's output [tokens, hidden] for x [tokens, hidden]; differentiable in x and in the adapters."""
-    parameters = block.parameters()
-    if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters)):
-        out: Tensor = _FusedBlock.apply(x, block, *parameters)
+    if block.needs_gradients(x):
+        out: Tensor = _FusedBlock.apply(x, block, *block.parameters())
         return out
     return block_forward(x, block, frozenset())[0]
 

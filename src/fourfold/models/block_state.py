@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from fourfold.kernels.rotary import rotary, rotary_
@@ -30,6 +31,8 @@ class Block:
         cos, sin: [positions, rotary_dim], the positions dividing the tokens; None for no rotation.
         batch, seq: Rows and tokens of a row.
         window: Tokens that a token sees at most, itself included; None for all before it.
+        rotation: The tensor that cos was made of; the same for all layers of a forward pass.
+        save: Keeps tensors for the backward pass elsewhere.
     """
 
     qkv: LinearGroup
@@ -54,6 +57,7 @@ class Block:
     batch: int
     seq: int
     policy: Policy
+    rotation: Tensor | None
     save: Callable[[Sequence[Tensor]], SavedTensors]
 
     @property
@@ -63,6 +67,22 @@ class Block:
     def parameters(self) -> list[nn.Parameter]:
         """Of all adapters, in the order in which `block_backward` gives their gradients."""
         return [parameter for group in self.groups for parameter in group.parameters()]
+
+    def needs_gradients(self, x: Tensor) -> bool:
+        """Whether a backward pass will follow."""
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+
+    def fingerprint(self) -> tuple[Hashable, ...]:
+        """Whatever decides which kernels run on which memory, but the input and the rotation."""
+        weights = [self.norm1, self.norm2, self.q_norm, self.k_norm]
+        return (
+            *(None if weight is None else weight.data_ptr() for weight in weights),
+            *(linear.fingerprint() for group in self.groups for linear in group.linears),
+            *(self.norm_eps, self.head_eps, self.num_heads, self.num_kv_heads, self.head_dim, self.scale),
+            *(self.activation, self.window, self.batch, self.seq, self.policy),
+        )
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views q, k, v [batch, seq, heads, head_dim] of [tokens, (heads + 2 kv_heads) head_dim]."""

@@ -14,7 +14,7 @@ which the kernels that write x and dY append. Each adapter of a group has column
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,10 @@ class Adapter:
     def rank(self) -> int:
         return len(self.lora_a)
 
+    def fingerprint(self) -> tuple[Hashable, ...]:
+        a, b = self.lora_a, self.lora_b
+        return (a.data_ptr(), b.data_ptr(), a.shape, a.dtype, a.requires_grad, b.requires_grad, self.scaling)
+
 
 @dataclass(frozen=True)
 class AdaptedLinear:
@@ -58,6 +62,15 @@ class AdaptedLinear:
     @property
     def rank(self) -> int:
         return sum(adapter.rank for adapter in self.adapters)
+
+    def fingerprint(self) -> tuple[Hashable, ...]:
+        """Which memory and which numbers its products are made of."""
+        bias = self.base.bias
+        return (
+            self.base.weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            *(value for adapter in self.adapters for value in adapter.fingerprint()),
+        )
 
 
 def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> AdaptedLinear:
@@ -71,7 +84,7 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
     """
     _refuse_hooks(module)
     adapters: list[Adapter] = []
-    base = module
+    base: Any = module
     if isinstance(module, PeftLoraLinear):
         base = module.get_base_layer()
         _refuse_hooks(base)

@@ -40,6 +40,7 @@ def prepare(
     loftq_iterations: int = 1,
     fused: bool | None = None,
     recompute: str | Sequence[str] | None = None,
+    cuda_graphs: bool | None = None,
 ) -> PeftModel:
     """Put LoRA adapters on a model, quantized or not, and fused blocks in the place of its decoder layers.
 
@@ -55,6 +56,8 @@ def prepare(
         recompute: What a fused block computes again in the backward pass: a policy of
             `fourfold.models.recomputation.POLICIES`, or one for each layer. None follows the model's
             `gradient_checkpointing_enable()`: "full" after it, "none" without it.
+        cuda_graphs: Whether fused blocks are replayed as CUDA graphs where batches keep their shape; None: batches of
+            at most `fourfold.models.graphs.AUTO_TOKENS` tokens.
 
     Returns:
         PEFT's model; its `save_pretrained` writes what plain PEFT reads. An adapter that changed its base (PiSSA, LoftQ
@@ -65,7 +68,7 @@ def prepare(
         ConfigError: An unknown policy.
     """
     prepared = _with_adapters(model, lora_config, init_lora_weights, original, loftq_iterations)
-    _fuse(prepared, fused, recompute)
+    _fuse(prepared, fused, recompute, cuda_graphs)
     return prepared
 
 
@@ -108,13 +111,15 @@ def _with_adapters(
     return prepared
 
 
-def _fuse(model: PeftModel, fused: bool | None, recompute: str | Sequence[str] | None) -> None:
+def _fuse(
+    model: PeftModel, fused: bool | None, recompute: str | Sequence[str] | None, cuda_graphs: bool | None
+) -> None:
     if fused is None:
         weight = model.get_base_model().get_input_embeddings().weight
         fused = weight.device.type == "cuda" and triton_refuses(weight) is None
     if fused:
         base = model.get_base_model()
-        num_fused = fuse_blocks(base, recompute)
+        num_fused = fuse_blocks(base, recompute, cuda_graphs)
         if num_fused and base.config._attn_implementation == "sdpa":
             # For what takes the generic path, and for masks: none is built that the blocks would not look at.
             base.set_attn_implementation(register_attention())
@@ -165,7 +170,7 @@ def load_adapter(
         _check_initialisation(config, folder)
         register(config)
     loaded = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
-    _fuse(loaded, fused, None)
+    _fuse(loaded, fused, None, False)
     return loaded
 
 
