@@ -127,7 +127,7 @@ def _add_cuda(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
         return torch.addmm(x, low, up)
     refusal = columns_refuse(x, low)
     if refusal is not None:
-        say_once(logger, f"a low-rank product is added in PyTorch: {refusal}")
+        say_once(logger, f"an adapter's product is added in PyTorch, slower than by its kernel: {refusal}")
         return add_low_rank_reference(x, low, up)
     from fourfold.kernels import low_rank_triton
 

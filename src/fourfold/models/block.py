@@ -126,8 +126,13 @@ class FusedDecoderLayer:
             documents = Documents(cu_seq_lens_q, int(max_length_q))
         if attention_mask is not None and documents is None and window_from_mask(attention_mask) is None:
             raise Unsupported("the attention mask is not plainly causal")
+        if documents is not None and documents.are_rows(len(hidden_states)):
+            documents = None
         if self.training and attention.attention_dropout > 0:
             raise Unsupported("attention_dropout is above 0")
+        activation = _ACTIVATIONS.get(attention.config.hidden_act)
+        if activation is None:
+            raise Unsupported(f"hidden_act is {attention.config.hidden_act}")
         self._check_dtype(hidden_states)
         for module in (attention, self.mlp, self.input_layernorm, self.post_attention_layernorm):
             if module._forward_hooks or module._forward_pre_hooks:
@@ -160,7 +165,7 @@ class FusedDecoderLayer:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             scale=attention.scaling,
-            activation=_ACTIVATIONS[attention.config.hidden_act],
+            activation=activation,
             window=window,
             documents=documents,
             batch=batch,

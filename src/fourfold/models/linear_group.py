@@ -103,7 +103,7 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
 
 def _view_adapter(module: Any, name: str, training: bool) -> Adapter:
     if name in module.lora_variant:
-        raise Unsupported(f"the adapter is a {type(module.lora_variant[name]).__name__.strip('_')}")
+        raise Unsupported(f"the adapter is no plain LoRA but a {type(module.lora_variant[name]).__name__.strip('_')}")
     if training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
         raise Unsupported("lora_dropout is above 0")
     lora_a, lora_b = module.lora_A[name], module.lora_B[name]
