@@ -58,8 +58,8 @@ class Setting:
 SETTINGS = {
     "8b-4x2048-recompute": Setting("8b", 4, 2048, "selective_offload"),
     "8b-4x2048": Setting("8b", 4, 2048, "none"),
-    "8b-1x2048-recompute": Setting("8b", 1, 2048, "selective_offload"),
-    "8b-1x32768-recompute": Setting("8b", 1, 32768, "selective_offload"),
+    "8b-1x2048-recompute": Setting("8b", 1, 2048, "selective"),
+    "8b-1x32768-recompute": Setting("8b", 1, 32768, "mlp_offload"),
     "1b-4x2048-recompute": Setting("1b", 4, 2048, "selective_offload"),
     "1b-4x2048": Setting("1b", 4, 2048, "none"),
     "tiny-2x32": Setting("tiny", 2, 32, "none"),

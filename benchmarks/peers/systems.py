@@ -62,6 +62,8 @@ class Training:
 def fourfold(job: Job, *, fused: bool | None = None) -> Callable[[], Training]:
     import fourfold
     from fourfold.data.packing import supervised_positions
+    from fourfold.models.attention import Documents
+    from fourfold.models.attention_interface import ATTENTION_NAME, document_mask
     from fourfold.training.loss import supervised_cross_entropy
 
     model = fourfold.load_model(
@@ -79,8 +81,14 @@ def fourfold(job: Job, *, fused: bool | None = None) -> Callable[[], Training]:
         # Found once, as the collator does it beside the training: every token has a label.
         positions = supervised_positions(torch.zeros(job.batch, job.seq, dtype=torch.int64)).to(job.device)
 
+        # As the trainer does: rows named as documents, for which no dense mask is made and nothing synchronises.
+        mask = None
+        if base.config._attn_implementation == ATTENTION_NAME:
+            boundaries = torch.arange(0, job.batch * job.seq + 1, job.seq, dtype=torch.int32, device=job.device)
+            mask = document_mask(Documents(boundaries, job.seq))
+
         def loss(ids: Tensor) -> Tensor:
-            hidden_states = base.base_model(input_ids=ids, use_cache=False)[0]
+            hidden_states = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             supervised = supervised_cross_entropy(hidden_states, ids, base.get_output_embeddings(), positions)
             return supervised.loss_sum / (ids.shape[0] * (ids.shape[1] - 1))
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 # cuDNN's backward pass of the attention sums in no fixed order.
 ORDER_OF_SUMS = 3e-3
-SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64, "num_hidden_layers": 3}
+SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64}
 
 
 def model(name: str = "qwen3-head-norms", recompute: str = "none", graphs: bool = True) -> PeftModel:
@@ -51,7 +51,7 @@ def test_replayed_passes_give_what_launched_ones_give_on_every_batch(name: str, 
                 for key, parameter in each.named_parameters():
                     if key in grads:
                         parameter -= 0.1 * grads[key].to(parameter.dtype)
-    assert graphs_of(replayed)._replays == 4 * 3
+    assert graphs_of(replayed)._replays == 4 * 2
 
 
 def test_gradients_of_several_microbatches_add_up() -> None:

@@ -126,7 +126,8 @@ class FusedDecoderLayer:
             documents = Documents(cu_seq_lens_q, int(max_length_q))
         if attention_mask is not None and documents is None and window_from_mask(attention_mask) is None:
             raise Unsupported("the attention mask is not plainly causal")
-        if documents is not None and documents.are_rows(len(hidden_states)):
+        batch, seq, _ = hidden_states.shape
+        if documents is not None and documents.are_rows(batch):
             documents = None
         if self.training and attention.attention_dropout > 0:
             raise Unsupported("attention_dropout is above 0")
@@ -141,7 +142,6 @@ class FusedDecoderLayer:
         qkv = LinearGroup(*(view(getattr(attention, name), bias=True) for name in ("q_proj", "k_proj", "v_proj")))
         head_dim = attention.head_dim
         num_heads, num_kv_heads = (linear.base.out_features // head_dim for linear in qkv.linears[:2])
-        batch, seq, _ = hidden_states.shape
         window = _window(attention, seq)
         cos, sin = _rotation(attention, position_embeddings, hidden_states)
         policy = POLICIES[self.recompute or ("full" if self._checkpoints and self.training else "none")]

@@ -73,7 +73,7 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
     for part in parts(len(x), whole=keeps_gate_up):
         # With room for the low-rank columns of the backward pass, which works in this memory.
         gate_up_x = x.new_empty(part.stop - part.start, weight.rows + block.gate_up.rank)
-        gate_up, _ = columns(gate_up_x, weight.rows)
+        gate_up = gate_up_x[:, : weight.rows]
         torch.mm(normed_x[part], weight.forward.T, out=gate_up)
         act_x = swiglu(gate_up, down.down, block.activation)
         if saved.low_down is not None:

@@ -17,7 +17,7 @@ __all__ = ["Block", "Saved", "columns", "parts"]
 
 # The MLP works on this many tokens at a time where gate and up are not kept: enough for matrix products to run at full
 # speed, few enough that its three wide tensors do not set the peak of memory.
-MLP_TOKENS = 4096
+MLP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
