@@ -285,6 +285,8 @@ def test_an_unknown_policy_or_a_wrong_number_of_them_is_refused(recompute: Any, 
 def test_a_policy_without_fused_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="fused"):
         prepare(decoder("llama-gqa"), LoraConfig(r=2), fused=False, recompute="none")
+    with pytest.raises(ConfigError, match="fused"):
+        prepare(decoder("gemma"), LoraConfig(r=2), fused=True, recompute="none")
 
 
 def test_merging_and_unloading_work_on_fused_blocks() -> None:
