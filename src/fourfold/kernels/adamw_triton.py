@@ -200,6 +200,8 @@ def update_kernel(
         mask = offsets < numel
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
+        param -= param * decay
         elements = begin + offsets
         if BITS == 8:
             rows = start // _COLUMNS + tl.arange(0, _ROWS)
@@ -216,8 +218,7 @@ def update_kernel(
 
         first = first * beta1 + grad * one_minus_beta1
         second = second * beta2 + grad * grad * one_minus_beta2
-        # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
-        param -= param * decay + step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
+        param -= step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
         tl.store(param_ptr + offsets, param.to(DTYPE), mask=mask)
         if BITS == 8:
             _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, elements, mask, blocks, some)

@@ -132,7 +132,7 @@ def _fuse(
         raise ConfigError(
             "recomputation policies belong to the fused blocks, which this model does not get",
             found=f"recompute={recompute!r}",
-            hint="use gradient_checkpointing, or a family with fused blocks on a GPU of compute capability 8.0 with Triton",
+            hint="use gradient_checkpointing, or a family with fused blocks on a GPU of compute capability 8.0",
         )
 
 
