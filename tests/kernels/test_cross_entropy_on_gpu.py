@@ -24,7 +24,7 @@ def problem(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def exact(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    wide = logits.double().requires_grad_()
+    wide = logits.to(torch.float64, copy=True).requires_grad_()
     loss = functional.cross_entropy(wide, targets, ignore_index=-100, reduction="none")
     return loss.detach(), torch.autograd.grad(loss.sum(), wide)[0]
 

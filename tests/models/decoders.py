@@ -57,8 +57,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 def decoder(
     name: str, dtype: torch.dtype = torch.float32, *, quantized: bool = True, device: str = "cpu", **changes: Any
 ) -> PreTrainedModel:
-    """A model whose norms and biases are random, too."""
-    model_type, own = DECODERS[name]
+    """A model whose norms and biases are random, too; by a name of `DECODERS`, or a model type."""
+    model_type, own = DECODERS.get(name, (name, {}))
     config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -64,7 +64,9 @@ def check(
         assert one.shape == other.shape, name
         assert one.dtype == q.dtype, name
         assert one.is_contiguous(), name
-        error = float((one.double() - other).norm() / other.norm())
+        # A token that sees itself alone gives q and k no gradient at all; dv is then what their roundings are small to.
+        size = other.norm() if other.any() else expected[3].norm()
+        error = float((one.double() - other).norm() / size)
         assert error < BOUNDS[q.dtype], f"{name}: {error:.2e}"
 
 

@@ -11,6 +11,8 @@ from peft import LoraConfig
 from torch import nn
 
 from fourfold.errors import ConfigError
+from fourfold.models.attention import Documents
+from fourfold.models.attention_interface import document_mask
 from fourfold.models.block import FusedDecoderLayer, set_recomputation
 from fourfold.models.preparing import prepare
 from fourfold.models.recomputation import POLICIES
@@ -194,7 +196,7 @@ def test_hidden_states_of_all_layers_can_still_be_asked_for() -> None:
     ("lora", "reason"),
     [
         ({"lora_dropout": 0.1}, "lora_dropout is above 0"),
-        ({"use_dora": True}, "the adapter is a QuantizedDoraVariant"),
+        ({"use_dora": True}, "the adapter is no plain LoRA but a QuantizedDoraVariant"),
     ],
 )
 def test_what_the_block_cannot_do_falls_back_and_says_so_once(
@@ -212,6 +214,23 @@ def test_what_the_block_cannot_do_falls_back_and_says_so_once(
     said = [record.message for record in caplog.records if "generic path" in record.message]
     assert len(said) == 1
     assert reason in said[0]
+
+
+def test_an_activation_without_a_kernel_takes_the_generic_path() -> None:
+    fused, generic = (adapted(decoder("llama", hidden_act="relu"), fused=choice) for choice in (True, False))
+    assert distance(loss_and_grads(fused)[1], loss_and_grads(generic)[1]) < 1e-6
+    assert took_generic_path(fused) == {"hidden_act is relu"}
+
+
+def test_rows_that_are_told_as_documents_are_plain_rows() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True)
+    layer = fused_layers(model)[0]
+    hidden, rotation = torch.randn(2, 11, 64), (torch.ones(1, 11, 16), torch.zeros(1, 11, 16))
+    rows, packed = torch.tensor([0, 11, 22], dtype=torch.int32), torch.tensor([0, 4, 11, 22], dtype=torch.int32)
+    for bounds, documents in ((rows, False), (packed, True)):
+        mask = document_mask(Documents(bounds, 11))
+        block = layer._block(hidden, attention_mask=mask, position_embeddings=rotation)
+        assert (block.documents is not None) is documents
 
 
 def test_a_hook_on_a_module_inside_the_block_still_runs() -> None:
@@ -266,6 +285,8 @@ def test_an_unknown_policy_or_a_wrong_number_of_them_is_refused(recompute: Any, 
 def test_a_policy_without_fused_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="fused"):
         prepare(decoder("llama-gqa"), LoraConfig(r=2), fused=False, recompute="none")
+    with pytest.raises(ConfigError, match="fused"):
+        prepare(decoder("gemma"), LoraConfig(r=2), fused=True, recompute="none")
 
 
 def test_merging_and_unloading_work_on_fused_blocks() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from decoders import DECODERS, adapted, decoder, distance, ids, loss_and_grads
 
+from fourfold.models.attention import Documents
+from fourfold.models.attention_interface import document_mask
 from fourfold.models.block import FusedDecoderLayer, set_recomputation
 from fourfold.models.recomputation import POLICIES
 
@@ -110,8 +112,9 @@ def test_each_policy_holds_less_between_forward_and_backward_than_the_one_before
     token_bytes = tokens.numel() * 2 * 8
     assert held["none"] > held["mlp"] + token_bytes * 2 * 1408 * 0.9
     assert held["mlp"] > held["selective"] > held["full"] > held["full_offload"]
-    # Beyond the input of each layer, only low-rank products are kept.
-    assert held["full"] < token_bytes * 512 * 1.3
+    # Beyond the input of each layer, two low-rank products of 16 columns are kept, and once for all 8 layers what the
+    # model's last norm holds: its input in fp32. 5% are for rotations, labels and the allocator's rounding.
+    assert held["full"] < token_bytes * (512 + 2 * 16 + 2 * 512 / 8) * 1.05
     # Of all layers but the last two, nothing is left on the GPU.
     assert held["selective_offload"] < held["selective"] * 0.5
 
@@ -148,11 +151,15 @@ def test_a_step_launches_no_synchronisation() -> None:
         decoder("llama-gqa", torch.bfloat16, device="cuda", **LARGER), fused=True, r=16, recompute="full_offload"
     )
     tokens = ids(2, 256, device="cuda")
+    # Each row a document, as in training: without a mask, Transformers asks the device whether rows are packed.
+    ends = torch.arange(0, tokens.numel() + 1, 256, dtype=torch.int32, device="cuda")
+    inputs = {"input_ids": tokens, "attention_mask": document_mask(Documents(ends, 256)), "use_cache": False}
     model.train()
     for _ in range(2):
-        model(input_ids=tokens, use_cache=False).logits.float().mean().backward()
+        model(**inputs).logits.float().mean().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(input_ids=tokens, use_cache=False).logits.float().mean().backward()
+        model(**inputs).logits.float().mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert took_generic_path(model) == set()

@@ -67,11 +67,13 @@ def test_many_layers_tensors_come_back_bit_for_bit_while_the_gpu_is_busy() -> No
 @pytest.mark.gpu
 def test_a_forward_pass_without_a_backward_pass_leaves_nothing_behind() -> None:
     offload = HostOffload()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
     for _ in range(4):
         offload.save([torch.randn(1 << 22, device="cuda")])
     gc.collect()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    assert before <= 3 * (1 << 24)
+    # The last two are still on their way.
+    assert torch.cuda.memory_allocated() - before <= 2 * (1 << 24)
     taken = offload.save([torch.ones(8, device="cuda")]).take()
     assert float(taken[0].sum()) == 8.0

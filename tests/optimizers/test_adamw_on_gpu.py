@@ -24,7 +24,8 @@ def give_gradients(params: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator("cuda").manual_seed(step)
     for param in params:
         noise = torch.randn(param.shape, generator=generator, device="cuda")
-        param.grad = (param.detach().float() + noise).to(param.dtype)
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        param.grad = (param.detach().to(dtype) + noise).to(param.dtype)
 
 
 def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, clip: float | None = None) -> None:
@@ -41,12 +42,14 @@ def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("clip", [None, 5.0])
-def test_32_bit_numbers_are_those_of_torch(clip: float | None) -> None:
-    ours, wanted = parameters(), parameters()
-    optimizer = AdamW(ours, **SETTINGS, max_grad_norm=clip)
-    train(optimizer, ours, 100)
-    train(torch.optim.AdamW(wanted, **SETTINGS, fused=True), wanted, 100, clip)
-    assert distance(ours, wanted) < 2e-6
+def test_32_bit_numbers_are_no_further_from_float64_than_those_of_torch(clip: float | None) -> None:
+    ours, theirs, exact = parameters(), parameters(), parameters(torch.float64)
+    train(AdamW(ours, **SETTINGS, max_grad_norm=clip), ours, 100)
+    train(torch.optim.AdamW(theirs, **SETTINGS, fused=True), theirs, 100, clip)
+    train(torch.optim.AdamW(exact, **SETTINGS), exact, 100, clip)
+    # Both multiply in orders of their own, so that one is nearer here and the other there.
+    assert distance(ours, exact) < 1.5 * distance(theirs, exact)
+    assert distance(ours, theirs) < 1e-5
 
 
 def test_8_bit_numbers_are_those_of_bitsandbytes() -> None:

@@ -9,7 +9,9 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,7 +25,8 @@ from trl import SFTTrainer
 
 from fourfold.data import Collator, pack
 from fourfold.errors import ConfigError, DataError, TrainingError
-from fourfold.training import trainer as trainer_module
+from fourfold.models.attention_interface import documents_from_mask, register_attention
+from fourfold.training.batches import boundary_mask, looks_back_only
 from fourfold.training.trainer import FourfoldTrainer
 
 
@@ -118,7 +121,7 @@ def small_model(family: str, **config: object) -> PeftModel:
     return model.train()
 
 
-@pytest.mark.parametrize(
+ALIKE = pytest.mark.parametrize(
     ("family", "config"),
     [
         ("llama", {}),
@@ -127,6 +130,9 @@ def small_model(family: str, **config: object) -> PeftModel:
         ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     ],
 )
+
+
+@ALIKE
 def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
     tmp_path: Path, family: str, config: dict[str, object]
 ) -> None:
@@ -150,6 +156,72 @@ def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
         torch.testing.assert_close(left_out, kept, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@ALIKE
+def test_own_attention_is_told_the_documents_and_no_mask_is_made(
+    tmp_path: Path, family: str, config: dict[str, object], packed: bool
+) -> None:
+    rows = tiny.rows(6)
+    batch = Collator(0, width=48 if packed else 28)(list(pack(rows, 40) if packed else rows))
+    made, seen, results = [], [], []
+    AttentionMaskInterface.register(register_attention(), lambda *_args, **kwargs: made.append(kwargs))
+    try:
+        for attention in ("fourfold", "sdpa"):
+            model = small_model(family, **config)
+            base = model.get_base_model()
+            base.set_attn_implementation(attention)
+            base.model.layers[-1].register_forward_pre_hook(
+                lambda _module, _args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+            )
+            loss = tiny.trainer(tmp_path, model).compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(31))
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    finally:
+        register_attention()
+    assert made == []
+    documents = documents_from_mask(seen[0])
+    assert documents is not None
+    assert documents.cu_seqlens.tolist() == (batch["cu_seq_lens_q"].tolist() if packed else list(range(0, 169, 28)))
+    assert documents.max_length == (batch["max_length_q"] if packed else 28)
+    assert len(results[0]) > 10
+    for told, masked in zip(*results, strict=True):
+        torch.testing.assert_close(told, masked, rtol=1e-4, atol=1e-6)
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operators that hand a tensor's numbers to the host, which on a GPU waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("attention", "waits"), [("fourfold", False), ("sdpa", True)])
+def test_no_forward_pass_with_own_attention_waits_for_the_device(tmp_path: Path, attention: str, waits: bool) -> None:
+    register_attention()
+    model = small_model("llama")
+    model.get_base_model().set_attn_implementation(attention)
+    trainer = tiny.trainer(tmp_path, model)
+    batch, counts = Collator(0)(list(tiny.rows(6))), []
+    trainer.compute_loss(model, dict(batch))  # the first looks whether the head is a plain one
+    model.get_base_model().model.register_forward_hook(lambda *_: counts.append(asked.count))
+    with Asked() as asked:
+        trainer.compute_loss(model, dict(batch))
+    assert (counts[0] > 0) is waits
+
+
+def test_layers_that_do_not_name_their_window_are_told_no_documents() -> None:
+    batch = Collator(0)(list(tiny.rows(2)))
+    config = AutoConfig.for_model("starcoder2", sliding_window=4, attn_implementation="fourfold")
+    assert boundary_mask(batch, config) is None
+    config.sliding_window = None
+    assert boundary_mask(batch, config) is not None
+
+
 @pytest.mark.parametrize(
     ("config", "may"),
     [
@@ -163,7 +235,7 @@ def test_mask_of_padding_on_the_right_is_left_out_and_no_number_changes(
     ],
 )
 def test_mask_is_left_out_only_where_all_layers_look_back(config: PretrainedConfig, may: bool) -> None:
-    assert trainer_module._looks_back_only(config) is may
+    assert looks_back_only(config) is may
 
 
 def test_evaluation_keeps_the_mask(tmp_path: Path) -> None:

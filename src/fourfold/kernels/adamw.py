@@ -5,7 +5,7 @@ For a parameter p with gradient g, in fp32 (https://arxiv.org/abs/1711.05101, al
     g = g * min(1, max_grad_norm / (norm of all gradients + 1e-6))
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
-    p = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)
+    p = p - lr * weight_decay * p - lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)
 
 8-bit moments are codes in blocks of 256 that share a scale (https://arxiv.org/abs/2110.02861): an element is
 map[code] * absmax[block], with the signed dynamic map for m and the unsigned one for v, and the nearest code is taken.
@@ -211,7 +211,7 @@ def adamw_step(
 
             adamw_step_triton(state, grads, groups, max_grad_norm, loss)
             return
-        say_once(logger, f"AdamW runs in PyTorch, one parameter at a time: {refusal}")
+        say_once(logger, f"AdamW runs in PyTorch, one parameter at a time and slower than by its kernel: {refusal}")
     adamw_step_reference(state, grads, groups, max_grad_norm, loss)
 
 
@@ -251,7 +251,8 @@ def _update(param: Tensor, grad: Tensor, state: AdamWState, index: int, group: H
     second.mul_(group.beta2).addcmul_(grad, grad, value=1 - group.beta2)
     denominator = (second.sqrt() / math.sqrt(1 - group.beta2**step)).add_(group.eps)
     updated = param.float()  # the parameter itself where it is fp32
-    updated.mul_(1 - group.lr * group.weight_decay)
+    # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
+    updated.sub_(updated, alpha=group.lr * group.weight_decay)
     updated.addcdiv_(first, denominator, value=-group.lr / (1 - group.beta1**step))
     if updated is not param:
         param.copy_(updated)

@@ -40,8 +40,8 @@ def norm_kernel(
     chunk_index_ptr,
     partial_ptr,  # fp32 [num_chunks]
     first_chunk,
-    DTYPE: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Sum of squares of one chunk of a gradient; 0 where there is no gradient."""
     chunk = first_chunk + tl.program_id(0)
@@ -75,7 +75,7 @@ def finish_kernel(
     norm_ptr,
     scale_ptr,
     num_params,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ):
     """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
     lanes = tl.arange(0, BLOCK)
@@ -112,7 +112,7 @@ def finish_kernel(
         row = row_ptr + at * _ROW
         tl.store(row, (lr / correction1).to(tl.float32), mask=mask)
         tl.store(row + 1, (1.0 / correction2).to(tl.float32), mask=mask)
-        tl.store(row + 2, (1.0 - lr * weight_decay).to(tl.float32), mask=mask)
+        tl.store(row + 2, (lr * weight_decay).to(tl.float32), mask=mask)
         tl.store(row + 3, beta1.to(tl.float32), mask=mask)
         tl.store(row + 4, (1.0 - beta1).to(tl.float32), mask=mask)
         tl.store(row + 5, beta2.to(tl.float32), mask=mask)
@@ -164,9 +164,9 @@ def update_kernel(
     map2_ptr,
     threshold1_ptr,
     threshold2_ptr,
-    DTYPE: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """AdamW on one chunk of a parameter."""
     chunk = first_chunk + tl.program_id(0)
@@ -200,6 +200,8 @@ def update_kernel(
         mask = offsets < numel
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
+        param -= param * decay
         elements = begin + offsets
         if BITS == 8:
             rows = start // _COLUMNS + tl.arange(0, _ROWS)
@@ -216,7 +218,7 @@ def update_kernel(
 
         first = first * beta1 + grad * one_minus_beta1
         second = second * beta2 + grad * grad * one_minus_beta2
-        param = param * decay - step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
+        param -= step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
         tl.store(param_ptr + offsets, param.to(DTYPE), mask=mask)
         if BITS == 8:
             _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, elements, mask, blocks, some)

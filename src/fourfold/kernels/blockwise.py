@@ -220,7 +220,7 @@ def says_no_kernel(codes: Tensor, codebook: Tensor, block_size: int, nested_bloc
         if reason is None and (size < least or size & (size - 1)):
             reason = f"blocks of {size} are not a power of two of at least {least}"
     if reason is not None:
-        say_once(logger, f"quantized tensors are decoded by PyTorch, slower than by a kernel: {reason}")
+        say_once(logger, f"weights are dequantized by PyTorch, slower than by a kernel: {reason}")
     return reason is not None
 
 

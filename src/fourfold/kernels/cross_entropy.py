@@ -68,7 +68,7 @@ def _cuda(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tens
     if refusal is None and logits.dtype == torch.float64:
         refusal = "no kernel takes fp64"
     if refusal is not None:
-        say_once(logger, f"cross entropy takes the PyTorch path: {refusal}")
+        say_once(logger, f"cross entropy runs in PyTorch, slower than by its kernel: {refusal}")
         return cross_entropy_reference(logits, targets, gradient)
     from fourfold.kernels.cross_entropy_triton import cross_entropy_triton
 

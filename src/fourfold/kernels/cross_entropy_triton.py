@@ -26,10 +26,10 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     loss_ptr,  # fp32 [tokens]
     ranked_first_ptr,  # int8 [tokens]
     row_stride,
-    VOCAB: tl.constexpr,  # noqa: N803
-    GRADIENT: tl.constexpr,  # noqa: N803
-    LANES: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
+    VOCAB: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -37,7 +37,7 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     # Each row of a tile is one thread's vector load, so that sums over it stay in the thread; threads meet once, at
     # the end of the row.
     lanes = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    TILES: tl.constexpr = (VOCAB + LANES * WIDTH - 1) // (LANES * WIDTH)  # noqa: N806
+    TILES: tl.constexpr = (VOCAB + LANES * WIDTH - 1) // (LANES * WIDTH)
     if target == -100:
         if GRADIENT:
             for tile in range(TILES):

@@ -215,7 +215,7 @@ def _fake(*_: object) -> None:
 
 def _refuses(out: Tensor, codes: Tensor, codebook: Tensor, block_size: int, nested_block_size: int = 1) -> bool:
     if out.numel() >= 2**31:
-        say_once(logger, "matrices of 2**31 elements are expanded by PyTorch, slower than by a kernel")
+        say_once(logger, "weights of 2**31 elements or more are dequantized by PyTorch, slower than by a kernel")
         return True
     return says_no_kernel(codes, codebook, block_size, nested_block_size)
 

@@ -76,11 +76,7 @@ def extend(x: Tensor, projection: Tensor | None) -> Tensor:
     """
     if projection is None:
         return x.contiguous()
-    rows, width = x.shape
-    extended = x.new_empty(rows, width + projection.shape[0])
-    extended[:, :width] = x
-    fill_columns(extended, width, projection)
-    return extended
+    return torch.cat([x, x @ projection.t()], dim=1)
 
 
 def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:
@@ -127,7 +123,7 @@ def _add_cuda(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
         return torch.addmm(x, low, up)
     refusal = columns_refuse(x, low)
     if refusal is not None:
-        say_once(logger, f"a low-rank product is added in PyTorch: {refusal}")
+        say_once(logger, f"an adapter's product is added in PyTorch, slower than by its kernel: {refusal}")
         return add_low_rank_reference(x, low, up)
     from fourfold.kernels import low_rank_triton
 

@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803, N806
 """Triton kernel of low_rank.py: a low-rank product is added in the pass that copies what it is added to."""
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
 def _forward_cuda(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
     refusal = _refusal(x)
     if refusal is not None:
-        say_once(logger, f"RMSNorm runs in PyTorch: {refusal}")
+        say_once(logger, f"RMSNorm runs in PyTorch, slower than by its kernel: {refusal}")
         return rms_norm_reference(x, weight, eps, projection)
     from fourfold.kernels import norm_triton
 
@@ -131,7 +131,7 @@ def _backward_cuda(
 ) -> Tensor:
     refusal = _refusal(x, grad, residual_grad)
     if refusal is not None:
-        say_once(logger, f"RMSNorm's gradient runs in PyTorch: {refusal}")
+        say_once(logger, f"RMSNorm's gradient runs in PyTorch, slower than by its kernel: {refusal}")
         return rms_norm_backward_reference(grad, x, weight, rstd, residual_grad, projection)
     from fourfold.kernels import norm_triton
 

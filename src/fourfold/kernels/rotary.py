@@ -220,7 +220,7 @@ def _forward_cuda(
 ) -> Tensor:
     refusal = columns_refuse(qkv, cos, sin)
     if refusal is not None:
-        say_once(logger, f"the rotary embedding runs in PyTorch: {refusal}")
+        say_once(logger, f"the rotary embedding runs in PyTorch, slower than by its kernel: {refusal}")
         return rotary_reference(qkv, cos, sin, num_heads, num_kv_heads, bias, q_norm, k_norm, eps)
     from fourfold.kernels import rotary_triton
 
@@ -237,7 +237,7 @@ def _inplace_cuda(
 ) -> None:
     refusal = columns_refuse(qkv, cos, sin)
     if refusal is not None:
-        say_once(logger, f"the rotary embedding runs in PyTorch: {refusal}")
+        say_once(logger, f"the rotary embedding runs in PyTorch, slower than by its kernel: {refusal}")
         _rotary_inplace_reference(qkv, cos, sin, num_heads, num_kv_heads, bias)
         return
     from fourfold.kernels import rotary_triton
@@ -263,7 +263,7 @@ def _backward_cuda(
     heads, norms = (num_heads, num_kv_heads), (q_norm, k_norm)
     refusal = columns_refuse(dq, dk, dv, qkv_raw, cos, sin)
     if refusal is not None:
-        say_once(logger, f"the rotary embedding's gradient runs in PyTorch: {refusal}")
+        say_once(logger, f"the rotary embedding's gradient runs in PyTorch, slower than by its kernel: {refusal}")
         return rotary_backward_reference(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
     from fourfold.kernels import rotary_triton
 

@@ -121,10 +121,15 @@ def swiglu_backward_reference_(
     fill_columns(gate_up_ext, 2 * width, projection)
 
 
+def _refusal(activation: str, *tensors: Tensor) -> str | None:
+    # One that is not in the table is refused by the reference, with an error.
+    return columns_refuse(*tensors) if activation in ACTIVATIONS else f"no kernel knows {activation!r}"
+
+
 def _forward_cuda(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
-    refusal = columns_refuse(gate_up)
-    if refusal is not None or activation not in ACTIVATIONS:
-        say_once(logger, f"the gated activation runs in PyTorch: {refusal or activation}")
+    refusal = _refusal(activation, gate_up)
+    if refusal is not None:
+        say_once(logger, f"the gated activation runs in PyTorch, slower than by its kernel: {refusal}")
         return swiglu_reference(gate_up, projection, activation)
     from fourfold.kernels import swiglu_triton
 
@@ -137,9 +142,9 @@ def _backward_cuda(
     projection: Tensor | None = None,
     activation: str = "silu",
 ) -> None:
-    refusal = columns_refuse(gate_up_ext, grad)
-    if refusal is not None or activation not in ACTIVATIONS:
-        say_once(logger, f"the gated activation's gradient runs in PyTorch: {refusal or activation}")
+    refusal = _refusal(activation, gate_up_ext, grad)
+    if refusal is not None:
+        say_once(logger, f"the gated activation's gradient runs in PyTorch, slower than by its kernel: {refusal}")
         swiglu_backward_reference_(gate_up_ext, grad, projection, activation)
         return
     from fourfold.kernels import swiglu_triton

@@ -96,8 +96,8 @@ def attention_backward(
 def _narrowest(q: Tensor, documents: Documents | None, window: int | None) -> tuple[Documents | None, int | None]:
     """Leaves out boundaries and windows that forbid nothing, so that the faster kernels can run."""
     batch, length = q.shape[:2]
-    if documents is not None and documents.cu_seqlens.shape[0] == batch + 1:
-        documents = None  # as many documents as rows, and none crosses the end of one: each row is a document
+    if documents is not None and documents.are_rows(batch):
+        documents = None
     if window is not None and window >= (length if documents is None else documents.max_length):
         window = None
     return documents, window

@@ -25,6 +25,11 @@ class Documents:
     cu_seqlens: Tensor
     max_length: int
 
+    def are_rows(self, batch: int) -> bool:
+        """Whether each of `batch` rows is one document, which plain causal attention serves: as many documents as rows,
+        and none crosses the end of one."""
+        return self.cu_seqlens.shape[0] == batch + 1
+
 
 @dataclass(frozen=True)
 class AttentionState:

@@ -17,6 +17,7 @@ from fourfold.models.attention_interface import ATTENTION_NAME, documents_from_m
 from fourfold.models.block_function import fused_block
 from fourfold.models.block_state import Block
 from fourfold.models.families import FAMILIES
+from fourfold.models.fused_norm import FusedNorm
 from fourfold.models.graphs import BlockGraphs
 from fourfold.models.linear_group import LinearGroup, Unsupported, view_linear
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
@@ -127,10 +128,13 @@ class FusedDecoderLayer:
         if attention_mask is not None and documents is None and window_from_mask(attention_mask) is None:
             raise Unsupported("the attention mask is not plainly causal")
         batch, seq, _ = hidden_states.shape
-        if documents is not None and documents.max_length == seq and len(documents.cu_seqlens) == batch + 1:
-            documents = None  # each row is one
+        if documents is not None and documents.are_rows(batch):
+            documents = None
         if self.training and attention.attention_dropout > 0:
             raise Unsupported("attention_dropout is above 0")
+        activation = _ACTIVATIONS.get(attention.config.hidden_act)
+        if activation is None:
+            raise Unsupported(f"hidden_act is {attention.config.hidden_act}")
         self._check_dtype(hidden_states)
         for module in (attention, self.mlp, self.input_layernorm, self.post_attention_layernorm):
             if module._forward_hooks or module._forward_pre_hooks:
@@ -162,7 +166,7 @@ class FusedDecoderLayer:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             scale=attention.scaling,
-            activation=_ACTIVATIONS[attention.config.hidden_act],
+            activation=activation,
             window=window,
             documents=documents,
             batch=batch,
@@ -216,11 +220,21 @@ def _rotation(
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _fused_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """`layer_class` with FusedDecoderLayer before it: Transformers still knows it for what it is."""
+def _fused_class(mixin: type, layer_class: type[nn.Module]) -> type[nn.Module]:
+    """`layer_class` with `mixin` before it: Transformers still knows it for what it is."""
     if layer_class not in _CLASSES:
-        _CLASSES[layer_class] = type(f"Fused{layer_class.__name__}", (FusedDecoderLayer, layer_class), {})
+        _CLASSES[layer_class] = type(f"Fused{layer_class.__name__}", (mixin, layer_class), {})
     return _CLASSES[layer_class]
+
+
+def _swap(parent: nn.Module, name: str, mixin: type) -> nn.Module:
+    """Put the same module, with `mixin` before its class, in its place."""
+    module = parent.get_submodule(name)
+    fused_class = _fused_class(mixin, type(module))
+    fused = fused_class.__new__(fused_class)
+    fused.__dict__.update(module.__dict__)
+    setattr(parent, name, fused)
+    return fused
 
 
 def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, cuda_graphs: bool | None = None) -> int:
@@ -255,20 +269,25 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, 
     if cuda_graphs is not False:
         graphs = BlockGraphs() if cuda_graphs is None else BlockGraphs(max_tokens=sys.maxsize)
     for index, (parent, name, layer) in enumerate(found):
+        fused = layer
         if not isinstance(layer, FusedDecoderLayer):
-            fused_class = _fused_class(type(layer))
-            fused = fused_class.__new__(fused_class)
-            checkpoints = layer.__dict__.get("gradient_checkpointing", False)
-            fused.__dict__.update(
-                {key: value for key, value in layer.__dict__.items() if key != "gradient_checkpointing"}
-            )
+            fused = _swap(parent, name, FusedDecoderLayer)
+            checkpoints = fused.__dict__.pop("gradient_checkpointing", False)
             fused.__dict__.update(recompute=None, _offload=offload, _checkpoints=checkpoints, _told=told)
-            setattr(parent, name, fused)
-            layer = fused
-        layer.__dict__.update(_index=index, _graphs=graphs)
+        fused.__dict__.update(_index=index, _graphs=graphs)
+    for decoder in [module for module in model.modules() if _holds_fused_layers(module)]:
+        if type(decoder.norm) is type(found[0][2].input_layernorm):
+            _swap(decoder, "norm", FusedNorm)
     if found and recompute is not None:
         set_recomputation(model, recompute)
     return len(found)
+
+
+def _holds_fused_layers(module: nn.Module) -> bool:
+    """Whether it is the decoder itself, with a norm behind its layers."""
+    layers = getattr(module, "layers", None)
+    has_norm = isinstance(getattr(module, "norm", None), nn.Module)
+    return has_norm and isinstance(layers, nn.ModuleList) and any(isinstance(one, FusedDecoderLayer) for one in layers)
 
 
 def set_recomputation(model: nn.Module, recompute: str | Sequence[str]) -> None:

@@ -92,7 +92,7 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
             adapters = [
                 _view_adapter(module, name, training) for name in module.active_adapters if name in module.lora_A
             ]
-    if type(base) not in (QuantizedLinear, nn.Linear):
+    if type(base) is not QuantizedLinear and type(base) is not nn.Linear:
         raise Unsupported(f"a linear layer is a {type(base).__name__}")
     if base.bias is not None and not bias:
         raise Unsupported("a linear layer of the block other than q, k and v has a bias")
@@ -103,7 +103,7 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
 
 def _view_adapter(module: Any, name: str, training: bool) -> Adapter:
     if name in module.lora_variant:
-        raise Unsupported(f"the adapter is a {type(module.lora_variant[name]).__name__.strip('_')}")
+        raise Unsupported(f"the adapter is no plain LoRA but a {type(module.lora_variant[name]).__name__.strip('_')}")
     if training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
         raise Unsupported("lora_dropout is above 0")
     lora_a, lora_b = module.lora_A[name], module.lora_B[name]

@@ -114,23 +114,25 @@ def _with_adapters(
 def _fuse(
     model: PeftModel, fused: bool | None, recompute: str | Sequence[str] | None, cuda_graphs: bool | None
 ) -> None:
+    base = model.get_base_model()
     if fused is None:
-        weight = model.get_base_model().get_input_embeddings().weight
-        fused = weight.device.type == "cuda" and triton_refuses(weight) is None
-    if fused:
-        base = model.get_base_model()
-        num_fused = fuse_blocks(base, recompute, cuda_graphs)
-        if num_fused and base.config._attn_implementation == "sdpa":
-            # For what takes the generic path, and for masks: none is built that the blocks would not look at.
-            base.set_attn_implementation(register_attention())
-        if not num_fused:
-            logger.info("%s has no fused block; its layers take the generic path", base.config.model_type)
-    if recompute is not None and not fused:
-        policies_of(recompute, model.get_base_model().config.num_hidden_layers)
+        weight = base.get_input_embeddings().weight
+        refusal = triton_refuses(weight)
+        fused = refusal is None
+        if refusal is not None and weight.device.type == "cuda":
+            logger.warning("Decoder layers take the generic path, which is slower: %s", refusal)
+    num_fused = fuse_blocks(base, recompute, cuda_graphs) if fused else 0
+    if num_fused and base.config._attn_implementation == "sdpa":
+        # For what takes the generic path, and for masks: none is built that the blocks would not look at.
+        base.set_attn_implementation(register_attention())
+    if fused and not num_fused:
+        logger.info("%s has no fused block; its layers take the generic path", base.config.model_type)
+    if recompute is not None and not num_fused:
+        policies_of(recompute, base.config.num_hidden_layers)
         raise ConfigError(
             "recomputation policies belong to the fused blocks, which this model does not get",
             found=f"recompute={recompute!r}",
-            hint="use gradient_checkpointing, or a GPU of compute capability 8.0 with Triton",
+            hint="use gradient_checkpointing, or a family with fused blocks on a GPU of compute capability 8.0",
         )
 
 

@@ -61,6 +61,8 @@ class FourfoldQuantizer(HfQuantizer):
         # Name of an output head whose codes are the embedding's.
         self.tied_head: str | None = None
         self._expert_dtypes: dict[str, torch.dtype] = {}
+        # Of the parameters that stay dense.
+        self._dense_shapes: dict[str, torch.Size] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -101,6 +103,12 @@ class FourfoldQuantizer(HfQuantizer):
         self._expert_dtypes = {name: model.get_parameter(name).dtype for name in self._experts}
         config.has_quantized_experts = bool(self._experts)
         config.modules_to_not_convert = left_dense(model, self._experts)
+        quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+        self._dense_shapes = {
+            name: parameter.shape
+            for name, parameter in model.named_parameters()
+            if name not in quantized and name not in self._experts
+        }
         return model
 
     def _replace(self, model: nn.Module, name: str, dense: nn.Linear | nn.Embedding, layer: nn.Module) -> None:
@@ -129,6 +137,7 @@ class FourfoldQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.errors:
             raise self.errors[0]
+        self._check_dense_shapes(model)
         if self.tied_head is not None:
             share_codes(model, self.tied_head)
         unread = list(self._unread(model))
@@ -155,6 +164,21 @@ class FourfoldQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters by Transformers' own integration: there the adapters are what is saved
         return base_state_dict(model, self.tied_head), {}
+
+    def _check_dense_shapes(self, model: nn.Module) -> None:
+        """Transformers 5.17 compares no shapes where there is a quantizer."""
+        found = {name: model.get_parameter(name).shape for name in self._dense_shapes}
+        wrong = [
+            f"{name}: {tuple(found[name])}, not {tuple(wanted)}"
+            for name, wanted in self._dense_shapes.items()
+            if found[name] != wanted
+        ]
+        if wrong:
+            raise CheckpointError(
+                "weights do not have the shapes of the model's config.json",
+                found="; ".join(wrong[:4]),
+                hint="config.json and the weights do not belong together: get the checkpoint again",
+            )
 
     def _unread(self, model: nn.Module) -> Iterator[str]:
         """Names of quantized weights, and of biases beside them, that the checkpoint did not have."""

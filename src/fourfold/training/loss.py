@@ -25,6 +25,7 @@ __all__ = ["IGNORE_INDEX", "SupervisedLoss", "supervised_cross_entropy"]
 # Logits of a chunk: few enough to be cheap, many enough to keep the matrix product busy. 256 MiB in 16 bits are 1,024
 # positions of a vocabulary of 128,256, whose gradient [1024, 4096] is one wave of tiles on 132 processors.
 _BYTES_PER_CHUNK_ON_GPU = 2**28
+_GRADIENTS_PER_CHUNK = 2**22
 # Elsewhere, and where autograd needs a copy in fp32: 128 MiB in fp32.
 _LOGITS_PER_CHUNK = 2**25
 
@@ -51,8 +52,9 @@ def supervised_cross_entropy(
 
     A frozen linear head, quantized or not, takes the short way: one product for a chunk's logits, one kernel for
     its loss and gradient, one product back. Beyond the hidden states' gradient, which the backward pass holds twice
-    while it scales it, that takes at most 256 MiB of logits on a GPU, two chunks of hidden states, and the weight
-    where it must be dequantized or cast. Any other head is called as it is, under autograd.
+    while it scales it, that takes at most 256 MiB of logits on a GPU (512 MiB where the model is narrow), two chunks
+    of hidden states, and the weight where it must be dequantized or cast. Any other head is called as it is, under
+    autograd.
 
     Args:
         hidden_states: [batch, seq, hidden], what the LM head takes.
@@ -118,8 +120,12 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
         vocab = weight.shape[0]
-        num_logits = _BYTES_PER_CHUNK_ON_GPU // weight.element_size() if hidden.is_cuda else _LOGITS_PER_CHUNK
-        rows = max(1, num_logits // vocab)
+        rows = _LOGITS_PER_CHUNK // vocab
+        if hidden.is_cuda:
+            num_logits = _BYTES_PER_CHUNK_ON_GPU // weight.element_size()
+            # A narrow model's chunk is up to twice as long, so that the product back fills the processors, too.
+            rows = min(max(num_logits // vocab, _GRADIENTS_PER_CHUNK // weight.shape[1]), 2 * num_logits // vocab)
+        rows = max(1, rows)
         rows -= rows % 128 if rows > 128 else 0  # whole tiles of the matrix product
         # Rows start on 128 bytes whatever the vocabulary is: the products and the kernel load vectors.
         buffer = weight.new_empty(min(rows, len(positions)), -(-vocab // 64) * 64)[:, :vocab]

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fourfold.data import model_inputs
 from fourfold.errors import ConfigError, DataError, TrainingError
 from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
-from fourfold.models.families import FAMILIES
+from fourfold.training.batches import ROW_NUMBERS, Collator, NumberedCollator, boundary_mask, looks_back_only
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
@@ -53,23 +53,6 @@ from fourfold.training.progress import ProgressCallback
 __all__ = ["FourfoldTrainer", "build_trainer"]
 
 logger = logging.getLogger(__name__)
-
-Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-ROW_NUMBERS = "row_numbers"
-"""Column of the training data set and key of a batch: positions of its rows, so that a bad step can name them."""
-
-
-@dataclass(frozen=True)
-class _NumberedCollator:
-    """A collator that keeps the rows' numbers beside the tensors, as a list: no tensor, so no copy to the device."""
-
-    collate: Collator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        numbers = [row[ROW_NUMBERS] for row in rows if ROW_NUMBERS in row]
-        batch: dict[str, Any] = self.collate([{k: v for k, v in row.items() if k != ROW_NUMBERS} for row in rows])
-        return batch | {ROW_NUMBERS: numbers} if numbers else batch
 
 
 @dataclass
@@ -164,10 +147,10 @@ class FourfoldTrainer(SFTTrainer):
 
         positions = inputs.get("supervised_positions")
         forward_inputs = model_inputs(self.model, inputs)
-        if positions is not None and self.model.training and _looks_back_only(base.config):
+        if positions is not None and self.model.training and looks_back_only(base.config):
             # Our collator pads on the right, where no real token looks: its mask would change nothing, and cost the
             # building and applying of [batch, 1, seq, seq].
-            forward_inputs.pop("attention_mask", None)
+            forward_inputs["attention_mask"] = boundary_mask(inputs, base.config)
 
         # The model is called as a whole, so that DDP and autocast see the call; its own LM head gets the last
         # position only, and a forward hook hands out the hidden states of all.
@@ -351,17 +334,6 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
 
 
-def _looks_back_only(config: Any) -> bool:
-    """Whether no layer lets a token depend on later ones, masked or not: all have plain causal attention."""
-    config = config.get_text_config()
-    if getattr(config, "use_bidirectional_attention", None):
-        return False
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return config.model_type in FAMILIES
-    return set(layer_types) <= {"full_attention", "sliding_attention"}
-
-
 def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -397,7 +369,7 @@ def build_trainer(
     return FourfoldTrainer(
         model=model,
         args=to_sft_config(options),
-        data_collator=_NumberedCollator(collator),
+        data_collator=NumberedCollator(collator),
         train_dataset=train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

@@ -1,0 +1,69 @@
+"""What stands in a batch beside the tokens: the numbers of its rows, and who may see whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.models.attention import Documents
+from fourfold.models.attention_interface import ATTENTION_NAME, document_mask
+from fourfold.models.families import FAMILIES
+
+__all__ = ["ROW_NUMBERS", "Collator", "NumberedCollator", "boundary_mask", "looks_back_only"]
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+ROW_NUMBERS = "row_numbers"
+"""Column of the training data set and key of a batch: positions of its rows, so that a bad step can name them."""
+
+
+@dataclass(frozen=True)
+class NumberedCollator:
+    """A collator that keeps the rows' numbers beside the tensors, as a list: no tensor, so no copy to the device."""
+
+    collate: Collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        numbers = [row[ROW_NUMBERS] for row in rows if ROW_NUMBERS in row]
+        batch: dict[str, Any] = self.collate([{k: v for k, v in row.items() if k != ROW_NUMBERS} for row in rows])
+        return batch | {ROW_NUMBERS: numbers} if numbers else batch
+
+
+def looks_back_only(config: Any) -> bool:
+    """Whether no layer lets a token depend on later ones, masked or not: all have plain causal attention."""
+    config = config.get_text_config()
+    if getattr(config, "use_bidirectional_attention", None):
+        return False
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return config.model_type in FAMILIES
+    return set(layer_types) <= {"full_attention", "sliding_attention"}
+
+
+def boundary_mask(batch: Mapping[str, Any], config: Any) -> Tensor | None:
+    """The attention mask of a batch of `fourfold.data.Collator` for a model that looks back only, in training.
+
+    A model that attends by "fourfold" is told the documents, of packed rows their own and of others a row each, padding
+    included: so it neither builds a mask of [batch, 1, seq, seq] nor asks the device whether rows are packed. Any other
+    takes packed rows by their position_ids, and needs no mask for others.
+
+    Args:
+        batch: On the device of the model.
+        config: The model's.
+    """
+    config = config.get_text_config()
+    # A window must be named by the layer itself, where a mask names the documents; the families' layers do.
+    windowed = getattr(config, "sliding_window", None) is not None and config.model_type not in FAMILIES
+    if config._attn_implementation != ATTENTION_NAME or windowed:
+        return None
+    if "cu_seq_lens_q" in batch:
+        return document_mask(Documents(batch["cu_seq_lens_q"], int(batch["max_length_q"])))
+    if "position_ids" in batch:
+        return None
+    rows, width = batch["input_ids"].shape
+    ends = torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=batch["input_ids"].device)
+    return document_mask(Documents(ends, width))
