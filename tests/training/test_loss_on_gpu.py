@@ -84,4 +84,5 @@ def test_logits_take_no_more_memory_than_stated() -> None:
         extra = torch.cuda.max_memory_allocated() - before
     gradient = hidden.numel() * hidden.element_size()
     # cuBLAS may take a workspace of 32 MiB besides.
-    assert extra <= 2**28 + 3 * gradient + 2**25 + 2**22
+    # A narrow model's chunk of logits is twice as long as a wide one's.
+    assert extra <= 2**29 + 3 * gradient + 2**25 + 2**22

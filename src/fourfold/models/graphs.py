@@ -177,6 +177,8 @@ class BlockGraphs:
         if self._stream is None:
             self._stream = torch.cuda.Stream(x.device)
         if self._pool is None:
+            # The passes before have left all their memory in the allocator's cache, where the pool cannot take it.
+            torch.cuda.empty_cache()
             self._pool = torch.cuda.graph_pool_handle()
         shared = self._shared.get(self._shape)
         if shared is None:
