@@ -115,7 +115,11 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         tokenizer,
         train_data.dataset,
         eval_data.dataset if eval_data else None,
-        Collator(tokenizer.pad_token_id, width=config.max_length if config.packing else None),
+        Collator(
+            tokenizer.pad_token_id,
+            width=config.max_length if config.packing else None,
+            multiple_of=64 if model.device.type == "cuda" else 1,
+        ),
         options,
         callbacks=[run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])],
     )

@@ -217,3 +217,12 @@ def test_packed_gradients_under_checkpointing_are_those_of_the_documents_alone(
         model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=1).loss.backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(packed[name], weight.grad, **TOLERANCE[attention])
+
+
+def test_rows_are_padded_to_a_multiple_where_one_is_wanted() -> None:
+    rows = [{"input_ids": [5] * length, "labels": [5] * length} for length in (3, 65)]
+    batch = Collator(pad_token_id=0, multiple_of=64)(rows)
+    assert batch["input_ids"].shape == (2, 128)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 65]
+    assert batch["labels"][1, 65:].eq(-100).all()
+    assert Collator(pad_token_id=0)(rows)["input_ids"].shape == (2, 65)

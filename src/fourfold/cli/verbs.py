@@ -300,7 +300,12 @@ def bench(
                     shape.value, options["quantization"], options["dtype"], options["device"]
                 )
             report = measuring.bench(
-                prepare(model, choices.lora_config(run_config)),
+                prepare(
+                    model,
+                    choices.lora_config(run_config),
+                    fused=run_config.fused_blocks,
+                    cuda_graphs=run_config.cuda_graphs,
+                ),
                 batch=batch or run_config.per_device_train_batch_size,
                 seq=seq or run_config.max_length,
                 steps=steps,

@@ -39,11 +39,12 @@ def _load_angles(
 
 
 @triton.jit
-def _load_biased(base, columns, bias_ptr, bias_column, row_mask, WIDTH: tl.constexpr):
-    """fp32 columns of a head, with the bias."""
+def _load_biased(base, columns, bias_ptr, bias_column, row_mask, WIDTH: tl.constexpr, is_head=True):
+    """fp32 columns of a head, with the bias; there is none to read where `is_head` is false."""
     x = tl.load(base + columns[None, :], row_mask[:, None] & (columns < WIDTH)[None, :], 0.0).to(tl.float32)
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + bias_column + columns, columns < WIDTH, 0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + bias_column + columns, (columns < WIDTH) & is_head, 0.0)
+        x += bias.to(tl.float32)[None, :]
     return x
 
 
@@ -238,14 +239,15 @@ def _backward_heads(
             first = turned
         if norm_ptr is not None:
             raw = raw_ptr + rows[:, None] * raw_stride + column
-            x1 = _load_biased(raw, columns, bias_ptr, column, present, HALF)
-            x2 = _load_biased(raw + HALF, columns, bias_ptr, column + HALF, present, HALF)
+            x1 = _load_biased(raw, columns, bias_ptr, column, present, HALF, head < COUNT)
+            x2 = _load_biased(raw + HALF, columns, bias_ptr, column + HALF, present, HALF, head < COUNT)
             first *= tl.load(norm_ptr + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
             second *= tl.load(norm_ptr + HALF + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
             squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
             products = tl.sum(first * x1, 1) + tl.sum(second * x2, 1)
             if REST > 0:
-                x3 = _load_biased(raw + 2 * HALF, rest_columns, bias_ptr, column + 2 * HALF, present, REST)
+                rest_at = column + 2 * HALF
+                x3 = _load_biased(raw + 2 * HALF, rest_columns, bias_ptr, rest_at, present, REST, head < COUNT)
                 weight = tl.load(norm_ptr + 2 * HALF + rest_columns, rest_columns < REST, 0.0)
                 rest *= weight.to(tl.float32)[None, :]
                 squares += tl.sum(x3 * x3, 1)

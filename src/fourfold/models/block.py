@@ -26,6 +26,7 @@ __all__ = ["FusedDecoderLayer", "fuse_blocks", "set_recomputation"]
 
 logger = logging.getLogger(__name__)
 
+_CACHE = "a key-value cache is in use"
 # Transformers' name of an activation -> the kernels'
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -98,7 +99,9 @@ class FusedDecoderLayer:
     def _say(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)  # one set for all layers of a model
-            logger.info("Decoder layers take the generic path, which is slower: %s", reason)
+            # Generating is no training: nobody wonders that it goes another way.
+            level = logging.DEBUG if reason == _CACHE else logging.INFO
+            logger.log(level, "Decoder layers take the generic path, which is slower: %s", reason)
 
     def _block(
         self,
@@ -119,7 +122,7 @@ class FusedDecoderLayer:
         if attention.config._attn_implementation not in (ATTENTION_NAME, "sdpa"):
             raise Unsupported(f"attn_implementation is {attention.config._attn_implementation}")
         if past_key_values is not None:
-            raise Unsupported("a key-value cache is in use")
+            raise Unsupported(_CACHE)
         if kwargs.get("output_attentions") or kwargs.get("adapter_names") is not None:
             raise Unsupported("attention weights or adapters of each row are asked for")
         documents = documents_from_mask(attention_mask)
