@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.kernels.adamw import AdamWState, Hyperparameters, adamw_step_reference, lay_out
+from fourfold.kernels.adamw import adamw_step_reference
+from fourfold.kernels.adamw_state import AdamWState, Hyperparameters, lay_out
 from fourfold.optimizers.maps import state_maps
 
 pytest.importorskip("triton", reason="Triton is for Linux")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourfold.kernels.adamw import Hyperparameters, adamw_step_reference
+from fourfold.kernels.adamw import adamw_step_reference
+from fourfold.kernels.adamw_state import Hyperparameters
 from fourfold.optimizers import AdamW
 
 pytestmark = pytest.mark.gpu

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.adamw import BLOCK_SIZE, CHUNK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
+from fourfold.kernels.adamw_state import BLOCK_SIZE, CHUNK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
 
 __all__ = ["adamw_step_triton", "finish_kernel", "norm_kernel", "update_kernel", "update_warps"]
 

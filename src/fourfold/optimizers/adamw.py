@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fourfold.errors import CheckpointError, ConfigError
-from fourfold.kernels.adamw import AdamWState, Hyperparameters, adamw_step, lay_out
+from fourfold.kernels.adamw import adamw_step
+from fourfold.kernels.adamw_state import AdamWState, Hyperparameters, lay_out
 from fourfold.optimizers.maps import state_maps
 
 __all__ = ["AdamW"]
