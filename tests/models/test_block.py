@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -295,3 +296,15 @@ def test_merging_and_unloading_work_on_fused_blocks() -> None:
     with torch.no_grad():
         torch.testing.assert_close(merged(ids(), use_cache=False).logits, expected(ids(), use_cache=False).logits)
     assert merged.config.vocab_size == VOCAB
+
+
+def test_a_copied_model_trains_by_itself() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True, recompute="selective_offload")
+    _, expected = loss_and_grads(model)
+    twin = copy.deepcopy(model)
+    layers, twins = fused_layers(model), fused_layers(twin)
+    assert twins[0]._offload is twins[1]._offload
+    assert twins[0]._offload is not layers[0]._offload
+    assert twins[0]._graphs is not layers[0]._graphs
+    assert [layer.recompute for layer in twins] == ["selective_offload"] * 2
+    assert distance(loss_and_grads(twin)[1], expected) == 0

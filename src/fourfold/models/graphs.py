@@ -106,6 +106,10 @@ class BlockGraphs:
         self._replays = 0
         self._others = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockGraphs:
+        """A copied model has other memory: its graphs are captured anew."""
+        return BlockGraphs(self.max_tokens)
+
     def run(self, index: int, x: Tensor, block: Block) -> Tensor | None:
         """The output of block number `index` of the model by its graph; None where it must run without.
 

@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,10 @@ class HostOffload:
         self._buffers: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._leaving: deque[_Offloaded] = deque()
         self._last: Callable[[], _Offloaded | None] = _nothing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostOffload:
+        """A copied model has copies of its own under way."""
+        return HostOffload()
 
     def save(self, tensors: Sequence[Tensor]) -> SavedTensors:
         """Begin to move `tensors`, contiguous and all of one device, to the host."""
