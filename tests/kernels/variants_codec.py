@@ -6,7 +6,7 @@ from typing import Any
 
 from compiling import Variant
 
-from fourfold.kernels.blockwise_triton import LOOKUPS, WORDS, dequantize_kernel
+from fourfold.kernels.blockwise_triton import WORDS, dequantize_kernel
 from fourfold.kernels.encoding_triton import TILE, quantize_kernel
 from fourfold.kernels.expansion_triton import ADAPTER_TILE, expand_kernel
 from fourfold.kernels.small_batch_triton import TILES, Tile, matmul_kernel, sum_kernel
@@ -77,12 +77,12 @@ def add(dtype: str, block_m: int, splits: int) -> Variant:
 
 
 VARIANTS = [
-    *(dequantize("*bf16", NESTED, bits=4, lookup=lookup) for lookup in LOOKUPS),
+    dequantize("*bf16", NESTED, bits=4, lookup="shuffle"),
     dequantize("*bf16", PLAIN, bits=4, lookup="shuffle"),
     dequantize("*fp32", NESTED, bits=4, lookup="shuffle"),
     dequantize("*fp16", NESTED, "i64", bits=4, lookup="shuffle", is_whole=False),
     dequantize("*bf16", NESTED, bits=8, lookup="gather"),
-    *(expand("*bf16", NESTED, "*fp32", True, bits=4, lookup=lookup) for lookup in LOOKUPS),
+    expand("*bf16", NESTED, "*fp32", True, bits=4, lookup="shuffle"),
     expand("*bf16", NESTED, "*fp32", False, bits=4, lookup="shuffle"),
     expand("*fp32", PLAIN, None, False, bits=4, lookup="shuffle", is_whole=False),
     expand("*bf16", NESTED, "*bf16", True, bits=8, lookup="gather"),

@@ -27,7 +27,7 @@ from torch import Tensor
 from fourfold.kernels.availability import launching_on
 from fourfold.kernels.blockwise_triton import code_points
 
-__all__ = ["Configuration", "configuration", "matmul"]
+__all__ = ["TILES", "Configuration", "Tile", "configuration", "matmul"]
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def operand(tile: tl.tensor, ROWS: tl.constexpr, WARPS: tl.constexpr) -> tl.tens
     return parted.permute(2, 3, 1, 4, 5, 0, 6).reshape(WARPS, ROWS, 32)
 
 
-@triton.jit
+# One kernel for all numbers of rows that share a tile.
+@triton.jit(do_not_specialize=["num_inputs"])
 def matmul_kernel(
     out_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -122,16 +123,16 @@ def matmul_kernel(
             total = tl.dot(operand(weight, BLOCK_N, WARPS), right, total)
     result = tl.sum(total.reshape(COLUMN_WARPS, ROWS, BLOCK_M), axis=0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    input = tl.arange(0, BLOCK_M)
+    x_row = tl.arange(0, BLOCK_M)
     has_row = (row < num_rows)[:, None]
     if IS_SPLIT:
-        place = (tl.program_id(1) * num_rows + row)[:, None] * BLOCK_M + input[None, :]
+        place = (tl.program_id(1) * num_rows + row)[:, None] * BLOCK_M + x_row[None, :]
         tl.store(out_ptr + place, result, mask=has_row)
     else:
         if bias_ptr is not None:
             result += tl.load(bias_ptr + row, mask=row < num_rows, other=0.0).to(tl.float32)[:, None]
-        place = input[None, :] * num_rows + row[:, None]
-        tl.store(out_ptr + place, result.to(dtype), mask=has_row & (input[None, :] < num_inputs))
+        place = x_row[None, :] * num_rows + row[:, None]
+        tl.store(out_ptr + place, result.to(dtype), mask=has_row & (x_row[None, :] < num_inputs))
 
 
 @triton.jit
