@@ -24,8 +24,20 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-# Split over the columns (few rows, many columns) and not; rows that fill no tile; 64 columns that are no 128.
-@pytest.mark.parametrize(("inputs", "rows", "columns"), [(1, 72, 64), (5, 64, 1024), (17, 130, 192), (40, 64, 128)])
+# Every tile; rows and columns that fill none; columns shared among warps, and, in the last three, among programs.
+@pytest.mark.parametrize(
+    ("inputs", "rows", "columns"),
+    [
+        (1, 72, 64),
+        (5, 64, 1024),
+        (16, 40, 320),
+        (17, 130, 192),
+        (40, 64, 128),
+        (9, 20, 8192),
+        (33, 40, 1088),
+        (64, 128, 1024),
+    ],
+)
 @pytest.mark.parametrize(("format", "block_size", "double_quant"), [("nf4", 64, True), ("fp4", 128, False)])
 def test_kernel_is_as_near_to_float64_as_its_output_can_be(
     inputs: int, rows: int, columns: int, format: str, block_size: int, double_quant: bool

@@ -6,10 +6,10 @@ from typing import Any
 
 from compiling import Variant
 
-from fourfold.kernels.blockwise_triton import LOOKUPS, WORDS, dequantize_kernel
+from fourfold.kernels.blockwise_triton import WORDS, dequantize_kernel
 from fourfold.kernels.encoding_triton import TILE, quantize_kernel
 from fourfold.kernels.expansion_triton import ADAPTER_TILE, expand_kernel
-from fourfold.kernels.small_batch_triton import BLOCK_N, matmul_kernel, sum_kernel
+from fourfold.kernels.small_batch_triton import TILES, Tile, matmul_kernel, sum_kernel
 
 NESTED = {"scales_ptr": "*u8", "code_map_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "offset_ptr": "*fp32"}
 PLAIN = {"scales_ptr": "*fp32", "code_map_ptr": None, "nested_absmax_ptr": None, "offset_ptr": None}
@@ -55,15 +55,18 @@ def quantize(dtype: str, bits: int, block_size: int) -> Variant:
     return Variant(quantize_kernel, arguments, {"num_warps": 8, "enable_fp_fusion": False})
 
 
-def matmul(dtype: str, block_m: int, block_k: int, scales: dict[str, Any], bias: str | None, is_split: bool) -> Variant:
+def matmul(
+    tile: Tile, column_warps: int, dtype: str, scales: dict[str, Any], bias: str | None, is_even: bool, is_split: bool
+) -> Variant:
     arguments = {
         **{"out_ptr": "*fp32" if is_split else dtype, "x_ptr": dtype, **CODES, **scales, "bias_ptr": bias},
         **dict.fromkeys(["num_inputs", "num_rows", "num_columns"], "i32"),
         **{"BLOCK_SHIFT": 6, "NESTED_SHIFT": 8, "LOOKUP": "shuffle"},
-        **{"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k, "IS_SPLIT": is_split, "STEPS": 11},
-        "STAGES": 4 if block_m < 64 else 3,
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WORDS": tile.words, "STEPS": 8},
+        **{"ROW_WARPS": tile.row_warps, "COLUMN_WARPS": column_warps, "IS_EVEN": is_even, "IS_SPLIT": is_split},
     }
-    return Variant(matmul_kernel, arguments, OPTIONS, unaligned=("num_inputs",))
+    options = {"num_warps": tile.row_warps * column_warps, "num_stages": 1, "enable_fp_fusion": False}
+    return Variant(matmul_kernel, arguments, options, unaligned=("num_inputs",))
 
 
 def add(dtype: str, block_m: int, splits: int) -> Variant:
@@ -74,20 +77,21 @@ def add(dtype: str, block_m: int, splits: int) -> Variant:
 
 
 VARIANTS = [
-    *(dequantize("*bf16", NESTED, bits=4, lookup=lookup) for lookup in LOOKUPS),
+    dequantize("*bf16", NESTED, bits=4, lookup="shuffle"),
     dequantize("*bf16", PLAIN, bits=4, lookup="shuffle"),
     dequantize("*fp32", NESTED, bits=4, lookup="shuffle"),
     dequantize("*fp16", NESTED, "i64", bits=4, lookup="shuffle", is_whole=False),
     dequantize("*bf16", NESTED, bits=8, lookup="gather"),
-    *(expand("*bf16", NESTED, "*fp32", True, bits=4, lookup=lookup) for lookup in LOOKUPS),
+    expand("*bf16", NESTED, "*fp32", True, bits=4, lookup="shuffle"),
     expand("*bf16", NESTED, "*fp32", False, bits=4, lookup="shuffle"),
     expand("*fp32", PLAIN, None, False, bits=4, lookup="shuffle", is_whole=False),
     expand("*bf16", NESTED, "*bf16", True, bits=8, lookup="gather"),
     quantize("*bf16", 4, 64),
     quantize("*fp32", 4, 4096),
     quantize("*fp16", 8, 64),
-    *(matmul("*bf16", block_m, 128, NESTED, None, True) for block_m in (16, 32, 64)),
-    matmul("*fp16", 16, 64, PLAIN, "*fp16", False),
+    *(matmul(tile, tile.warps // tile.row_warps, "*bf16", NESTED, None, True, True) for tile in TILES),
+    *(matmul(tile, tile.warps // tile.row_warps, "*fp16", PLAIN, "*fp16", False, False) for tile in TILES),
+    *(matmul(tile, 4, "*bf16", NESTED, None, True, False) for tile in TILES[:2]),
     add("*bf16", 16, 9),
     add("*bf16", 64, 4),
 ]

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from fourfold.kernels.availability import launching_on
 
-__all__ = ["LOOKUPS", "WORDS", "NestedParts", "dequantize", "geometry", "product_tile"]
+__all__ = ["WORDS", "NestedParts", "dequantize", "geometry", "product_tile"]
 
 WORDS = 512
-# "shuffle" holds the 16 code points in the lanes of a warp; "gather" reads them from the L1 cache.
-LOOKUPS = ("shuffle", "gather")
 
 
 @triton.jit
@@ -43,7 +41,11 @@ def block_scales(
 
 @triton.jit
 def code_points(shifted: tl.tensor, codebook_ptr: tl.tensor, BITS: tl.constexpr, LOOKUP: tl.constexpr) -> tl.tensor:
-    """fp32 code points of the lowest BITS bits of each element of `shifted` (int32)."""
+    """fp32 code points of the lowest BITS bits of each element of `shifted` (int32).
+
+    LOOKUP: "shuffle" holds the 16 code points of 4 bits in the lanes of a warp. "gather" reads them from memory: for 8
+    bits, and for Triton's interpreter, which has no warps.
+    """
     if LOOKUP == "shuffle":
         # The same operands for every element: the compiler keeps one copy of this load.
         held = tl.inline_asm_elementwise(
@@ -165,14 +167,12 @@ def geometry(
 ) -> dict[str, int | bool | str]:
     """The constants of `product_tile`; block sizes are powers of two, of at least a word's elements."""
     bits = 4 if codebook.numel() == 16 else 8
-    interpreted = not codes.is_cuda
     return {
         "BITS": bits,
         "BLOCK_SHIFT": block_size.bit_length() - 1,
         "NESTED_SHIFT": 0 if nested is None else nested.block_size.bit_length() - 1,
         "IS_WHOLE": num_elements % (32 // bits) == 0 and codes.data_ptr() % 4 == 0,
-        # The interpreter has no warps.
-        "LOOKUP": "shuffle" if bits == 4 and not interpreted else "gather",
+        "LOOKUP": "shuffle" if bits == 4 and codes.is_cuda else "gather",
         "WORDS": WORDS,
     }
 
@@ -185,20 +185,13 @@ def dequantize(
     shape: list[int],
     dtype: torch.dtype,
     nested: NestedParts | None = None,
-    lookup: str | None = None,
 ) -> Tensor:
-    """`fourfold.kernels.blockwise.dequantize_blockwise`, and `dequantize_nested` where `nested` is given.
-
-    Args:
-        lookup: One of LOOKUPS instead of the usual one, to compare them.
-    """
+    """`fourfold.kernels.blockwise.dequantize_blockwise`, and `dequantize_nested` where `nested` is given."""
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     num_elements = out.numel()
     if num_elements == 0:
         return out
     constants = geometry(codes, codebook, num_elements, block_size, nested)
-    if lookup is not None:
-        constants["LOOKUP"] = lookup
     code_map, nested_absmax, offset, _ = nested or (None, None, None, None)
     programs = triton.cdiv(num_elements, WORDS * (32 // int(constants["BITS"])))
     with launching_on(codes):

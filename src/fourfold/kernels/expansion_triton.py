@@ -121,18 +121,11 @@ def expand_(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
-    lookup: str | None = None,
 ) -> None:
-    """`fourfold.kernels.expansion.expand_blockwise_`, and `expand_nested_` where `nested` is given.
-
-    Args:
-        lookup: One of `blockwise_triton.LOOKUPS` instead of the usual one, to compare them.
-    """
+    """`fourfold.kernels.expansion.expand_blockwise_`, and `expand_nested_` where `nested` is given."""
     num_elements = num_rows * num_columns
     padded_ranks = out.shape[1] - num_columns
     constants = geometry(codes, codebook, num_elements, block_size, nested)
-    if lookup is not None:
-        constants["LOOKUP"] = lookup
     per_word = 32 // int(constants["BITS"])
     constants["IS_WHOLE"] = bool(constants["IS_WHOLE"]) and num_columns % per_word == 0 == padded_ranks % per_word
     rank = 0 if lora_a is None else lora_a.shape[0]

@@ -1,15 +1,23 @@
 """The product of `small_batch` in Triton.
 
-W's tile is the left operand of the tensor cores, decoded in the registers in which they want it, and x^T the right one.
-A byte of codes holds an even and an odd column; instead of weaving the two together,
+Decoding takes the time, so a weight is decoded in the very register in which the tensor cores want it: nothing of W
+passes through shared memory. In a product of the tensor cores, out^T += W x^T over 16 columns, lane 4 r + q of a warp
+holds of rows r and r + 8 of W, and of row r of x, the columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. The order of the
+columns in a sum is free, so those four are made to be neighbours in memory: the lane reads whole words of codes, eight
+columns each, and the sixteen bytes of x that belong to such a word.
 
-    x W^T = x_even W_high^T + x_odd W_low^T
+Tiles are spelled [4 (q), 8 (r), WARPS, rows / 8, ...] because Triton deals elements to the lanes, then to the warps, in
+the order of the dimensions: what is loaded then is the operand already, and no layout is converted. Shapes are changed
+by `reshape` and not by `[..., None]` because only that lets Triton carry a load's layout on.
 
-with x read as 32-bit pairs and parted in registers. Where the rows of W give too few programs to fill the GPU, programs
-share the columns too, and a second launch adds their fp32 sums, always in the same order.
+The warps of a program share out the columns and meet only at the end. Where the rows of W still give too few warps to
+fill the GPU, programs share the columns too, and a second launch adds their fp32 sums, always in the same order.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,17 +25,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.availability import launching_on
-from fourfold.kernels.blockwise_triton import block_scales, code_points
+from fourfold.kernels.blockwise_triton import code_points
 
-__all__ = ["configuration", "matmul"]
-
-BLOCK_N = 64
-# Programs that keep all SMs of a large GPU busy, by the rows of the tile of x. Fixed rather than asked of the GPU: the
-# order of the sums, and so the result, is the same on every one.
-PROGRAMS = {16: 528, 32: 396, 64: 264}
+__all__ = ["TILES", "Configuration", "Tile", "configuration", "matmul"]
 
 
 @triton.jit
+def operand(tile: tl.tensor, ROWS: tl.constexpr, WARPS: tl.constexpr) -> tl.tensor:
+    """[4, 8, WARPS, ROWS / 8, 8] as [WARPS, ROWS, 32], each lane's columns where the tensor cores look for them."""
+    parted = tile.reshape(4, 8, WARPS, ROWS // 8, 2, 2, 2)
+    return parted.permute(2, 3, 1, 4, 5, 0, 6).reshape(WARPS, ROWS, 32)
+
+
+# One kernel for all numbers of rows that share a tile.
+@triton.jit(do_not_specialize=["num_inputs"])
 def matmul_kernel(
     out_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -46,56 +57,82 @@ def matmul_kernel(
     LOOKUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    COLUMN_WARPS: tl.constexpr,
+    WORDS: tl.constexpr,
     STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ) -> None:
-    """IS_SPLIT: `out` is fp32 [splits, num_rows, BLOCK_M]; otherwise the result [num_inputs, num_rows]."""
-    PAIRS: tl.constexpr = BLOCK_K // 2
+    """One warp: BLOCK_N rows of W and STEPS times 32 WORDS columns.
+
+    IS_EVEN: The columns fill all steps of all warps.
+    IS_SPLIT: `out` is fp32 [splits, num_rows, BLOCK_M]; otherwise the result [num_inputs, num_rows].
+    """
+    COLUMNS: tl.constexpr = 32 * WORDS
+    WARPS: tl.constexpr = ROW_WARPS * COLUMN_WARPS
+    ROWS: tl.constexpr = ROW_WARPS * BLOCK_N
     dtype = x_ptr.dtype.element_ty
-    split = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    has_row = row < num_rows
-    m = tl.arange(0, BLOCK_M)
-    pair = tl.arange(0, PAIRS)
-    byte_ptrs = codes_ptr + row[:, None] * (num_columns // 2) + pair[None, :]
-    pair_ptrs = x_ptr.to(tl.pointer_type(tl.int32)) + m[None, :] * (num_columns // 2) + pair[:, None]
-    total = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        column = (split * STEPS + step) * BLOCK_K
-        # The last of the programs that share a row may have fewer steps than the others.
-        has_tile = has_row & (column < num_columns)
-        byte = tl.load(byte_ptrs + column // 2, mask=has_tile[:, None], other=0)
-        has_pair = (m[None, :] < num_inputs) & (column < num_columns)
-        x_pair = tl.load(pair_ptrs + column // 2, mask=has_pair, other=0)
-        # A row's BLOCK_K columns lie in one block, or in two: the halves of 128 columns in blocks of 64.
-        block = (row * num_columns + column) >> BLOCK_SHIFT
-        scale = block_scales(
-            *(block, has_tile, scales_ptr, code_map_ptr, nested_absmax_ptr, offset_ptr), NESTED_SHIFT=NESTED_SHIFT
-        )[:, None]
-        if BLOCK_K > 2**BLOCK_SHIFT:
-            second = block_scales(
-                *(block + 1, has_tile, scales_ptr, code_map_ptr, nested_absmax_ptr, offset_ptr),
-                NESTED_SHIFT=NESTED_SHIFT,
-            )[:, None]
-            scale = tl.where(pair[None, :] < PAIRS // 2, scale, second)
-        code = byte.to(tl.int32)
-        high = (code_points(code >> 4, codebook_ptr, BITS=4, LOOKUP=LOOKUP) * scale).to(dtype)
-        low = (code_points(code, codebook_ptr, BITS=4, LOOKUP=LOOKUP) * scale).to(dtype)
-        # The even column is the lower half of a little-endian pair, and the high nibble of a byte.
-        even = (x_pair & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-        odd = (x_pair >> 16).to(tl.int16).to(dtype, bitcast=True)
-        total = tl.dot(high, even, total)
-        total = tl.dot(low, odd, total)
+    r = tl.arange(0, 8)[None, :, None, None]
+    warp = tl.arange(0, WARPS)[None, None, :, None]
+    column_warp = tl.program_id(1) * COLUMN_WARPS + warp // ROW_WARPS
+    start = column_warp * (STEPS * COLUMNS) + tl.arange(0, 4)[:, None, None, None] * (8 * WORDS)
+    # Rows that are not there are read as the last one, which is cheaper than a mask: their sums are never stored.
+    row_warp = tl.program_id(0) * ROW_WARPS + warp % ROW_WARPS
+    n = row_warp * BLOCK_N + tl.arange(0, BLOCK_N // 8)[None, None, None, :] * 8 + r
+    m = tl.arange(0, BLOCK_M // 8)[None, None, None, :] * 8 + r
+    element = tl.minimum(n, num_rows - 1) * num_columns + start
+    x_element = tl.minimum(m, num_inputs - 1) * num_columns + start
+    # Rounded to what they are multiples of anyway, so that Triton knows it and loads sixteen bytes at once.
+    word = (element // (8 * WORDS) * WORDS)[:, :, :, :, None] + tl.arange(0, WORDS)
+    x_ptrs = x_ptr + ((x_element // 8 * 8)[:, :, :, :, None] + tl.arange(0, 8))
+    word_ptrs = codes_ptr.to(tl.pointer_type(tl.int32)) + word
+    shift = (tl.arange(0, 8) ^ 1) * 4
+    total = tl.full([WARPS, BLOCK_N, BLOCK_M], 0.0, tl.float32)
+    # What a step decodes is loaded in the step before.
+    inside = (start < num_columns) | IS_EVEN
+    words = tl.load(word_ptrs, mask=inside[:, :, :, :, None], other=0)
+    scale = tl.load(scales_ptr + (element >> BLOCK_SHIFT), mask=inside, other=0)
+    for step in range(STEPS):
+        # [4, 8, WARPS, BLOCK_N / 8]
+        absmax = scale
+        if code_map_ptr is not None:
+            nested_block = (element + step * COLUMNS) >> (BLOCK_SHIFT + NESTED_SHIFT)
+            nested_absmax = tl.load(nested_absmax_ptr + nested_block, mask=inside, other=0.0)
+            # Two roundings: fused multiply-adds must be off.
+            absmax = tl.load(code_map_ptr + scale.to(tl.int32)) * nested_absmax + tl.load(offset_ptr)
+        absmax = absmax.reshape(4, 8, WARPS, BLOCK_N // 8, 1)
+        if WORDS == 4:
+            even, odd = tl.split(words.reshape(4, 8, WARPS, BLOCK_N // 8, 2, 2))
+            word0, word2 = tl.split(even)
+            word1, word3 = tl.split(odd)
+        else:
+            word0, word1 = tl.split(words)
+            word2, word3 = word0, word1
+        x_inside = inside
+        column = tl.minimum(step + 1, STEPS - 1) * COLUMNS
+        inside = (start + column < num_columns) | IS_EVEN
+        words = tl.load(word_ptrs + column // 8, mask=inside[:, :, :, :, None], other=0)
+        scale = tl.load(scales_ptr + ((element + column) >> BLOCK_SHIFT), mask=inside, other=0)
+        for i in tl.static_range(WORDS):
+            held = word0 if i == 0 else word1 if i == 1 else word2 if i == 2 else word3
+            code = held.reshape(4, 8, WARPS, BLOCK_N // 8, 1) >> shift
+            weight = (code_points(code, codebook_ptr, BITS=4, LOOKUP=LOOKUP) * absmax).to(dtype)
+            x = tl.load(x_ptrs + (step * COLUMNS + 8 * i), mask=x_inside[:, :, :, :, None], other=0.0)
+            right = operand(x, BLOCK_M, WARPS).permute(0, 2, 1)
+            total = tl.dot(operand(weight, BLOCK_N, WARPS), right, total)
+    result = tl.sum(total.reshape(COLUMN_WARPS, ROWS, BLOCK_M), axis=0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x_row = tl.arange(0, BLOCK_M)
+    has_row = (row < num_rows)[:, None]
     if IS_SPLIT:
-        place = (split * num_rows + row)[:, None] * BLOCK_M + m[None, :]
-        tl.store(out_ptr + place, total, mask=has_row[:, None])
+        place = (tl.program_id(1) * num_rows + row)[:, None] * BLOCK_M + x_row[None, :]
+        tl.store(out_ptr + place, result, mask=has_row)
     else:
         if bias_ptr is not None:
-            total += tl.load(bias_ptr + row, mask=has_row, other=0.0).to(tl.float32)[:, None]
-        place = m[None, :] * num_rows + row[:, None]
-        tl.store(out_ptr + place, total.to(dtype), mask=has_row[:, None] & (m[None, :] < num_inputs))
+            result += tl.load(bias_ptr + row, mask=row < num_rows, other=0.0).to(tl.float32)[:, None]
+        place = x_row[None, :] * num_rows + row[:, None]
+        tl.store(out_ptr + place, result.to(dtype), mask=has_row & (x_row[None, :] < num_inputs))
 
 
 @triton.jit
@@ -122,15 +159,55 @@ def sum_kernel(
     tl.store(out_ptr + m[None, :] * num_rows + row[:, None], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def configuration(num_inputs: int, num_rows: int, num_columns: int) -> tuple[int, int, int, int]:
-    """Rows of x in a tile, columns in a tile, tiles for each of the programs that share a row, and their number."""
-    block_m = 16 if num_inputs <= 16 else 32 if num_inputs <= 32 else 64
-    block_k = 128 if num_columns % 128 == 0 else 64
-    steps = num_columns // block_k
-    # At least four steps each, or the loads of the first are all that a program waits for.
-    splits = max(1, min(round(PROGRAMS[block_m] / triton.cdiv(num_rows, BLOCK_N)), steps // 4, 16))
-    steps_each = triton.cdiv(steps, splits)
-    return block_m, block_k, steps_each, triton.cdiv(steps, steps_each)
+class Tile(NamedTuple):
+    """How a product of up to `block_m` rows of x is shared out.
+
+    A warp takes `block_n` rows of W, of each of them `words` words of codes a lane at once. `row_warps` warps of a
+    program read the same columns of x, through their L1 cache. `warps` at most share a program, and `warps_wanted` fill
+    a large GPU: fixed rather than asked of the GPU, so that the order of the sums, and the result, is always the same.
+    """
+
+    block_m: int
+    block_n: int
+    words: int
+    row_warps: int
+    warps: int
+    warps_wanted: int
+
+
+# More rows of W that meet the same x spare the L2 cache, which x is read from; fewer leave registers to more warps.
+TILES = (
+    Tile(block_m=8, block_n=16, words=4, row_warps=1, warps=8, warps_wanted=2112),
+    Tile(block_m=16, block_n=32, words=4, row_warps=1, warps=8, warps_wanted=2112),
+    Tile(block_m=32, block_n=32, words=2, row_warps=2, warps=8, warps_wanted=2112),
+    Tile(block_m=64, block_n=32, words=2, row_warps=4, warps=4, warps_wanted=1056),
+)
+
+
+class Configuration(NamedTuple):
+    """A tile, and what shares a row's columns: warps of a program, programs; and the steps of each warp."""
+
+    tile: Tile
+    column_warps: int
+    splits: int
+    steps: int
+
+
+@functools.cache
+def configuration(num_inputs: int, num_rows: int, num_columns: int) -> Configuration:
+    """How a product is shared out: fixed by its shape."""
+    tile = next(tile for tile in TILES if num_inputs <= tile.block_m)
+    total = triton.cdiv(num_columns, 32 * tile.words)
+    warps = triton.cdiv(num_rows, tile.block_n)
+    # A warp of fewer than 512 columns spends its time on beginning and ending.
+    shares = max(1, min(tile.warps_wanted // warps, num_columns // 512))
+    column_warps = tile.warps // tile.row_warps
+    # Four warps that come and go fill the GPU more evenly than eight, if they need no second launch.
+    if column_warps >= 2 * shares and column_warps >= 8:
+        column_warps //= 2
+    splits = triton.cdiv(shares, column_warps)
+    steps = triton.cdiv(total, column_warps * splits)
+    return Configuration(tile, column_warps, triton.cdiv(total, column_warps * steps), steps)
 
 
 def matmul(
@@ -145,45 +222,42 @@ def matmul(
     nested_block_size: int,
     num_rows: int,
     bias: Tensor | None = None,
-    lookup: str | None = None,
 ) -> Tensor:
-    """`fourfold.kernels.small_batch.matmul_4bit` for what `serves` says.
-
-    Args:
-        lookup: One of `blockwise_triton.LOOKUPS` instead of the usual one, to compare them.
-    """
+    """`fourfold.kernels.small_batch.matmul_4bit` for what `serves` says."""
     num_columns = x.shape[-1]
     out = torch.empty([*x.shape[:-1], num_rows], dtype=x.dtype, device=x.device)
     x = x.reshape(-1, num_columns).contiguous()
-    if x.data_ptr() % 4:
-        x = x.clone()
+    if codes.data_ptr() % 4:
+        codes = codes.clone()
     num_inputs = x.shape[0]
-    block_m, block_k, steps, splits = configuration(num_inputs, num_rows, num_columns)
+    tile, column_warps, splits, steps = configuration(num_inputs, num_rows, num_columns)
     partial = out
     if splits > 1:
-        partial = torch.empty([splits, num_rows, block_m], dtype=torch.float32, device=x.device)
-    # The interpreter has no warps.
-    lookup = lookup or ("shuffle" if x.is_cuda else "gather")
+        partial = torch.empty([splits, num_rows, tile.block_m], dtype=torch.float32, device=x.device)
     with launching_on(x):
-        matmul_kernel[(triton.cdiv(num_rows, BLOCK_N), splits)](
+        matmul_kernel[(triton.cdiv(num_rows, tile.row_warps * tile.block_n), splits)](
             *(partial, x, codes, codebook, scales, code_map, nested_absmax, offset, bias),
             *(num_inputs, num_rows, num_columns),
             BLOCK_SHIFT=block_size.bit_length() - 1,
             NESTED_SHIFT=nested_block_size.bit_length() - 1,
-            LOOKUP=lookup,
-            BLOCK_M=block_m,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=block_k,
-            IS_SPLIT=splits > 1,
+            # The interpreter has no warps.
+            LOOKUP="shuffle" if x.is_cuda else "gather",
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            ROW_WARPS=tile.row_warps,
+            COLUMN_WARPS=column_warps,
+            WORDS=tile.words,
             STEPS=steps,
-            STAGES=4 if block_m < 64 else 3,
-            num_warps=4,
+            IS_EVEN=column_warps * splits * steps * 32 * tile.words == num_columns,
+            IS_SPLIT=splits > 1,
+            num_warps=tile.row_warps * column_warps,
+            num_stages=1,
             enable_fp_fusion=False,
         )
         if splits > 1:
             sum_kernel[(triton.cdiv(num_rows, 32),)](
                 *(out, partial, bias, num_inputs, num_rows),
-                BLOCK_M=block_m,
+                BLOCK_M=tile.block_m,
                 BLOCK_N=32,
                 SPLITS=splits,
                 num_warps=4,
