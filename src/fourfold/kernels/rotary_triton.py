@@ -39,11 +39,11 @@ def _load_angles(
 
 
 @triton.jit
-def _load_biased(base, columns, bias_ptr, bias_column, row_mask, WIDTH: tl.constexpr, is_head=True):
-    """fp32 columns of a head, with the bias; there is none to read where `is_head` is false."""
+def _load_biased(base, columns, bias_ptr, bias_column, row_mask, bias_width, WIDTH: tl.constexpr):
+    """fp32 columns of a head, with the bias, of which `bias_width` columns may be read."""
     x = tl.load(base + columns[None, :], row_mask[:, None] & (columns < WIDTH)[None, :], 0.0).to(tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + bias_column + columns, (columns < WIDTH) & is_head, 0.0)
+        bias = tl.load(bias_ptr + bias_column + columns, columns < bias_width, 0.0)
         x += bias.to(tl.float32)[None, :]
     return x
 
@@ -88,11 +88,11 @@ def rotary_kernel(
             is_v = head >= NUM_HEADS + NUM_KV_HEADS
             base = qkv_ptr + rows[:, None] * in_stride + head * D
             out = out_ptr + rows[:, None] * out_stride + head * D
-            first = _load_biased(base, columns, bias_ptr, head * D, row_mask, HALF)
-            second = _load_biased(base + HALF, columns, bias_ptr, head * D + HALF, row_mask, HALF)
+            first = _load_biased(base, columns, bias_ptr, head * D, row_mask, HALF, HALF)
+            second = _load_biased(base + HALF, columns, bias_ptr, head * D + HALF, row_mask, HALF, HALF)
             if REST > 0:
                 rest_at = head * D + 2 * HALF
-                rest = _load_biased(base + 2 * HALF, rest_columns, bias_ptr, rest_at, row_mask, REST)
+                rest = _load_biased(base + 2 * HALF, rest_columns, bias_ptr, rest_at, row_mask, REST, REST)
             if q_norm_ptr is not None and not is_v:
                 squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
                 if REST > 0:
@@ -206,7 +206,7 @@ def _backward_heads(
     cos,
     sin,
     rows,
-    row_mask,
+    num_rows,
     part,
     eps,
     COUNT: tl.constexpr,  # heads that grad_ptr has
@@ -224,7 +224,7 @@ def _backward_heads(
     rest_columns = tl.arange(0, BLOCK_REST)
     for index in range(0, (COUNT + PARTS - 1) // PARTS):
         head = part + index * PARTS
-        present = row_mask & (head < COUNT)
+        present = rows < tl.where(head < COUNT, num_rows, 0)
         mask = present[:, None] & (columns < HALF)[None, :]
         rest_mask = present[:, None] & (rest_columns < REST)[None, :]
         base = grad_ptr + rows[:, None] * grad_stride + head * D
@@ -239,15 +239,19 @@ def _backward_heads(
             first = turned
         if norm_ptr is not None:
             raw = raw_ptr + rows[:, None] * raw_stride + column
-            x1 = _load_biased(raw, columns, bias_ptr, column, present, HALF, head < COUNT)
-            x2 = _load_biased(raw + HALF, columns, bias_ptr, column + HALF, present, HALF, head < COUNT)
+            x1 = _load_biased(raw, columns, bias_ptr, column, present, tl.where(head < COUNT, HALF, 0), HALF)
+            x2 = _load_biased(
+                raw + HALF, columns, bias_ptr, column + HALF, present, tl.where(head < COUNT, HALF, 0), HALF
+            )
             first *= tl.load(norm_ptr + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
             second *= tl.load(norm_ptr + HALF + columns, columns < HALF, 0.0).to(tl.float32)[None, :]
             squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
             products = tl.sum(first * x1, 1) + tl.sum(second * x2, 1)
             if REST > 0:
                 rest_at = column + 2 * HALF
-                x3 = _load_biased(raw + 2 * HALF, rest_columns, bias_ptr, rest_at, present, REST, head < COUNT)
+                x3 = _load_biased(
+                    raw + 2 * HALF, rest_columns, bias_ptr, rest_at, present, tl.where(head < COUNT, REST, 0), REST
+                )
                 weight = tl.load(norm_ptr + 2 * HALF + rest_columns, rest_columns < REST, 0.0)
                 rest *= weight.to(tl.float32)[None, :]
                 squares += tl.sum(x3 * x3, 1)
@@ -297,7 +301,6 @@ def rotary_backward_kernel(
 ):
     ROTATED: tl.constexpr = cos_ptr is not None
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = rows < num_rows
     if ROTATED:
         cos, sin = _load_angles(
             cos_ptr, sin_ptr, rows, tl.arange(0, BLOCK_HALF), num_positions, cos_stride, num_rows, HALF
@@ -306,15 +309,15 @@ def rotary_backward_kernel(
         cos, sin = 1.0, 0.0
     part = tl.program_id(1)
     _backward_heads(
-        dq_ptr, dq_stride, raw_ptr, raw_stride, out_ptr, out_stride, bias_ptr, q_norm_ptr, cos, sin, rows, row_mask,
+        dq_ptr, dq_stride, raw_ptr, raw_stride, out_ptr, out_stride, bias_ptr, q_norm_ptr, cos, sin, rows, num_rows,
         part, eps, NUM_HEADS, PARTS, 0, ROTATED, D, HALF, BLOCK_HALF, BLOCK_REST,
     )  # fmt: skip
     _backward_heads(
-        dk_ptr, dk_stride, raw_ptr, raw_stride, out_ptr, out_stride, bias_ptr, k_norm_ptr, cos, sin, rows, row_mask,
+        dk_ptr, dk_stride, raw_ptr, raw_stride, out_ptr, out_stride, bias_ptr, k_norm_ptr, cos, sin, rows, num_rows,
         part, eps, NUM_KV_HEADS, PARTS, NUM_HEADS, ROTATED, D, HALF, BLOCK_HALF, BLOCK_REST,
     )  # fmt: skip
     _backward_heads(
-        dv_ptr, dv_stride, raw_ptr, raw_stride, out_ptr, out_stride, None, None, cos, sin, rows, row_mask,
+        dv_ptr, dv_stride, raw_ptr, raw_stride, out_ptr, out_stride, None, None, cos, sin, rows, num_rows,
         part, eps, NUM_KV_HEADS, PARTS, NUM_HEADS + NUM_KV_HEADS, False, D, HALF, BLOCK_HALF, BLOCK_REST,
     )  # fmt: skip
 
