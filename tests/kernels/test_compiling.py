@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # Compilers of other versions than the kernels were written with may keep a word or two in local memory.
-TOLERATED_BYTES = 16
+TOLERATED_BYTES = 0 if version("triton").startswith("3.6.") else 16
 
 
 def test_every_kernel_compiles_for_ampere_and_hopper_without_spilling_registers() -> None:

@@ -19,7 +19,7 @@ from fourfold.models.block_state import Block
 from fourfold.models.families import FAMILIES
 from fourfold.models.fused_norm import FusedNorm
 from fourfold.models.graphs import BlockGraphs
-from fourfold.models.linear_group import LinearGroup, Unsupported, view_linear
+from fourfold.models.linear_group import LinearGroup, Unsupported, refuse_hooks, view_linear
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
 
 __all__ = ["FusedDecoderLayer", "fuse_blocks", "set_recomputation"]
@@ -140,8 +140,7 @@ class FusedDecoderLayer:
             raise Unsupported(f"hidden_act is {attention.config.hidden_act}")
         self._check_dtype(hidden_states)
         for module in (attention, self.mlp, self.input_layernorm, self.post_attention_layernorm):
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise Unsupported("a module inside the block has a hook")
+            refuse_hooks(module)
         view = partial(view_linear, training=self.training)
         qkv = LinearGroup(*(view(getattr(attention, name), bias=True) for name in ("q_proj", "k_proj", "v_proj")))
         head_dim = attention.head_dim
@@ -200,9 +199,8 @@ def _checkpoint(function: Any, *args: Any) -> Any:
 
 def _window(attention: Any, seq: int) -> int | None:
     """Tokens that a token sees at most; None where the row is no longer than that."""
-    window = getattr(attention, "sliding_window", None)
-    if not hasattr(attention, "sliding_window"):
-        window = getattr(attention.config, "sliding_window", None)  # Mistral's, the same for all layers
+    # Mistral has it in its configuration, the same for all layers.
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     return window if window is not None and window < seq else None
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from fourfold.models.block_backward import block_backward
 from fourfold.models.block_forward import block_forward
 from fourfold.models.block_state import Block, Saved
+from fourfold.models.recomputation import USED_UP
 
 __all__ = ["AUTO_TOKENS", "BlockGraphs"]
 
@@ -246,10 +247,7 @@ class _GraphedBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         graph: _Graph = ctx.graph
         if ctx.pending is None:
-            raise RuntimeError(
-                "A fused block ran its backward pass twice, whose first run used up what the forward pass had saved; "
-                "call the model again, or prepare it with fused=False for retain_graph=True"
-            )
+            raise RuntimeError(USED_UP)
         shared = graph.shared.grad
         if grad.data_ptr() != shared.data_ptr():
             shared.copy_(grad)

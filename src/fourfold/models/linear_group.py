@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fourfold.kernels.low_rank import low_rank_grad
 from fourfold.quantization.linear import QuantizedLinear
 
-__all__ = ["AdaptedLinear", "LinearGroup", "Unsupported", "view_linear"]
+__all__ = ["AdaptedLinear", "LinearGroup", "Unsupported", "refuse_hooks", "view_linear"]
 
 # Rows of a 16-bit matrix stay 16-byte aligned, and a tile of the tensor cores is full.
 _RANK_MULTIPLE = 16
@@ -82,12 +82,12 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
     Raises:
         Unsupported: It does something that the fused block does not.
     """
-    _refuse_hooks(module)
+    refuse_hooks(module)
     adapters: list[Adapter] = []
     base: Any = module
     if isinstance(module, PeftLoraLinear):
         base = module.get_base_layer()
-        _refuse_hooks(base)
+        refuse_hooks(base)
         if not (module.disable_adapters or module.merged):
             adapters = [
                 _view_adapter(module, name, training) for name in module.active_adapters if name in module.lora_A
@@ -109,12 +109,13 @@ def _view_adapter(module: Any, name: str, training: bool) -> Adapter:
     lora_a, lora_b = module.lora_A[name], module.lora_B[name]
     if lora_b.bias is not None:
         raise Unsupported("lora_bias is on")
-    _refuse_hooks(lora_a)
-    _refuse_hooks(lora_b)
+    refuse_hooks(lora_a)
+    refuse_hooks(lora_b)
     return Adapter(lora_a.weight, lora_b.weight, float(module.scaling[name]))
 
 
-def _refuse_hooks(module: nn.Module) -> None:
+def refuse_hooks(module: nn.Module) -> None:
+    """Raises Unsupported if the module has a hook."""
     # The fused block does not call the modules inside it, so their hooks would not run.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise Unsupported("a module inside the block has a hook")

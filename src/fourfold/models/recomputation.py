@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fourfold.errors import ConfigError
 
-__all__ = ["POLICIES", "HostOffload", "Policy", "SavedTensors", "policies_of"]
+__all__ = ["POLICIES", "USED_UP", "HostOffload", "Policy", "SavedTensors", "policies_of"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,12 @@ def policies_of(recompute: str | Sequence[str], num_layers: int) -> list[str]:
     return names
 
 
+USED_UP = (
+    "A fused block ran its backward pass twice, whose first run used up what the forward pass had saved; "
+    "call the model again, or prepare it with fused=False for retain_graph=True"
+)
+
+
 def _nothing() -> None:
     return None
 
@@ -96,10 +102,7 @@ class SavedTensors:
             RuntimeError: They were taken before: the backward pass works in their memory.
         """
         if self._tensors is None:
-            raise RuntimeError(
-                "A fused block ran its backward pass twice, whose first run used up what the forward pass had saved; "
-                "call the model again, or prepare it with fused=False for retain_graph=True"
-            )
+            raise RuntimeError(USED_UP)
         tensors, self._tensors = self._tensors, None
         return tensors
 
