@@ -92,7 +92,7 @@ def block_backward(
         return None, grads
     grad_normed = grad_qkv_x @ half.weight.backward
     if out is None:
-        out = new_extended(x, *x.shape, block.down.rank)
+        out = new_extended(x, len(x), x.shape[1], block.down.rank)
     rms_norm_backward(grad_normed, x, block.norm1, half.normed.rstd, grad_mid, out=out)
     return out, grads
 

@@ -45,10 +45,10 @@ class GradientRoom:
         """[tokens, width + rank] that begins with `grad` [tokens, width], where possible in its memory."""
         left, self._left = self._left, None
         num_rows, width = grad.shape
-        if left is not None and len(left) == num_rows and left.shape[1] >= width + rank:
-            # Kept since it was left, this memory can be nobody else's.
-            if (left.data_ptr(), left.stride()) == (grad.data_ptr(), grad.stride()):
-                return left[:, : width + rank]
+        # Kept since it was left, this memory can be nobody else's.
+        is_it = left is not None and (left.data_ptr(), left.stride()) == (grad.data_ptr(), grad.stride())
+        if left is not None and is_it and len(left) == num_rows and left.shape[1] >= width + rank:
+            return left[:, : width + rank]
         if not rank:
             return grad.contiguous()
         extended = new_extended(grad, num_rows, width, rank)

@@ -189,7 +189,7 @@ class BlockGraphs:
         shared = self._shared.get(self._shape)
         if shared is None:
             cos, sin = (None if table is None else table.clone() for table in (block.cos, block.sin))
-            grad_x = new_extended(x, *x.shape, block.down.rank)
+            grad_x = new_extended(x, len(x), x.shape[1], block.down.rank)
             shared = self._shared[self._shape] = _Shared(grad_x, cos, sin)
         static = replace(block, cos=shared.cos, sin=shared.sin)
         # What a graph before this one put out stays where it is; anything else is copied to where it is looked for.
