@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor
 
 from fourfold.kernels.low_rank import new_extended
-from fourfold.models.block_state import GradientRoom
+from fourfold.models.block_state import GradientRoom, parts
 
 
 def through_autograd(grad: Tensor) -> Tensor:
@@ -43,3 +44,13 @@ def test_a_copied_model_takes_nothing_of_the_others() -> None:
     room = GradientRoom()
     grad = room.leave(new_extended(torch.empty(0), 6, 40, 16), 40)
     assert copy.deepcopy(room).take(grad, 16).data_ptr() != grad.data_ptr()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2047, 2048, 2049, 8191, 32768, 100_001])
+def test_parts_are_all_tokens_in_few_parts(num_tokens: int) -> None:
+    assert list(parts(num_tokens, whole=True)) == [slice(0, num_tokens)]
+    pieces = list(parts(num_tokens, whole=False))
+    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+    assert pieces[-1].stop == num_tokens
+    assert len(pieces) <= 8
+    assert all(piece.stop - piece.start <= max(2048, -(-num_tokens // 8)) for piece in pieces)

@@ -17,9 +17,10 @@ from fourfold.models.recomputation import Policy, SavedTensors
 
 __all__ = ["Block", "GradientRoom", "Saved", "columns", "parts"]
 
-# The MLP works on this many tokens at a time where gate and up are not kept: enough for matrix products to run at full
-# speed, few enough that its three wide tensors do not set the peak of memory.
+# The MLP works on a part of the tokens at a time where gate and up are not kept: on this many, enough for matrix products
+# to run at full speed, or on an eighth of them, where its three wide tensors are small beside the rest.
 MLP_TOKENS = 2048
+MLP_PARTS = 8
 
 
 class GradientRoom:
@@ -188,8 +189,8 @@ class Saved:
 
 
 def parts(num_tokens: int, whole: bool) -> Iterator[slice]:
-    """All tokens, or about equally many at a time, at most `MLP_TOKENS`."""
-    count = 1 if whole else -(-num_tokens // MLP_TOKENS)
+    """All tokens, or about equally many at a time: at most `MLP_TOKENS`, and no more than `MLP_PARTS` parts of more."""
+    count = 1 if whole else min(MLP_PARTS, -(-num_tokens // MLP_TOKENS))
     size = max(1, -(-num_tokens // max(count, 1)))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
