@@ -17,8 +17,8 @@ from fourfold.models.recomputation import Policy, SavedTensors
 
 __all__ = ["Block", "GradientRoom", "Saved", "columns", "parts"]
 
-# The MLP works on a part of the tokens at a time where gate and up are not kept: on this many, enough for matrix products
-# to run at full speed, or on an eighth of them, where its three wide tensors are small beside the rest.
+# Where gate and up are not kept, the MLP works on a part of the tokens at a time: on this many, enough for matrix
+# products to run at full speed, or on an eighth of them, where its three wide tensors are small beside the rest.
 MLP_TOKENS = 2048
 MLP_PARTS = 8
 
