@@ -135,7 +135,7 @@ def norm() -> None:
         projection = random(rank, width) if rank else None
         rstd = norm_triton.rms_norm(x, weight, 1e-6, projection)[1]
         residual_grad = random(rows, width) if rank else None
-        norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, projection)
+        norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, torch.empty_like(x))
 
 
 def rotary() -> None:
