@@ -227,9 +227,9 @@ def write_even_tile(
         product = point * decoded[i][:, None]
         element = (i * THREADS + thread) * 8
         if GAP:
-            # One division a tile where a row is whole tiles, else one a word.
-            in_row = (out_tile * TILE).to(tl.uint32)
-            row = (in_row + element.to(tl.uint32)) // COLUMNS if COLUMNS % TILE else in_row // COLUMNS
+            # One division for all words of a run where a row is whole runs, else one a word.
+            first = (out_tile * TILE + i * THREADS * 8).to(tl.uint32)
+            row = (first + (thread * 8).to(tl.uint32)) // COLUMNS if COLUMNS % (THREADS * 8) else first // COLUMNS
             element += row.to(tl.int32) * GAP
         place = element[:, None] + within[None, :]
         tl.store(out_ptr + start + place, product.to(out_ptr.dtype.element_ty), cache_modifier=STORE)

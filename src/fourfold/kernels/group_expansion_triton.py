@@ -17,7 +17,8 @@ from fourfold.kernels.launching import cdiv
 __all__ = ["MAX_MEMBERS", "expand_group_", "takes"]
 
 MAX_MEMBERS = 3
-ADAPTER_TILE = 1024
+# With more, the adapters' programs would take registers from all the others.
+ADAPTER_TILE = 512
 
 
 @triton.jit
