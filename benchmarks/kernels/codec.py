@@ -4,7 +4,8 @@
 
 Weights are NF4 with double quantization, in bf16. The limit of decoding and encoding is the bandwidth of a copy within
 the GPU, of few-row products the bf16 GEMM. Every call takes the next of several sets of buffers, so that nothing that
-it reads is left in the L2 cache by the call before.
+it reads is left in the L2 cache by the call before. Many calls are timed as one, so that what an event takes does not
+count.
 """
 
 from __future__ import annotations
@@ -27,32 +28,40 @@ import bitsandbytes.functional
 import torch
 from torch import Tensor
 
-from fourfold.kernels import blockwise_triton, expansion_triton, small_batch_triton
-from fourfold.quantization.tensor import QuantizedTensor, quantize
+from fourfold.kernels import blockwise_triton, small_batch_triton
+from fourfold.kernels.low_rank import new_extended
+from fourfold.quantization.tensor import QuantizedTensor, expand_alike_, quantize
 
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]
+# Linears of Llama-3-8B that share their input, as rows of each and columns.
+GROUPS = {"q, k, v": ([4096, 1024, 1024], 4096), "gate, up": ([14336, 14336], 4096)}
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
-REPEATS = 50
+REPEATS = 5
+CALLS = 20
 RANK = 16
 # More than twice the L2 cache of any GPU so far.
 ROTATED_BYTES = 256 * 2**20
 
 
 def median_us(calls: list[Callable[[], Any]]) -> float:
-    """Median microseconds of a call, taking the calls in turn."""
+    """Microseconds of a call, taking the calls in turn: the median of REPEATS times CALLS of them."""
     turn = itertools.cycle(calls)
     for _ in range(3):
         next(turn)()
-    # Filling this takes the GPU longer than the CPU takes to launch a call, so that only the GPU is timed.
     filler = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-    for start, end in events:
-        filler.zero_()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Filling takes the GPU longer than the CPU takes to launch the calls, so that only the GPU is timed.
+        for _ in range(8):
+            filler.zero_()
         start.record()
-        next(turn)()
+        for _ in range(CALLS):
+            next(turn)()
         end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / CALLS)
+    return statistics.median(times)
 
 
 def copy_bandwidth() -> float:
@@ -77,18 +86,11 @@ def decoding(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
     ]
     assert torch.equal(quantize(dense[0]).dequantize(), bitsandbytes.functional.dequantize_4bit(*theirs[0]))
     rows, columns = shape
-    outs = [torch.empty(rows + RANK, columns + RANK, dtype=torch.bfloat16, device="cuda") for _ in dense]
-    a, b = torch.randn(RANK, columns, device="cuda"), torch.randn(rows, RANK, device="cuda")
 
     def dequantize(weight: QuantizedTensor) -> Callable[[], Any]:
         codes, nested = nested_of(weight)
         options = (codes, 64, list(shape), torch.bfloat16, nested)
         return lambda: blockwise_triton.dequantize(weight.codes, weight.codebook, *options)
-
-    def expand(weight: QuantizedTensor, out: Tensor) -> Callable[[], Any]:
-        codes, nested = nested_of(weight)
-        place = (rows, columns, 0, rows, RANK, 0, a, b, 2.0)
-        return lambda: expansion_triton.expand_(out, weight.codes, weight.codebook, codes, 64, nested, *place)
 
     def by_bitsandbytes(codes: Tensor, state: Any) -> Callable[[], Any]:
         return lambda: bitsandbytes.functional.dequantize_4bit(codes, state)
@@ -100,13 +102,57 @@ def decoding(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
     times = {
         "dequantize": [dequantize(weight) for weight in weights],
         "dequantize, bitsandbytes": [by_bitsandbytes(*pair) for pair in theirs],
-        "expand": [expand(weight, out) for weight, out in zip(weights, outs, strict=True)],
+        "expand": expansions([[weight] for weight in weights])["at once"],
         "quantize": [lambda tensor=tensor: quantize(tensor) for tensor in dense],
         "quantize, bitsandbytes": [quantize_by_bitsandbytes(tensor) for tensor in dense],
     }
     return [
         {"shape": shape, "what": what, "us": (us := median_us(calls)), "of_copy_bandwidth": moved / us / bandwidth}
         for what, calls in times.items()
+    ]
+
+
+def expansions(groups: list[list[QuantizedTensor]]) -> dict[str, list[Callable[[], Any]]]:
+    """Calls that write a group of weights and adapters, one for each of `groups`: at once, and a weight at a time."""
+    rows, columns = [weight.shape[0] for weight in groups[0]], groups[0][0].shape[1]
+    ranks = RANK * len(rows)
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    outs = [new_extended(like, sum(rows) + ranks, columns, ranks) for _ in groups]
+    a = [torch.randn(RANK, columns, device="cuda") for _ in rows]
+    b = [torch.randn(count, RANK, device="cuda") for count in rows]
+
+    def at_once(out: Tensor, weights: list[QuantizedTensor]) -> Callable[[], Any]:
+        return lambda: expand_alike_(out, weights, a, b, [2.0] * len(weights))
+
+    def one_by_one(out: Tensor, weights: list[QuantizedTensor]) -> Callable[[], Any]:
+        def call() -> None:
+            row = 0
+            for index, weight in enumerate(weights):
+                place: dict[str, Any] = {"row": row, "total_rows": sum(rows), "rank_row": RANK * index}
+                weight.expand_(out, used_ranks=ranks, lora_a=a[index], lora_b=b[index], scaling=2.0, **place)
+                row += rows[index]
+
+        return call
+
+    pairs = list(zip(outs, groups, strict=True))
+    return {"at once": [at_once(*pair) for pair in pairs], "one by one": [one_by_one(*pair) for pair in pairs]}
+
+
+def group_expansion(name: str, rows: list[int], columns: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Expansion of linears that share their input, in one launch and in one each."""
+    groups = [
+        [quantize(torch.randn(count, columns, dtype=torch.bfloat16, device="cuda")) for count in rows]
+        for _ in range(copies((sum(rows), columns)))
+    ]
+    moved = 2 * sum(rows) * columns + sum(weight.num_bytes for weight in groups[0])
+    return [
+        {
+            "shape": (sum(rows), columns),
+            "what": f"expand {name}, {how}",
+            "us": (us := median_us(calls)),
+            "of_copy_bandwidth": moved / us / bandwidth,
+        }
+        for how, calls in expansions(groups).items()
     ]
 
 
@@ -153,12 +199,14 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e6:.2f} TB/s")
-    print(f"{'shape':>12} {'what':>26} {'us':>9} {'of copy':>8}")
+    print(f"{'shape':>12} {'what':>28} {'us':>9} {'of copy':>8}")
     codec, small = [], []
-    for shape in SHAPES:
-        for row in decoding(shape, bandwidth):
-            codec.append(row)
-            print(f"{shape[0]:>6}x{shape[1]:<5} {row['what']:>26} {row['us']:9.1f} {row['of_copy_bandwidth']:8.1%}")
+    decoded = (row for shape in SHAPES for row in decoding(shape, bandwidth))
+    grouped = (row for name, group in GROUPS.items() for row in group_expansion(name, *group, bandwidth))
+    for row in itertools.chain(decoded, grouped):
+        codec.append(row)
+        rows, columns = row["shape"]
+        print(f"{rows:>6}x{columns:<5} {row['what']:>28} {row['us']:9.1f} {row['of_copy_bandwidth']:8.1%}")
     names = ["ours", "bitsandbytes", "bf16"]
     print(f"{'shape':>12} {'rows of x':>10} " + " ".join(f"{name:>13}" for name in names) + "   (us)")
     for shape in SHAPES:

@@ -39,6 +39,7 @@ from fourfold.kernels import (
     cross_entropy_triton,
     encoding_triton,
     expansion_triton,
+    group_expansion_triton,
     low_rank_triton,
     norm_triton,
     rotary_triton,
@@ -46,6 +47,7 @@ from fourfold.kernels import (
     swiglu_triton,
 )
 from fourfold.kernels.adamw_state import Hyperparameters, lay_out
+from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.swiglu import ACTIVATIONS
 from fourfold.optimizers.maps import state_maps
 from fourfold.quantization.formats import FORMATS
@@ -85,6 +87,10 @@ def dequantize() -> None:
         blockwise_triton.dequantize(weight.codes, *arguments)
         shifted = torch.cat([weight.codes[:1], weight.codes])[1:]
         blockwise_triton.dequantize(shifted, *arguments)
+    # Whole tiles alone.
+    for double_quant in (True, False):
+        weight, scales, nested = quantized((6, 1024), double_quant=double_quant)
+        blockwise_triton.dequantize(weight.codes, weight.codebook, scales, 64, [6, 1024], torch.float16, nested)
 
 
 def encode() -> None:
@@ -111,6 +117,31 @@ def expand() -> None:
             place = (rows, columns, row, total_rows, used_ranks, rank_row, a, b, 0.5)
             expansion_triton.expand_(out, weight.codes, weight.codebook, scales, weight.block_size, nested, *place)
             row, rank_row = row + rows, rank_row + (rank or 0)
+
+
+def expand_groups() -> None:
+    """Three linears, two and one, in a launch each; rows that end within a run of words; ranks that fill nothing."""
+    for columns, double_quant, linears in (
+        (1024, True, [(6, 5), (2, None), (4, 7)]),
+        (1536, False, [(4, 3), (8, 16)]),
+        (2048, True, [(3, None)]),
+    ):
+        padded_ranks = -(-sum(rank or 0 for _, rank in linears) // 16) * 16
+        out = new_extended(random(1), sum(rows for rows, _ in linears) + padded_ranks, columns, padded_ranks)
+        members = [quantized((rows, columns), double_quant=double_quant) for rows, _ in linears]
+        weight, _, nested = members[0]
+        own = [[None if part is None else part[index] for _, _, part in members] for index in (1, 2)]
+        sizes = (weight.block_size, 1 if nested is None else nested.block_size, [rows for rows, _ in linears], columns)
+        assert group_expansion_triton.takes(
+            out, [one.codes for one, _, _ in members], weight.codebook, 64, None if nested is None else 256, *sizes[2:]
+        )
+        group_expansion_triton.expand_group_(
+            *(out, [one.codes for one, _, _ in members], weight.codebook, [scales for _, scales, _ in members]),
+            *(None if nested is None else nested.code_map, *own, *sizes),
+            [None if rank is None else random(rank, columns) for _, rank in linears],
+            [None if rank is None else random(rows, rank) for rows, rank in linears],
+            [0.5] * len(linears),
+        )
 
 
 def few_rows() -> None:
@@ -235,6 +266,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "dequantize": dequantize,
     "quantize": encode,
     "expand": expand,
+    "expand groups": expand_groups,
     "few rows": few_rows,
     "norm": norm,
     "rotary": rotary,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,6 +40,46 @@ def test_kernel_is_bit_equal_to_what_the_cpu_does(
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     quantized = quantize(weight, format, block_size, double_quant)
     assert torch.equal(dequantize_by_kernel(quantized, dtype), quantized.dequantize(dtype))
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [{}, {"CHUNKS": 1}, {"CHUNKS": 4}, {"THREADS": 64}],
+    ids=lambda constants: ",".join(constants),
+)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [32, 256])
+def test_kernel_of_whole_tiles_is_bit_equal_however_its_tiles_are_made(
+    block_size: int, double_quant: bool, constants: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in constants.items():
+        monkeypatch.setitem(blockwise_triton.EVEN, name, value)
+    weight = torch.randn(12, 1024, generator=torch.Generator().manual_seed(0))
+    quantized = quantize(weight, "fp4", block_size, double_quant)
+    nested_block_size = 256 if double_quant else None
+    sizes = (weight.numel(), block_size, nested_block_size)
+    assert blockwise_triton.is_even(quantized.codes, quantized.codebook, *sizes)
+    assert torch.equal(dequantize_by_kernel(quantized, torch.float16), quantized.dequantize(torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("shape", "format", "block_size"),
+    [((3, 1000), "nf4", 64), ((4, 1024), "int8", 64), ((2, 4096), "nf4", 8192)],
+    ids=["no whole tiles", "no 4 bits", "blocks above a tile"],
+)
+def test_weights_that_are_not_whole_tiles_are_none_for_their_kernel(
+    shape: tuple[int, int], format: str, block_size: int
+) -> None:
+    quantized = quantize(torch.ones(shape), format)
+    num_elements = quantized.num_elements
+    assert not blockwise_triton.is_even(quantized.codes, quantized.codebook, num_elements, block_size, None)
+
+
+def test_tiles_that_meet_two_nested_blocks_are_none_for_the_kernel_of_whole_tiles() -> None:
+    quantized = quantize(torch.ones(4, 1024))
+    sizes = (quantized.num_elements, 64)
+    assert blockwise_triton.is_even(quantized.codes, quantized.codebook, *sizes, 64)
+    assert not blockwise_triton.is_even(quantized.codes, quantized.codebook, *sizes, 16)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fourfold.kernels import blockwise, blockwise_triton
 from fourfold.kernels.expansion import expand_blockwise_reference
+from fourfold.kernels.low_rank import new_extended
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.scales import NestedScales
-from fourfold.quantization.tensor import QuantizedTensor, quantize
+from fourfold.quantization.tensor import QuantizedTensor, are_alike, expand_alike_, quantize
 
 pytestmark = pytest.mark.gpu
 
@@ -28,6 +29,17 @@ def quantized_on_cpu(shape: tuple[int, ...], *options: Any) -> QuantizedTensor:
 def poison(num_bytes: int) -> None:
     """Leave NaN (0xFF) in the memory that the next allocation of this size gets."""
     torch.full((num_bytes,), 255, dtype=torch.uint8, device="cuda")
+
+
+def unwritten(rows: int, columns: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """NaN as `new_extended` lays it out, [rows, columns + rank], and between its rows."""
+    out = new_extended(torch.empty(0, dtype=dtype, device="cuda"), rows, columns, rank)
+    with_gaps(out).fill_(torch.nan)
+    return out
+
+
+def with_gaps(out: Tensor) -> Tensor:
+    return out.as_strided((len(out), out.stride(0)), (out.stride(0), 1))
 
 
 @pytest.mark.parametrize(
@@ -95,8 +107,8 @@ def test_expansion_is_bit_equal_to_the_reference(
     total_rows = sum(rows for rows, _ in linears)
     used_ranks = sum(rank or 0 for _, rank in linears)
     padded_ranks = -(-used_ranks // 16) * 16
-    out = torch.full((total_rows + padded_ranks, columns + padded_ranks), torch.nan, dtype=dtype, device="cuda")
-    expected, row, rank_row = out.clone(), 0, 0
+    out = unwritten(total_rows + padded_ranks, columns, padded_ranks, dtype)
+    expected, row, rank_row = unwritten(total_rows + padded_ranks, columns, padded_ranks, dtype), 0, 0
     for rows, rank in linears:
         weight = quantized_on_cpu((rows, columns), "nf4", 64, double_quant).to("cuda")
         a = None if rank is None else torch.randn(rank, columns, device="cuda")
@@ -109,7 +121,70 @@ def test_expansion_is_bit_equal_to_the_reference(
         expand_blockwise_reference(expected, *arguments)
         row, rank_row = row + rows, rank_row + (rank or 0)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(out.isnan().sum(), torch.tensor(padded_ranks**2, device="cuda"))
+    gaps = (total_rows + padded_ranks) * (out.stride(0) - out.shape[1])
+    assert int(with_gaps(out).isnan().sum()) == padded_ranks**2 + gaps
+
+
+# The first group is one launch, of whole tiles; the second too, and its rows end within runs of words; the third is
+# one launch a linear, and so is the last.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("fp4", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("columns", "linears"),
+    [
+        (4096, [(512, 16), (128, 7), (128, 256)]),
+        (1536, [(256, 3), (512, None)]),
+        (14336, [(64, 16)]),
+        (1536, [(200, 3), (100, 16)]),
+        (2048, [(64, None), (32, None)]),
+        (1024, [(4, 1), (4, 2), (4, 3), (4, 4)]),
+    ],
+)
+def test_group_expansion_is_bit_equal_to_the_reference(
+    columns: int, linears: list[tuple[int, int | None]], format: str, double_quant: bool, dtype: torch.dtype
+) -> None:
+    num_rows = [rows for rows, _ in linears]
+    total_rows, used_ranks = sum(num_rows), sum(rank or 0 for _, rank in linears)
+    padded_ranks = -(-used_ranks // 16) * 16
+    weights = [quantized_on_cpu((rows, columns), format, 64, double_quant).to("cuda") for rows in num_rows]
+    a = [None if rank is None else torch.randn(rank, columns, device="cuda") for _, rank in linears]
+    b = [None if rank is None else torch.randn(rows, rank, device="cuda") for rows, rank in linears]
+    scalings = [0.7 + index for index in range(len(linears))]
+    out = unwritten(total_rows + padded_ranks, columns, padded_ranks, dtype)
+    expected, row, rank_row = unwritten(total_rows + padded_ranks, columns, padded_ranks, dtype), 0, 0
+    assert are_alike(weights)
+    expand_alike_(out, weights, a, b, scalings)
+    for weight, (rows, rank), *adapter in zip(weights, linears, a, b, scalings, strict=True):
+        absmax = weight.scales.dequantize()
+        place = (rows, columns, row, total_rows, used_ranks, rank_row, *adapter)
+        expand_blockwise_reference(expected, weight.codes, weight.codebook, absmax, 64, *place)
+        row, rank_row = row + rows, rank_row + (rank or 0)
+    torch.testing.assert_close(with_gaps(out), with_gaps(expected), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("constants", [{"CHUNKS": 1}, {"CHUNKS": 4}, {"CHUNKS": 2, "THREADS": 256}])
+def test_whole_tiles_are_bit_equal_however_they_are_made(
+    constants: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = quantized_on_cpu((512, 4096))
+    expected = quantized.dequantize(torch.bfloat16)
+    for name, value in constants.items():
+        monkeypatch.setitem(blockwise_triton.EVEN, name, value)
+    poison(expected.nbytes)
+    assert torch.equal(quantized.to("cuda").dequantize(torch.bfloat16).cpu(), expected)
+
+
+def test_a_group_of_whole_tiles_is_one_launch() -> None:
+    weights = [quantized_on_cpu((rows, 4096)).to("cuda") for rows in (512, 128, 128)]
+    out = unwritten(768 + 48, 4096, 48, torch.bfloat16)
+    a = [torch.randn(16, 4096, device="cuda") for _ in weights]
+    b = [torch.randn(weight.shape[0], 16, device="cuda") for weight in weights]
+    expand_alike_(out, weights, a, b, [1.0, 1.0, 1.0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        expand_alike_(out, weights, a, b, [1.0, 1.0, 1.0])
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert [name for name in kernels if "Sync" not in name] == ["expand_group_kernel"]
 
 
 @pytest.mark.parametrize(
@@ -189,4 +264,4 @@ def test_nested_scales_are_read_in_their_one_launch() -> None:
         weight.dequantize()
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert [name for name in kernels if "dequantize_kernel" in name] == [name for name in kernels if "Sync" not in name]
+    assert [name for name in kernels if "Sync" not in name] == ["dequantize_even_kernel"]

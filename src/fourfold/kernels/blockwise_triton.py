@@ -3,6 +3,9 @@
 A tile is WORDS 32-bit words of codes. A thread takes whole words: one load of codes, one scale, eight products and one
 store of 16 bytes for each. Everything but the store of the result is small, so what counts is that the lookup in the
 codebook costs few instructions and that the stores are wide.
+
+Weights of whole tiles, which those of real models are, take kernels of their own (`is_even`): without masks, and with
+every load that waits for no other one issued before anything waits.
 """
 
 from __future__ import annotations
@@ -16,9 +19,23 @@ from torch import Tensor
 
 from fourfold.kernels.availability import launching_on
 
-__all__ = ["WORDS", "NestedParts", "dequantize", "geometry", "product_tile"]
+__all__ = [
+    "EVEN",
+    "WORDS",
+    "NestedParts",
+    "code_points",
+    "dequantize",
+    "even_tile_size",
+    "geometry",
+    "is_even",
+    "product_tile",
+    "write_even_tile",
+]
 
 WORDS = 512
+
+# The tiles of even weights: a program writes CHUNKS runs of THREADS words, a word a thread; both are powers of two.
+EVEN = {"THREADS": 128, "CHUNKS": 2}
 
 
 @triton.jit
@@ -153,6 +170,89 @@ def dequantize_kernel(
     tl.store(tile_ptr + element, product.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def write_even_tile(
+    out_ptr: tl.tensor,
+    out_tile: tl.tensor,
+    tile: tl.tensor,
+    codes_ptr: tl.tensor,
+    codebook_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    code_map_ptr: tl.tensor,
+    nested_absmax_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    COLUMNS: tl.constexpr,
+    GAP: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """Decode tile number `tile` of a weight of 4 bits to where tile number `out_tile` of the output is.
+
+    COLUMNS, GAP: a row's elements, and the elements between two rows of the output, below 2**31 where there is a gap.
+    """
+    TILE: tl.constexpr = THREADS * CHUNKS * 8
+    thread = tl.arange(0, THREADS)
+    words_ptr = codes_ptr.to(tl.pointer_type(tl.int32)) + tile.to(tl.int64) * (THREADS * CHUNKS)
+    first_block = tile.to(tl.int64) * (TILE >> BLOCK_SHIFT)
+    words = tl.tuple(())
+    scales = tl.tuple(())
+    for i in tl.static_range(CHUNKS):
+        words += (tl.load(words_ptr + i * THREADS + thread),)
+    for i in tl.static_range(CHUNKS):
+        scales += (tl.load(scales_ptr + first_block + ((i * THREADS + thread) * 8 >> BLOCK_SHIFT)),)
+    if code_map_ptr is not None:
+        nested = tl.load(nested_absmax_ptr + (first_block >> NESTED_SHIFT))
+        offset = tl.load(offset_ptr)
+    # Or else the compiler issues the loads of words behind those of scales, one latency after the other.
+    tl.debug_barrier()
+    if code_map_ptr is not None:
+        decoded = tl.tuple(())
+        for i in tl.static_range(CHUNKS):
+            decoded += (tl.load(code_map_ptr + scales[i].to(tl.int32)) * nested + offset,)
+    else:
+        decoded = scales
+    within = tl.arange(0, 8)
+    # The even element of a byte is in the high nibble.
+    shift = (within ^ 1) * 4
+    start = out_tile.to(tl.int64) * TILE
+    for i in tl.static_range(CHUNKS):
+        point = code_points(words[i][:, None] >> shift[None, :], codebook_ptr, BITS=4, LOOKUP=LOOKUP)
+        product = point * decoded[i][:, None]
+        element = (i * THREADS + thread) * 8
+        if GAP:
+            # One division for all words of a run where a row is whole runs, else one a word.
+            first = (out_tile * TILE + i * THREADS * 8).to(tl.uint32)
+            row = (first + (thread * 8).to(tl.uint32)) // COLUMNS if COLUMNS % (THREADS * 8) else first // COLUMNS
+            element += row.to(tl.int32) * GAP
+        place = element[:, None] + within[None, :]
+        tl.store(out_ptr + start + place, product.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def dequantize_even_kernel(
+    out_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    codebook_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    code_map_ptr: tl.tensor,
+    nested_absmax_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    BLOCK_SHIFT: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0)
+    write_even_tile(
+        *(out_ptr, tile, tile, codes_ptr, codebook_ptr, scales_ptr, code_map_ptr, nested_absmax_ptr, offset_ptr),
+        *(1, 0, BLOCK_SHIFT, NESTED_SHIFT, LOOKUP, THREADS, CHUNKS),
+    )
+
+
 class NestedParts(NamedTuple):
     """What quantized scales are decoded with: fp32 [256], fp32 [nested blocks], fp32 scalar, and the block size."""
 
@@ -177,6 +277,22 @@ def geometry(
     }
 
 
+def even_tile_size() -> int:
+    """Elements of a program of the kernels of even weights."""
+    return EVEN["THREADS"] * EVEN["CHUNKS"] * 8
+
+
+def is_even(codes: Tensor, codebook: Tensor, num_elements: int, block_size: int, nested_block_size: int | None) -> bool:
+    """Whether a weight is whole tiles of whole blocks, each tile within one nested block, if there are any."""
+    tile = even_tile_size()
+    return (
+        num_elements % tile == 0 == tile % block_size
+        and codebook.numel() == 16
+        and codes.data_ptr() % 4 == 0
+        and (nested_block_size is None or block_size * nested_block_size % tile == 0)
+    )
+
+
 def dequantize(
     codes: Tensor,
     codebook: Tensor,
@@ -191,8 +307,18 @@ def dequantize(
     num_elements = out.numel()
     if num_elements == 0:
         return out
+    code_map, nested_absmax, offset, nested_block_size = nested or (None, None, None, None)
     constants = geometry(codes, codebook, num_elements, block_size, nested)
-    code_map, nested_absmax, offset, _ = nested or (None, None, None, None)
+    if is_even(codes, codebook, num_elements, block_size, nested_block_size):
+        with launching_on(codes):
+            dequantize_even_kernel[(num_elements // even_tile_size(),)](
+                *(out, codes, codebook, scales, code_map, nested_absmax, offset),
+                **{name: constants[name] for name in ("BLOCK_SHIFT", "NESTED_SHIFT", "LOOKUP")},
+                **EVEN,
+                num_warps=EVEN["THREADS"] // 32,
+                enable_fp_fusion=False,
+            )
+        return out
     programs = triton.cdiv(num_elements, WORDS * (32 // int(constants["BITS"])))
     with launching_on(codes):
         dequantize_kernel[(programs,)](

@@ -11,7 +11,8 @@ B is block diagonal: the columns of a linear's rows that belong to other linears
     [X, XA] [W, scaling * B]^T = X W^T + scaling * XA B^T        (the forward product of all linears)
     dY [W, scaling * B]        = [dY W, scaling * dY B]          (the gradients of X, but for A's part, and of XA)
 
-A call writes one linear. The one whose `row` is 0 also writes the zeros below the last adapter.
+A call writes one linear, or all that share a format (`group_expansion`). The one whose `row` is 0 also writes the zeros
+below the last adapter. Rows of `out` may be followed by elements that belong to none: they are never touched.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from fourfold.errors import QuantizationError
 from fourfold.kernels.availability import say_once
 from fourfold.kernels.blockwise import dequantize_blockwise, dequantize_scales, says_no_kernel
 
-__all__ = ["expand_blockwise_", "expand_blockwise_reference", "expand_nested_", "expand_nested_reference"]
+__all__ = [
+    "check_place",
+    "expand_blockwise_",
+    "expand_blockwise_reference",
+    "expand_nested_",
+    "expand_nested_reference",
+    "says_no_kernel_expands",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +76,7 @@ def expand_blockwise_(
     """Write one linear, whose scales are in fp32, into its place in `out`.
 
     Args:
-        out: fp32, fp16 or bf16 [total_rows + R, num_columns + R], contiguous; with R = 0 the weights alone.
+        out: fp32, fp16 or bf16 [total_rows + R, num_columns + R], last stride 1; with R = 0 the weights alone.
         codes, codebook, absmax, block_size: As `dequantize_blockwise` takes them.
         num_rows, num_columns: Output and input features of this linear.
         row: Its first row of `out`.
@@ -132,7 +140,8 @@ def check_place(
     rank = 0 if lora_a is None else lora_a.shape[0]
     padded_ranks = out.shape[1] - num_columns
     fits = (
-        out.is_contiguous()
+        out.stride(1) == 1
+        and out.stride(0) >= out.shape[1]
         and out.shape[0] == total_rows + padded_ranks
         and row >= 0
         and row + num_rows <= total_rows
@@ -147,7 +156,7 @@ def check_place(
             "a linear and its adapter do not fit their place in the expanded matrix",
             found=f"out {tuple(out.shape)}, weight {(num_rows, num_columns)} at row {row} of {total_rows}, "
             f"lora_A {a} and lora_B {b} at rank {rank_row} of {used_ranks}",
-            allowed="out [total_rows + R, columns + R] contiguous, lora_A [rank, columns], lora_B [rows, rank]",
+            allowed="out [total_rows + R, columns + R] of last stride 1, lora_A [rank, columns], lora_B [rows, rank]",
         )
 
 
@@ -213,8 +222,11 @@ def _fake(*_: object) -> None:
     return None
 
 
-def _refuses(out: Tensor, codes: Tensor, codebook: Tensor, block_size: int, nested_block_size: int = 1) -> bool:
-    if out.numel() >= 2**31:
+def says_no_kernel_expands(
+    out: Tensor, codes: Tensor, codebook: Tensor, block_size: int, nested_block_size: int = 1
+) -> bool:
+    """Whether no Triton kernel writes such a weight into `out`; logs, once, why."""
+    if out.shape[0] * out.stride(0) >= 2**31:
         say_once(logger, "weights of 2**31 elements or more are dequantized by PyTorch, slower than by a kernel")
         return True
     return says_no_kernel(codes, codebook, block_size, nested_block_size)
@@ -223,7 +235,7 @@ def _refuses(out: Tensor, codes: Tensor, codebook: Tensor, block_size: int, nest
 def _blockwise_on_gpu(
     out: Tensor, codes: Tensor, codebook: Tensor, absmax: Tensor, block_size: int, *place: Any
 ) -> None:
-    if _refuses(out, codes, codebook, block_size):
+    if says_no_kernel_expands(out, codes, codebook, block_size):
         expand_blockwise_reference(out, codes, codebook, absmax, block_size, *place)
         return
     from fourfold.kernels import expansion_triton
@@ -243,7 +255,7 @@ def _nested_on_gpu(
     nested_block_size: int,
     *place: Any,
 ) -> None:
-    if _refuses(out, codes, codebook, block_size, nested_block_size):
+    if says_no_kernel_expands(out, codes, codebook, block_size, nested_block_size):
         parts = (scale_codes, code_map, nested_absmax, offset, block_size, nested_block_size)
         expand_nested_reference(out, codes, codebook, *parts, *place)
         return

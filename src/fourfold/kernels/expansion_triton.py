@@ -37,6 +37,7 @@ def expand_kernel(
     scaling: tl.tensor,
     num_columns: tl.tensor,
     padded_ranks: tl.tensor,
+    stride: tl.tensor,
     num_rows: tl.tensor,
     row: tl.tensor,
     total_rows: tl.tensor,
@@ -59,7 +60,6 @@ def expand_kernel(
     PER_WORD: tl.constexpr = 32 // BITS
     TILE: tl.constexpr = WORDS * PER_WORD
     program = tl.program_id(0)
-    stride = num_columns + padded_ranks
     dtype = out_ptr.dtype.element_ty
     if program < num_weight_programs:
         product, mask = product_tile(
@@ -124,10 +124,10 @@ def expand_(
 ) -> None:
     """`fourfold.kernels.expansion.expand_blockwise_`, and `expand_nested_` where `nested` is given."""
     num_elements = num_rows * num_columns
-    padded_ranks = out.shape[1] - num_columns
+    padded_ranks, stride = out.shape[1] - num_columns, out.stride(0)
     constants = geometry(codes, codebook, num_elements, block_size, nested)
     per_word = 32 // int(constants["BITS"])
-    constants["IS_WHOLE"] = bool(constants["IS_WHOLE"]) and num_columns % per_word == 0 == padded_ranks % per_word
+    constants["IS_WHOLE"] = bool(constants["IS_WHOLE"]) and num_columns % per_word == 0 == stride % per_word
     rank = 0 if lora_a is None else lora_a.shape[0]
     num_zero_rows = padded_ranks - used_ranks if row == 0 else 0
     weight_programs = triton.cdiv(num_elements, WORDS * per_word)
@@ -140,8 +140,8 @@ def expand_(
     with launching_on(out):
         expand_kernel[(weight_programs + b_programs + a_programs,)](
             *(out, codes, codebook, scales, code_map, nested_absmax, offset, a, b, float(scaling)),
-            *(num_columns, padded_ranks, num_rows, row, total_rows, used_ranks, rank_row, rank, num_zero_rows),
-            *(weight_programs, b_programs),
+            *(num_columns, padded_ranks, stride, num_rows, row, total_rows, used_ranks, rank_row, rank),
+            *(num_zero_rows, weight_programs, b_programs),
             **constants,
             IS_WIDE=num_columns >= WORDS * per_word,
             ADAPTER_TILE=ADAPTER_TILE,

@@ -22,8 +22,9 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
-from fourfold.kernels.low_rank import low_rank_grad
+from fourfold.kernels.low_rank import low_rank_grad, new_extended
 from fourfold.quantization.linear import QuantizedLinear
+from fourfold.quantization.tensor import are_alike, expand_alike_
 
 __all__ = ["AdaptedLinear", "LinearGroup", "Unsupported", "refuse_hooks", "view_linear"]
 
@@ -156,17 +157,25 @@ class LinearGroup:
     def expand(self, dtype: torch.dtype, device: torch.device) -> ExtendedWeight:
         """The extended weight, dequantized anew."""
         rows, columns = self.out_features, self.in_features
-        out = torch.empty(rows + self.rank, columns + self.rank, dtype=dtype, device=device)
+        out = new_extended(torch.empty(0, dtype=dtype, device=device), rows + self.rank, columns, self.rank)
+        adapters = [_joined(linear.adapters) for linear in self.linears]
+        quantized = [linear.base.quantized for linear in self.linears if isinstance(linear.base, QuantizedLinear)]
+        if len(quantized) == len(self.linears) and are_alike(quantized):
+            lora_a, lora_b, scalings = zip(*adapters, strict=True)
+            expand_alike_(out, quantized, lora_a, lora_b, scalings)
+        else:
+            self._expand_each(out, adapters)
+        return ExtendedWeight(out, rows, columns)
+
+    def _expand_each(self, out: Tensor, adapters: Sequence[tuple[Tensor | None, Tensor | None, float]]) -> None:
         row = rank_row = 0
-        for linear in self.linears:
-            lora_a, lora_b, scaling = _joined(linear.adapters)
-            place = {"row": row, "total_rows": rows, "used_ranks": self.used_ranks, "rank_row": rank_row}
+        for linear, (lora_a, lora_b, scaling) in zip(self.linears, adapters, strict=True):
+            place = {"row": row, "total_rows": self.out_features, "used_ranks": self.used_ranks, "rank_row": rank_row}
             if isinstance(linear.base, QuantizedLinear):
                 linear.base.quantized.expand_(out, lora_a=lora_a, lora_b=lora_b, scaling=scaling, **place)
             else:
                 _place_dense(out, linear.base.weight, lora_a, lora_b, scaling, **place)
             row, rank_row = row + linear.base.out_features, rank_row + linear.rank
-        return ExtendedWeight(out, rows, columns)
 
     def gradients(self, sums_a: Tensor | None, sums_b: Tensor | None) -> list[Tensor | None]:
         """Gradients of `parameters` out of `low_rank_sums`, in fp32; None where none is asked for."""
@@ -193,7 +202,7 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class ExtendedWeight:
-    """[[W, sB], [A, .]] of a group: [rows + rank, columns + rank]."""
+    """[[W, sB], [A, .]] of a group: [rows + rank, columns + rank], last stride 1."""
 
     data: Tensor
     rows: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from fourfold.kernels.blockwise import dequantize_blockwise, dequantize_nested
 from fourfold.kernels.encoding import quantize_blockwise
 from fourfold.kernels.encoding import serves as serves_quantize
 from fourfold.kernels.expansion import expand_blockwise_, expand_nested_
+from fourfold.kernels.group_expansion import expand_group_
 from fourfold.kernels.small_batch import matmul_4bit, serves
 from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
@@ -22,7 +23,7 @@ from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.rounding import ROUNDINGS
 from fourfold.quantization.scales import NestedScales, PlainScales, Scales
 
-__all__ = ["DTYPES", "QuantizedTensor", "quantize"]
+__all__ = ["DTYPES", "QuantizedTensor", "are_alike", "expand_alike_", "quantize"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -134,6 +135,50 @@ class QuantizedTensor:
         from fourfold.quantization.layout import to_state_dict
 
         return to_state_dict(self, prefix)
+
+
+def are_alike(weights: Sequence[QuantizedTensor]) -> bool:
+    """Whether `expand_alike_` takes the weights: decoded by the same tables, in blocks of the same sizes."""
+    first = weights[0]
+    return all(
+        weight.codebook is first.codebook
+        and weight.block_size == first.block_size
+        and weight.shape[1] == first.shape[1]
+        and _have_like_scales(weight.scales, first.scales)
+        for weight in weights[1:]
+    )
+
+
+def _have_like_scales(one: Scales, other: Scales) -> bool:
+    if isinstance(one, PlainScales) or isinstance(other, PlainScales):
+        return type(one) is type(other)
+    return one.code_map is other.code_map and one.nested_block_size == other.nested_block_size
+
+
+def expand_alike_(
+    out: Tensor,
+    weights: Sequence[QuantizedTensor],
+    lora_a: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor | None],
+    scalings: Sequence[float],
+) -> None:
+    """Write weights that are alike, and their adapters, into a dense matrix that holds nothing else.
+
+    Args are those of `fourfold.kernels.group_expansion.expand_group_`.
+    """
+    first = weights[0]
+    codes = [weight.codes for weight in weights]
+    num_rows = [weight.shape[0] for weight in weights]
+    linears: Any = (num_rows, first.shape[1], lora_a, lora_b, scalings)
+    if isinstance(first.scales, PlainScales):
+        plain = [weight.scales.dequantize() for weight in weights]
+        expand_group_(out, codes, first.codebook, plain, None, [], [], first.block_size, 1, *linears)
+        return
+    scales = [weight.scales for weight in weights if isinstance(weight.scales, NestedScales)]
+    nested_absmax, offsets = [each.nested_absmax for each in scales], [each.offset for each in scales]
+    parts: Any = ([each.codes for each in scales], first.scales.code_map, nested_absmax, offsets)
+    sizes: Any = (first.block_size, first.scales.nested_block_size, *linears)
+    expand_group_(out, codes, first.codebook, *parts, *sizes)
 
 
 def quantize(

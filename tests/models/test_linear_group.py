@@ -1,0 +1,60 @@
+"""The extended weight of a group, however its linears are held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourfold.models.linear_group import AdaptedLinear, Adapter, LinearGroup
+from fourfold.quantization.linear import QuantizedLinear
+
+COLUMNS, ROWS, RANKS = 64, (24, 8, 8), (3, 0, 2)
+GROUPS = {
+    "nf4": ("nf4", "nf4", "nf4"),
+    "one dense": ("nf4", None, "nf4"),
+    "two formats": ("nf4", "nf4", "int8"),
+    "dense": (None, None, None),
+}
+
+
+def linears(formats: tuple[str | None, ...]) -> list[AdaptedLinear]:
+    torch.manual_seed(0)
+    made = []
+    for rows, rank, format in zip(ROWS, RANKS, formats, strict=True):
+        dense = nn.Linear(COLUMNS, rows, bias=False)
+        a, b = nn.Parameter(torch.randn(rank, COLUMNS)), nn.Parameter(torch.randn(rows, rank))
+        base = dense if format is None else QuantizedLinear.from_linear(dense, format=format)
+        made.append(AdaptedLinear(base, (Adapter(a, b, 0.5 + rows),) if rank else ()))
+    return made
+
+
+def dense_weight(linear: AdaptedLinear) -> Tensor:
+    base = linear.base
+    return base.quantized.dequantize() if isinstance(base, QuantizedLinear) else base.weight.detach()
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_extended_weight_is_weights_adapters_and_zeros_in_their_places(name: str) -> None:
+    group = LinearGroup(*linears(GROUPS[name]))
+    weight = group.expand(torch.float32, torch.device("cpu"))
+    assert torch.equal(weight.base, torch.cat([dense_weight(linear) for linear in group.linears]))
+    assert weight.down is not None
+    assert weight.up is not None
+    expected_down, expected_up = torch.zeros(group.rank, COLUMNS), torch.zeros(group.rank, sum(ROWS))
+    row = rank_row = 0
+    for linear, rows in zip(group.linears, ROWS, strict=True):
+        for adapter in linear.adapters:
+            ranks = slice(rank_row, rank_row + adapter.rank)
+            expected_down[ranks] = adapter.lora_a.detach()
+            expected_up[ranks, row : row + rows] = (adapter.lora_b.detach() * adapter.scaling).T
+            rank_row += adapter.rank
+        row += rows
+    assert torch.equal(weight.down, expected_down)
+    assert torch.equal(weight.up, expected_up)
+
+
+def test_rows_of_the_extended_weight_are_aligned_to_cache_lines() -> None:
+    weight = LinearGroup(*linears(GROUPS["nf4"])).expand(torch.bfloat16, torch.device("cpu"))
+    assert weight.data.shape == (40 + 16, COLUMNS + 16)
+    assert weight.data.stride() == (128, 1)
