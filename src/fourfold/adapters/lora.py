@@ -100,18 +100,25 @@ class LoraQuantizedLinear(PeftLoraLinear):
         return result
 
     def _low_rank(self, x: Tensor, names: list[str]) -> dict[str, Any]:
-        """What QuantizedLinear sums for these adapters, as its arguments; they are one adapter of their joint rank."""
+        """What QuantizedLinear sums for these adapters, as its arguments: they are one of their joint rank."""
         if not names:
             return {}
         x = x.to(self.get_base_layer().product_dtype(x))
-        lows = [_Down.apply(self.lora_dropout[name](x), self.lora_A[name].weight) for name in names]
-        ups = [self.lora_B[name].weight for name in names]
-        biases = [self.scaling[name] * self.lora_B[name].bias for name in names if self.lora_B[name].bias is not None]
-        lora_bias = torch.stack(biases).sum(dim=0) if biases else None
-        if len(names) == 1:
-            return {"low": lows[0], "lora_b": ups[0], "scaling": self.scaling[names[0]], "lora_bias": lora_bias}
-        scaled = [up * self.scaling[name] for up, name in zip(ups, names, strict=True)]
-        return {"low": torch.cat(lows, dim=-1), "lora_b": torch.cat(scaled, dim=1), "lora_bias": lora_bias}
+        lows, ups, scalings = [], [], []
+        for name in names:
+            lora_b = self.lora_B[name]
+            lows.append(_Down.apply(self.lora_dropout[name](x), self.lora_A[name].weight))
+            ups.append(lora_b.weight)
+            scalings.append(self.scaling[name])
+            if lora_b.bias is not None:
+                # One more rank, whose x A^T is one.
+                lows.append(lows[-1].new_ones(*x.shape[:-1], 1))
+                ups.append(lora_b.bias[:, None])
+                scalings.append(self.scaling[name])
+        if len(lows) == 1:
+            return {"low": lows[0], "lora_b": ups[0], "scaling": scalings[0]}
+        scaled = [up * scaling for up, scaling in zip(ups, scalings, strict=True)]
+        return {"low": torch.cat(lows, dim=-1), "lora_b": torch.cat(scaled, dim=1)}
 
     def merged_weight(self, adapter_names: list[str], dtype: torch.dtype | None = None) -> Tensor:
         """W with the adapters merged in: [out, in] in `dtype` (default: the model's).
@@ -193,12 +200,11 @@ class _Down(torch.autograd.Function):
         return grad_x, grad_a
 
 
-def _added(result: Tensor, low: Tensor, lora_b: Tensor, scaling: float, lora_bias: Tensor | None) -> Tensor:
-    """`result` with an adapter's product and bias added in fp32, rounded to the dtype of `result`."""
+def _added(result: Tensor, low: Tensor, lora_b: Tensor, scaling: float = 1.0) -> Tensor:
+    """`result` with an adapter's product added in fp32, rounded to the dtype of `result`."""
     wide = torch.promote_types(low.dtype, lora_b.dtype)
     with torch.autocast(low.device.type, enabled=False):
-        delta = scaling * nn.functional.linear(low.to(wide), lora_b.to(wide))
-    return (result + (delta if lora_bias is None else delta + lora_bias)).to(result.dtype)
+        return (result + scaling * low.to(wide) @ lora_b.to(wide).T).to(result.dtype)
 
 
 class _QuantizedDoraLayer(DoraLinearLayer):

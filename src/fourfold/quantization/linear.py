@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.kernels.low_rank import low_rank_grad, working_dtype
+from fourfold.kernels.low_rank import low_rank_grad, new_extended, working_dtype
 from fourfold.kernels.small_batch import MAX_ROWS
 from fourfold.quantization.formats import get_format
 from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized, state_key
@@ -159,15 +159,9 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else input.dtype
 
     def forward(
-        self,
-        input: Tensor,
-        *,
-        low: Tensor | None = None,
-        lora_b: Tensor | None = None,
-        scaling: float = 1.0,
-        lora_bias: Tensor | None = None,
+        self, input: Tensor, *, low: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0
     ) -> Tensor:
-        """x W^T + b, or with `low` and `lora_b` x W^T + scaling * low lora_b^T + b + lora_bias.
+        """x W^T + b, or with `low` and `lora_b` x W^T + scaling * low lora_b^T + b.
 
         The low-rank product is part of the sum before it is rounded, see `_AdaptedLinear`. An adapter hands it in, and
         does not add it to the output, for that reason.
@@ -177,20 +171,16 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
             low: x A^T, [..., rank], in `product_dtype(input)`; None without an adapter.
             lora_b: [out_features, rank], any floating dtype, whose gradient is summed in fp32; None without an adapter.
             scaling: Factor of their product.
-            lora_bias: [out_features], added to the bias in fp32; None for none, and without an adapter.
 
         Returns:
             [..., out_features] in `product_dtype(input)`.
         """
         input = input.to(self.product_dtype(input))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
         result: Tensor
         if low is None or lora_b is None:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
             result = _FrozenLinear.apply(input, bias, self.quantized)
             return result
-        bias = self.bias
-        if lora_bias is not None:
-            bias = lora_bias if bias is None else bias + lora_bias
         # Few rows to generate from: the codes are multiplied, and the adapter's product comes after that is rounded.
         few = input.is_cuda and input.numel() <= MAX_ROWS * self.in_features
         after = few and not (self.training or torch.is_grad_enabled())
@@ -234,11 +224,12 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x W^T + s low B^T + b, W quantized between forward and backward, B's gradient summed and returned in fp32.
+    """x W^T + scaling * low B^T + b; W stays quantized between the passes, B's gradient is summed and returned in fp32.
 
-    x W^T is added onto the low-rank product inside the matrix product, in fp32. The other way round, a 16-bit x W^T is
-    a multiple of its unit in the last place, and adding less than half of that gives x W^T again: all that an adapter
-    learns in its first steps would be lost, since its B starts from zero. The bias is added last, in fp32.
+    All of it is one sum in fp32, rounded once. Were the low-rank product added to a 16-bit x W^T, a multiple of its
+    unit in the last place, what is less than half of that would be lost: all that an adapter learns in its first
+    steps, since its B starts from zero. A matrix product can start its sums from one other term. Without a bias that is
+    the low-rank product; a bias takes its place, and low and B become columns beside x and W, at the cost of copies.
     """
 
     @staticmethod
@@ -253,17 +244,17 @@ class _AdaptedLinear(torch.autograd.Function):
         after: bool,
     ) -> Tensor:
         ctx.save_for_backward(low, lora_b)
-        ctx.quantized, ctx.scaling, ctx.bias_dtype = weight, scaling, None if bias is None else bias.dtype
+        ctx.quantized, ctx.scaling = weight, scaling
         num_rows, num_columns = weight.shape
         flat, flat_low = input.reshape(-1, num_columns), low.reshape(-1, low.shape[-1])
         with torch.autocast(input.device.type, enabled=False):
-            up = _scaled(lora_b, scaling, input.dtype).T
+            up = _scaled(lora_b, scaling, flat.dtype)
             if after:
-                out = weight.linear(flat, None if bias is None else bias.to(flat.dtype)).addmm_(flat_low, up)
+                out = weight.linear(flat, bias).addmm_(flat_low, up.T)
+            elif bias is None:
+                out = (flat_low @ up.T).addmm_(flat, weight.dequantize(flat.dtype).T)
             else:
-                out = (flat_low @ up).addmm_(flat, weight.dequantize(flat.dtype).T)
-                if bias is not None:
-                    out += bias
+                out = torch.addmm(bias, _beside(flat, flat_low), _beside(weight.dequantize(flat.dtype), up).T)
         return out.view(*input.shape[:-1], num_rows)
 
     @staticmethod
@@ -274,7 +265,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ ctx.quantized.dequantize(grad_output.dtype)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(dim=0, dtype=ctx.bias_dtype)
+            grad_bias = grad.sum(dim=0)
         if ctx.needs_input_grad[3]:
             grad_low = (grad @ _scaled(lora_b, ctx.scaling, grad.dtype)).view(low.shape)
         if ctx.needs_input_grad[4]:
@@ -285,3 +276,12 @@ class _AdaptedLinear(torch.autograd.Function):
 def _scaled(lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """scaling * lora_b, rounded to `dtype` once."""
     return (lora_b.to(torch.promote_types(lora_b.dtype, working_dtype(dtype))) * scaling).to(dtype)
+
+
+def _beside(matrix: Tensor, columns: Tensor) -> Tensor:
+    """`columns` to the right of `matrix`."""
+    width = matrix.shape[1]
+    out = new_extended(matrix, matrix.shape[0], width, columns.shape[1])
+    out[:, :width] = matrix
+    out[:, width:] = columns
+    return out
