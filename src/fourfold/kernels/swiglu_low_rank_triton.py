@@ -36,6 +36,21 @@ BACKWARD_PASS = Pass(32, 128, 4, 3)
 
 
 @triton.jit
+def _either(a, b):
+    return a
+
+
+@triton.jit
+def _settled(tile):
+    """The tile itself.
+
+    A reduction over an axis of one element, which moves nothing, is what the compiler computes nothing anew across. It
+    would else compute the tile twice: as it is stored, and again as the tensor cores take it.
+    """
+    return tl.reduce(tl.reshape(tile, [tile.shape[0], tile.shape[1], 1]), 2, _either)
+
+
+@triton.jit
 def swiglu_product_kernel(
     gate_up_ptr,  # [M, 2I]
     projection_ptr,  # [R, I]
@@ -67,7 +82,7 @@ def swiglu_product_kernel(
         projection_at = projection_ptr + ranks[:, None] * projection_stride + columns[None, :]
         projection = tl.load(projection_at, (ranks < R)[:, None] & (columns < I)[None, :], 0.0)
         value, _ = _activation(gate, GELU)
-        y = (value.to(dtype).to(tl.float32) * up).to(dtype)
+        y = _settled((value.to(dtype).to(tl.float32) * up).to(dtype))
         tl.store(out_ptr + first * out_stride + (out_offsets + columns[None, :]), y, mask)
         acc = tl.dot(y, tl.trans(projection), acc)
     product_at = out_ptr + first * out_stride + I + (out_offsets + ranks[None, :])
@@ -78,8 +93,10 @@ def swiglu_product_kernel(
 def _sum_tile(wide, low, acc, WIDE_FIRST: tl.constexpr):
     """acc + wide.T @ low, or its transpose."""
     if WIDE_FIRST:
-        return tl.dot(tl.trans(wide), low, acc)
-    return tl.dot(tl.trans(low), wide, acc)
+        acc = tl.dot(tl.trans(wide), low, acc)
+    else:
+        acc = tl.dot(tl.trans(low), wide, acc)
+    return acc
 
 
 @triton.jit
@@ -89,9 +106,10 @@ def _low_tile(low_ptr, offsets, mask, ranks, R: tl.constexpr):
 
 @triton.jit
 def _store_sum(sums_ptr, acc, columns, ranks, I: tl.constexpr, R: tl.constexpr, WIDE_FIRST: tl.constexpr):  # noqa: E741
-    out = acc if WIDE_FIRST else tl.trans(acc)
+    if not WIDE_FIRST:
+        acc = tl.trans(acc)
     tl.store(
-        sums_ptr + columns[:, None] + ranks[None, :] * I, out, (columns < I)[:, None] & (ranks < R)[None, :]
+        sums_ptr + columns[:, None] + ranks[None, :] * I, acc, (columns < I)[:, None] & (ranks < R)[None, :]
     )
 
 
@@ -151,8 +169,8 @@ def swiglu_backward_sums_kernel(
         low_at = low_ptr + row64 * low_stride
         value, derivative = _activation(gate, GELU)
         value = value.to(dtype).to(tl.float32)
-        dgate = (grad * up * derivative).to(dtype)
-        dup = (grad * value).to(dtype)
+        dgate = _settled((grad * up * derivative).to(dtype))
+        dup = _settled((grad * value).to(dtype))
         tl.store(gate_at, dgate, mask)
         tl.store(gate_at + I, dup, mask)
         if GATE_RANK > 0:
@@ -163,7 +181,7 @@ def swiglu_backward_sums_kernel(
             up_sum = _sum_tile(dup, low, up_sum, WIDE_FIRST)
         if DOWN_RANK > 0:
             low = _low_tile(grad_low_ptr + row64 * grad_low_stride, grad_low_offsets, row_mask, down_ranks, DOWN_RANK)
-            down_sum = _sum_tile((value * up).to(dtype), low, down_sum, WIDE_FIRST)
+            down_sum = _sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
     sums_at = sums_ptr + split.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
     if GATE_RANK > 0:
         _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST)
