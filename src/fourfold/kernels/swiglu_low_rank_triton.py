@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# ruff: noqa: N803
 """Triton kernels of swiglu.py that multiply by the adapters' matrices what they hold on the chip.
 
 The forward kernel's programs own rows and pass over all columns, for the product is a sum over columns; the backward
@@ -17,22 +16,44 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
-from fourfold.kernels.swiglu_triton import _activation
 
 __all__ = ["BACKWARD_PASS", "FORWARD_PASS", "Pass", "swiglu_backward_sums", "swiglu_product"]
 
 
 class Pass(NamedTuple):
-    """A program's tile of rows and columns, its warps, and the tiles it has under way."""
+    """A program's tile of rows and columns, its warps, the tiles it has under way, and a thread's registers at most."""
 
     block_m: int
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 FORWARD_PASS = Pass(32, 128, 4, 3)
-BACKWARD_PASS = Pass(32, 128, 4, 3)
+BACKWARD_PASS = Pass(32, 128, 8, 3)
+
+
+@triton.jit
+def _sigmoid(x):
+    # 1 / y by the square of 1 / sqrt(y): a division takes eight instructions, for divisors beyond 2**126 alone.
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
+
+
+@triton.jit
+def _activation(gate, GELU: tl.constexpr):
+    """The activation and its derivative, fp32."""
+    if GELU:
+        tanh = 2 * _sigmoid(2 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)) - 1
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
+        value = 0.5 * gate * (1 + tanh)
+        derivative = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * slope
+    else:
+        sigmoid = _sigmoid(gate)
+        value = gate * sigmoid
+        derivative = sigmoid + value * (1 - sigmoid)
+    return value, derivative
 
 
 @triton.jit
@@ -55,10 +76,13 @@ def swiglu_product_kernel(
     gate_up_ptr,  # [M, 2I]
     projection_ptr,  # [R, I]
     out_ptr,  # [M, I + R]
+    product_ptr,  # the R columns of out, or fp32 [splits, M, R]
     num_rows,
     in_stride,
     projection_stride,
     out_stride,
+    product_stride,
+    SPLIT: tl.constexpr,  # columns of a program
     I: tl.constexpr,  # noqa: E741
     R: tl.constexpr,
     GELU: tl.constexpr,
@@ -73,8 +97,9 @@ def swiglu_product_kernel(
     in_offsets = rows[:, None] * in_stride
     out_offsets = rows[:, None] * out_stride
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for start in range(0, I, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    for start in range(0, SPLIT, BLOCK_K):
+        columns = split * SPLIT + start + tl.arange(0, BLOCK_K)
         mask = row_mask[:, None] & (columns < I)[None, :]
         gate_at = gate_up_ptr + first * in_stride + (in_offsets + columns[None, :])
         gate = tl.load(gate_at, mask, 0.0).to(tl.float32)
@@ -85,18 +110,15 @@ def swiglu_product_kernel(
         y = _settled((value.to(dtype).to(tl.float32) * up).to(dtype))
         tl.store(out_ptr + first * out_stride + (out_offsets + columns[None, :]), y, mask)
         acc = tl.dot(y, tl.trans(projection), acc)
-    product_at = out_ptr + first * out_stride + I + (out_offsets + ranks[None, :])
-    tl.store(product_at, acc.to(dtype), row_mask[:, None] & (ranks < R)[None, :])
+    product_rows = split.to(tl.int64) * num_rows + first + rows
+    product_at = product_ptr + product_rows[:, None] * product_stride + ranks[None, :]
+    tl.store(product_at, acc.to(product_ptr.dtype.element_ty), row_mask[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
 def _sum_tile(wide, low, acc, WIDE_FIRST: tl.constexpr):
     """acc + wide.T @ low, or its transpose."""
-    if WIDE_FIRST:
-        acc = tl.dot(tl.trans(wide), low, acc)
-    else:
-        acc = tl.dot(tl.trans(low), wide, acc)
-    return acc
+    return tl.dot(tl.trans(wide), low, acc) if WIDE_FIRST else tl.dot(tl.trans(low), wide, acc)
 
 
 @triton.jit
@@ -108,24 +130,24 @@ def _low_tile(low_ptr, offsets, mask, ranks, R: tl.constexpr):
 def _store_sum(sums_ptr, acc, columns, ranks, I: tl.constexpr, R: tl.constexpr, WIDE_FIRST: tl.constexpr):  # noqa: E741
     if not WIDE_FIRST:
         acc = tl.trans(acc)
-    tl.store(
-        sums_ptr + columns[:, None] + ranks[None, :] * I, acc, (columns < I)[:, None] & (ranks < R)[None, :]
-    )
+    tl.store(sums_ptr + columns[:, None] + ranks[None, :] * I, acc, (columns < I)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
 def swiglu_backward_sums_kernel(
-    gate_up_ptr,  # [M, 2I], overwritten
+    gate_up_ptr,  # [M, 2I]
+    out_ptr,  # gate_up_ptr, once more: what is stored has addresses that need no registers until then
     grad_ptr,  # [M, I]
     low_ptr,  # [M, GATE_RANK + UP_RANK]
     grad_low_ptr,  # [M, DOWN_RANK]
     sums_ptr,  # fp32 [splits, GATE_RANK + UP_RANK + DOWN_RANK, I]
     num_rows,
-    rows_per_split,
+    split_rows,  # of a program
     gate_up_stride,
     grad_stride,
     low_stride,
     grad_low_stride,
+    SPLIT: tl.constexpr,  # split_rows, or 0 for a loop whose length the compiler does not know
     I: tl.constexpr,  # noqa: E741
     GELU: tl.constexpr,
     GATE_RANK: tl.constexpr,
@@ -142,8 +164,6 @@ def swiglu_backward_sums_kernel(
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column_mask = (columns < I)[None, :]
     split = tl.program_id(1)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, num_rows)
     rows = tl.arange(0, BLOCK_M)
     gate_ranks, up_ranks, down_ranks = tl.arange(0, BLOCK_GATE), tl.arange(0, BLOCK_UP), tl.arange(0, BLOCK_DOWN)
     gate_offsets = rows[:, None] * gate_up_stride + columns[None, :]
@@ -158,21 +178,27 @@ def swiglu_backward_sums_kernel(
         gate_sum = tl.zeros([BLOCK_GATE, BLOCK_K], tl.float32)
         up_sum = tl.zeros([BLOCK_UP, BLOCK_K], tl.float32)
         down_sum = tl.zeros([BLOCK_DOWN, BLOCK_K], tl.float32)
-    for row in range(first, last, BLOCK_M):
-        row64 = tl.cast(row, tl.int64)
-        row_mask = (row + rows < last)[:, None]
+    first = split * split_rows
+    if SPLIT == 0:
+        count = tl.minimum(split_rows, num_rows - first)
+    else:
+        count = SPLIT
+    for start in range(0, count, BLOCK_M):
+        row = tl.minimum(first + start, num_rows).to(tl.int64)
+        row_mask = (row + rows < num_rows)[:, None]
         mask = row_mask & column_mask
-        gate_at = gate_up_ptr + row64 * gate_up_stride + gate_offsets
-        grad = tl.load(grad_ptr + row64 * grad_stride + grad_offsets, mask, 0.0).to(tl.float32)
+        gate_at = gate_up_ptr + row * gate_up_stride + gate_offsets
+        grad = tl.load(grad_ptr + row * grad_stride + grad_offsets, mask, 0.0).to(tl.float32)
         gate = tl.load(gate_at, mask, 0.0).to(tl.float32)
         up = tl.load(gate_at + I, mask, 0.0).to(tl.float32)
-        low_at = low_ptr + row64 * low_stride
+        low_at = low_ptr + row * low_stride
         value, derivative = _activation(gate, GELU)
         value = value.to(dtype).to(tl.float32)
         dgate = _settled((grad * up * derivative).to(dtype))
         dup = _settled((grad * value).to(dtype))
-        tl.store(gate_at, dgate, mask)
-        tl.store(gate_at + I, dup, mask)
+        out_at = out_ptr + row * gate_up_stride + gate_offsets
+        tl.store(out_at, dgate, mask)
+        tl.store(out_at + I, dup, mask)
         if GATE_RANK > 0:
             low = _low_tile(low_at, low_offsets, row_mask, gate_ranks, GATE_RANK)
             gate_sum = _sum_tile(dgate, low, gate_sum, WIDE_FIRST)
@@ -180,7 +206,7 @@ def swiglu_backward_sums_kernel(
             low = _low_tile(low_at + GATE_RANK, low_offsets, row_mask, up_ranks, UP_RANK)
             up_sum = _sum_tile(dup, low, up_sum, WIDE_FIRST)
         if DOWN_RANK > 0:
-            low = _low_tile(grad_low_ptr + row64 * grad_low_stride, grad_low_offsets, row_mask, down_ranks, DOWN_RANK)
+            low = _low_tile(grad_low_ptr + row * grad_low_stride, grad_low_offsets, row_mask, down_ranks, DOWN_RANK)
             down_sum = _sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
     sums_at = sums_ptr + split.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
     if GATE_RANK > 0:
@@ -197,20 +223,28 @@ def rank_block(rank: int) -> int:
 
 
 def swiglu_product(
-    gate_up: Tensor, projection: Tensor, activation: str = "silu", tile: Pass = FORWARD_PASS
+    gate_up: Tensor, projection: Tensor, activation: str = "silu", tile: Pass = FORWARD_PASS, splits: int = 1
 ) -> Tensor:
     """`swiglu.swiglu` with a projection, in one pass."""
     num_rows, width, rank = gate_up.shape[0], gate_up.shape[1] // 2, projection.shape[0]
     out = torch.empty(num_rows, width + rank, dtype=gate_up.dtype, device=gate_up.device)
+    split = cdiv(cdiv(width, splits), tile.block_k) * tile.block_k
+    splits = cdiv(width, split)
+    product = out[:, width:]
+    if splits > 1:
+        product = torch.empty(splits, num_rows, rank, dtype=torch.float32, device=gate_up.device)
     with on_device(gate_up):
-        swiglu_product_kernel[(cdiv(num_rows, tile.block_m),)](
+        swiglu_product_kernel[(cdiv(num_rows, tile.block_m), splits)](
             gate_up,
             projection,
             out,
+            product,
             num_rows,
             gate_up.stride(0),
             projection.stride(0),
             out.stride(0),
+            product.stride(-2),
+            SPLIT=split,
             I=width,
             R=rank,
             GELU=activation == "gelu_tanh",
@@ -219,7 +253,10 @@ def swiglu_product(
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
         )
+    if splits > 1:
+        out[:, width:] = product.sum(0)
     return out
 
 
@@ -233,28 +270,31 @@ def swiglu_backward_sums(
     tile: Pass = BACKWARD_PASS,
     splits: int = 7,
     wide_first: bool = True,
+    static: bool = True,
 ) -> Tensor:
     """Gradients of gate and up over the inputs; their sums with `low`, and y's with `grad_low`: fp32 [ranks, I]."""
     num_rows, width = grad.shape
     gate_rank, up_rank = ranks
     down_rank = grad_low.shape[1]
-    rows_per_split = cdiv(cdiv(num_rows, splits), tile.block_m) * tile.block_m
-    splits = cdiv(num_rows, rows_per_split)
+    split = cdiv(cdiv(num_rows, splits), tile.block_m) * tile.block_m
+    splits = cdiv(num_rows, split)
     total = gate_rank + up_rank + down_rank
     sums = torch.empty(splits, total, width, dtype=torch.float32, device=grad.device)
     with on_device(grad):
         swiglu_backward_sums_kernel[(cdiv(width, tile.block_k), splits)](
+            gate_up,
             gate_up,
             grad,
             low,
             grad_low,
             sums,
             num_rows,
-            rows_per_split,
+            split,
             gate_up.stride(0),
             grad.stride(0),
             low.stride(0),
             grad_low.stride(0),
+            SPLIT=split if static else 0,
             I=width,
             GELU=activation == "gelu_tanh",
             GATE_RANK=gate_rank,
@@ -268,5 +308,6 @@ def swiglu_backward_sums(
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
         )
     return sums.sum(0)
