@@ -179,11 +179,7 @@ def swiglu_backward_sums_kernel(
         up_sum = tl.zeros([BLOCK_UP, BLOCK_K], tl.float32)
         down_sum = tl.zeros([BLOCK_DOWN, BLOCK_K], tl.float32)
     first = split * split_rows
-    if SPLIT == 0:
-        count = tl.minimum(split_rows, num_rows - first)
-    else:
-        count = SPLIT
-    for start in range(0, count, BLOCK_M):
+    for start in range(0, SPLIT if SPLIT > 0 else tl.minimum(split_rows, num_rows - first), BLOCK_M):
         row = tl.minimum(first + start, num_rows).to(tl.int64)
         row_mask = (row + rows < num_rows)[:, None]
         mask = row_mask & column_mask
