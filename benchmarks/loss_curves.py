@@ -1,6 +1,7 @@
 """Loss curves of the generic path and of the fused blocks over a real model: do they overlap?
 
-    python benchmarks/loss_curves.py MODEL [--text FILE] [--steps 200] [--batch 4] [--seq 512] [--json FILE]
+    python benchmarks/loss_curves.py MODEL [--text FILE] [--steps 200] [--batch 4] [--seq 512] [--together]
+        [--json FILE]
 
 Three runs over the same batches in the same order: the generic path; the fused blocks with the same initial adapter;
 and the generic path with another initial adapter. The two paths compute the same function, so that their curves may
@@ -8,6 +9,8 @@ differ only by what rounding does over the steps, which grows as in every traini
 third run: a user takes its curve for the same as the first one's, since only a seed differs. The command fails if the
 mean distance of the smoothed curves of the two paths is above that of the two seeds, or if the first losses, before any
 step, differ by more than `FIRST_LOSS_BOUND`.
+
+With --together they run at once, each in a process of its own: so small a model waits for its host, not for the GPU.
 
 The text is that of this repository's documents and sources unless --text names another.
 """
@@ -20,7 +23,10 @@ import json
 import shlex
 import statistics
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +99,18 @@ def losses_of(run: Run, data: Tensor, args: argparse.Namespace) -> list[float]:
     return torch.stack(losses).tolist()
 
 
+def all_losses(data: Tensor, args: argparse.Namespace) -> Iterator[list[float]]:
+    """Those of each of `RUNS`, in their order."""
+    if not args.together:
+        for run in RUNS.values():
+            yield losses_of(run, data, args)
+        return
+    with ProcessPoolExecutor(len(RUNS), mp_context=get_context("spawn")) as pool:
+        started = [pool.submit(losses_of, run, data, args) for run in RUNS.values()]
+        for one in started:
+            yield one.result()
+
+
 def smoothed(losses: list[float], steps: int = SMOOTHED_STEPS) -> list[float]:
     """Running means over `steps` losses, or over all if there are fewer."""
     steps = min(steps, len(losses))
@@ -134,14 +152,15 @@ def main() -> None:
     parser.add_argument("--policy", default="selective", help="recomputation policy of the fused blocks")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--together", action="store_true", help="all runs at once, each in a process of its own")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", help="what is measured, where the code lies outside a git repository")
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8") if args.text else own_text()
     data = batches(args.model, text, args.steps, args.batch, args.seq)
     curves: dict[str, list[float]] = {}
-    for name, run in RUNS.items():
-        curves[name] = losses_of(run, data, args)
+    for name, losses in zip(RUNS, all_losses(data, args), strict=True):
+        curves[name] = losses
         print(f"{name:22} first {curves[name][0]:.4f}, last {smoothed(curves[name])[-1]:.4f} (smoothed)", flush=True)
     result = verdict(curves)
     record = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,9 +18,9 @@ from fourfold.adapters.initialisation import changes_base
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.config.card import model_card
-from fourfold.data import Collator, DataReport, PreparedData
-from fourfold.errors import CheckpointError, ConfigError, DataError
-from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
+from fourfold.data import Collator, DataReport
+from fourfold.errors import CheckpointError, ConfigError
+from fourfold.evaluation import Sample
 from fourfold.export.merging import ONTO, MergeReport, write_merged
 from fourfold.files import whole_folder
 from fourfold.inference import GenerationOptions, Message, stream_reply
@@ -39,6 +38,7 @@ from fourfold.inputs import (
     read_tokenizer,
     require_free,
 )
+from fourfold.measuring import measure, summary
 from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
@@ -135,11 +135,11 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     logged = run_folder.read_metrics(metrics_file)
     is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
     # Evaluation every so many steps may have ended before the last one.
-    measured, samples = _measure(config, adapted, tokenizer, eval_data, say, with_loss=not is_evaluated)
+    measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
-    metrics = _summary(records) | {"train_seconds": result.metrics["train_runtime"]} | measured
+    metrics = summary(records) | {"train_seconds": result.metrics["train_runtime"]} | measured
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
     card = model_card(config, output, train_data.report, eval_data.report if eval_data else None, metrics)
     run_folder.write_model_card(output, card)
@@ -171,7 +171,7 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
         say.line(f"measuring {adapter} on {base}")
     else:
         say.line(f"measuring {base} itself: there is no adapter in {adapter}")
-    return _measure(config, model, tokenizer, eval_data, say, with_loss=True)
+    return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
 
 
 def quantize_checkpoint(config: RunConfig, out: Path) -> ModelSize:
@@ -341,64 +341,3 @@ def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: Pre
             )
             tokenizer.save_pretrained(partial)
     model.peft_config["default"].base_model_name_or_path = str(folder)
-
-
-def _measure(
-    config: RunConfig,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    eval_data: PreparedData | None,
-    say: _Speaker,
-    *,
-    with_loss: bool,
-) -> tuple[dict[str, Any], list[Sample]]:
-    metrics: dict[str, Any] = {}
-    samples: list[Sample] = []
-    if eval_data is not None and with_loss:
-        collator = Collator(tokenizer.pad_token_id)
-        loss = validation_loss(model, eval_data.dataset, collator, config.per_device_eval_batch_size)
-        metrics |= {"eval_loss": loss.loss, "eval_num_tokens": loss.num_tokens}
-    if eval_data is not None and config.eval_generate_rows > 0:
-        conversations = [row["messages"] for row in eval_data.dataset.select_columns("messages")]
-        chosen = conversations[: config.eval_generate_rows]
-        say.line(f"answering {len(chosen)} held-out rows")
-        matched = exact_match(
-            model, tokenizer, chosen, choices.generation_options(config), normalise=config.eval_comparison
-        )
-        metrics |= {"exact_match": matched.score, "exact_match_rows": matched.num_rows}
-        samples = matched.samples
-    if config.perplexity_text is not None:
-        text = Path(config.perplexity_text)
-        if not text.is_file():
-            raise DataError(f"no such file: {text}", hint="key perplexity_text names a text file")
-        measured = perplexity(
-            model,
-            tokenizer,
-            text.read_text(encoding="utf-8"),
-            max_length=config.perplexity_max_length,
-            stride=config.perplexity_stride,
-            max_tokens=config.perplexity_max_tokens,
-        )
-        metrics |= {"perplexity": measured.value, "perplexity_num_tokens": measured.num_tokens}
-    return metrics, samples
-
-
-def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a run's log: mean loss over all steps, last evaluation loss, highest memory and median speed."""
-    summary: dict[str, Any] = {}
-    losses, last_step = 0.0, 0
-    for record in records:
-        if record.get("loss") is not None:
-            # Each logged loss is the mean over the steps since the one before.
-            losses, last_step = losses + record["loss"] * (record["step"] - last_step), record["step"]
-    if last_step:
-        summary["train_loss"] = losses / last_step
-    for key, choose in (
-        ("eval_loss", lambda values: values[-1]),
-        ("memory_peak_bytes", max),
-        ("tokens_per_second", statistics.median),
-    ):
-        values = [record[key] for record in records if record.get(key) is not None]
-        if values:
-            summary[key] = choose(values)
-    return summary

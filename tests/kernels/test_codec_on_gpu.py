@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor, nn
 
 from fourfold.kernels import blockwise, blockwise_triton
@@ -29,20 +30,27 @@ def poison(num_bytes: int) -> None:
     torch.full((num_bytes,), 255, dtype=torch.uint8, device="cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize(
-    ("shape", "block_size"),
-    [((512, 4096), 64), ((1000, 1032), 32), ((33, 257), 128), ((3, 41000), 4096), ((1,), 64), ((0, 8), 64)],
+    ("shape_and_block_size", "format", "double_quant", "dtype"),
+    pairwise(
+        [((512, 4096), 64), ((1000, 1032), 32), ((33, 257), 128), ((3, 41000), 4096), ((7, 9, 5), 64), ((1,), 64)],
+        ["nf4", "fp4", "int8"],
+        [False, True],
+        DTYPES,
+    ),
 )
 def test_dequantize_is_bit_equal_to_the_cpu(
-    shape: tuple[int, ...], block_size: int, format: str, double_quant: bool, dtype: torch.dtype
+    shape_and_block_size: tuple[tuple[int, ...], int], format: str, double_quant: bool, dtype: torch.dtype
 ) -> None:
+    shape, block_size = shape_and_block_size
     quantized = quantized_on_cpu(shape, format, block_size, double_quant)
     expected = quantized.dequantize(dtype)
     poison(expected.nbytes)
     assert torch.equal(quantized.to("cuda").dequantize(dtype).cpu(), expected)
+
+
+def test_nothing_is_dequantized_to_nothing() -> None:
+    assert quantized_on_cpu((0, 8)).to("cuda").dequantize().shape == (0, 8)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -72,15 +80,18 @@ def test_products_over_all_of_fp32_are_rounded_as_torch_rounds_them() -> None:
     assert torch.equal(ours.nan_to_num(0), expected.nan_to_num(0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(
-    ("columns", "linears"),
-    [(4096, [(512, 16), (128, 7), (128, 256)]), (1536, [(200, 3), (100, 16)]), (100, [(7, 3), (9, None)])],
+    ("columns_and_linears", "double_quant", "dtype"),
+    pairwise(
+        [(4096, [(512, 16), (128, 7), (128, 256)]), (1536, [(200, 3), (100, 16)]), (100, [(7, 3), (9, None)])],
+        [False, True],
+        DTYPES,
+    ),
 )
 def test_expansion_is_bit_equal_to_the_reference(
-    columns: int, linears: list[tuple[int, int | None]], double_quant: bool, dtype: torch.dtype
+    columns_and_linears: tuple[int, list[tuple[int, int | None]]], double_quant: bool, dtype: torch.dtype
 ) -> None:
+    columns, linears = columns_and_linears
     total_rows = sum(rows for rows, _ in linears)
     used_ranks = sum(rank or 0 for _, rank in linears)
     padded_ranks = -(-used_ranks // 16) * 16
@@ -101,10 +112,12 @@ def test_expansion_is_bit_equal_to_the_reference(
     assert torch.equal(out.isnan().sum(), torch.tensor(padded_ranks**2, device="cuda"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int8"])
-@pytest.mark.parametrize(("size", "block_size"), [(2**20, 64), (100_001, 32), (50_000, 4096), (1, 64)])
-def test_quantize_is_the_cpus(size: int, block_size: int, format: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("size_and_block_size", "format", "dtype"),
+    pairwise([(2**20, 64), (100_001, 32), (50_000, 4096), (1, 64)], ["nf4", "fp4", "int4", "int8"], DTYPES),
+)
+def test_quantize_is_the_cpus(size_and_block_size: tuple[int, int], format: str, dtype: torch.dtype) -> None:
+    size, block_size = size_and_block_size
     tensor = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensor[64:128] = 0
     expected = quantize(tensor, format, block_size, double_quant=False)
@@ -117,25 +130,35 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("format", "block_size", "double_quant"), [("nf4", 64, True), ("fp4", 128, False)])
-@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (1000, 576), (72, 14336), (300, 1088), (64, 64)])
-@pytest.mark.parametrize("inputs", [1, 8, 9, 16, 17, 33, 64, 65])
+# All numbers of inputs that share a tile share its kernel; the last are too many for one.
+@pytest.mark.parametrize(
+    ("inputs_of_a_tile", "shape", "options", "dtype"),
+    pairwise(
+        [(1, 5, 8), (9, 16), (17, 32), (33, 64), (65,)],
+        [(4096, 4096), (1000, 576), (72, 14336), (300, 1088), (64, 64)],
+        [("nf4", 64, True), ("fp4", 128, False)],
+        [torch.float16, torch.bfloat16],
+    ),
+)
 def test_few_rows_are_multiplied_no_further_from_float64_than_by_the_dense_product(
-    inputs: int, rows: int, columns: int, format: str, block_size: int, double_quant: bool, dtype: torch.dtype
+    inputs_of_a_tile: tuple[int, ...], shape: tuple[int, int], options: tuple[str, int, bool], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
+    rows, columns = shape
+    format, block_size, double_quant = options
     linear = nn.Linear(columns, rows, device="cuda", dtype=dtype)
     layer = QuantizedLinear.from_linear(linear, format=format, block_size=block_size, double_quant=double_quant)
-    x = torch.randn(1, inputs, columns, device="cuda", dtype=dtype)
     weight = layer.quantized.dequantize(dtype)
-    exact = x.double() @ weight.double().T + linear.bias.double()
-    poison(exact.numel() * dtype.itemsize)
-    with torch.no_grad():
-        ours = layer(x)
-        again = layer(x)
-    assert error(ours, exact) <= 1.05 * error(nn.functional.linear(x, weight, linear.bias), exact) + 1e-6
-    assert torch.equal(ours, again)
+    for inputs in inputs_of_a_tile:
+        x = torch.randn(1, inputs, columns, device="cuda", dtype=dtype)
+        exact = x.double() @ weight.double().T + linear.bias.double()
+        poison(exact.numel() * dtype.itemsize)
+        with torch.no_grad():
+            ours = layer(x)
+            again = layer(x)
+        bound = 1.05 * error(nn.functional.linear(x, weight, linear.bias), exact) + 1e-6
+        assert error(ours, exact) <= bound, f"{inputs} inputs"
+        assert torch.equal(ours, again), f"{inputs} inputs"
 
 
 def test_the_gradient_of_few_rows_is_that_of_the_dense_layer() -> None:

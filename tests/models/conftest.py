@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-# Lets the tests of this folder share `decoders`, and `twins`, models of equal weights.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "adapters")]
+# Lets the tests of this folder share `decoders`, and `twins`, models of equal weights, and `pairwise`.
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "adapters"), str(HERE.parent / "kernels")]
 
 
 @pytest.fixture(scope="module", autouse=True)

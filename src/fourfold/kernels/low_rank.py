@@ -23,6 +23,7 @@ __all__ = [
     "extend",
     "fill_columns",
     "low_rank_grad",
+    "new_extended",
     "working_dtype",
 ]
 
@@ -35,6 +36,10 @@ _add_op = torch.ops.fourfold.add_low_rank.default
 
 # Above it, and in fp32, registers run short.
 _MAX_RANK = 64
+
+# Elements to which rows of extended tensors are aligned: 128 bytes of 16-bit numbers, the lines in which the GPU's
+# copies to shared memory are read. Rows of 4112 numbers make a matrix product 1.5 to 2% slower than rows of 4160.
+_ROW_MULTIPLE = 64
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,6 +63,14 @@ def columns_refuse(*tensors: Tensor | None) -> str | None:
     return triton_refuses(present[0])
 
 
+def new_extended(like: Tensor, num_rows: int, width: int, rank: int) -> Tensor:
+    """An unwritten [num_rows, width + rank] of the dtype and device of `like`, last stride 1, its rows aligned."""
+    if not rank:
+        return like.new_empty(num_rows, width)
+    stride = -(-(width + rank) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return like.new_empty(num_rows, stride)[:, : width + rank]
+
+
 def fill_columns(extended: Tensor, width: int, projection: Tensor | None) -> None:
     """Writes columns `width:` of `extended` [M, width + R]: those before them times `projection.T`, [R, width]."""
     if projection is not None:
@@ -72,11 +85,14 @@ def extend(x: Tensor, projection: Tensor | None) -> Tensor:
         projection: [R, K] of x's dtype, any strides, or None for R = 0.
 
     Returns:
-        Contiguous [M, K + R] of x's dtype; x itself where it is contiguous and R = 0.
+        [M, K + R] of x's dtype, last stride 1; x itself where it is contiguous and R = 0.
     """
     if projection is None:
         return x.contiguous()
-    return torch.cat([x, x @ projection.t()], dim=1)
+    extended = new_extended(x, x.shape[0], x.shape[1], projection.shape[0])
+    extended[:, : x.shape[1]] = x
+    fill_columns(extended, x.shape[1], projection)
+    return extended
 
 
 def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:

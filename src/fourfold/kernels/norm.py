@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once
-from fourfold.kernels.low_rank import columns_refuse, extend, working_dtype
+from fourfold.kernels.low_rank import columns_refuse, extend, fill_columns, new_extended, working_dtype
 
 __all__ = ["rms_norm", "rms_norm_backward", "rms_norm_backward_reference", "rms_norm_reference"]
 
@@ -30,7 +30,7 @@ torch.library.define(
 )
 torch.library.define(
     "fourfold::rms_norm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad, Tensor? projection=None) -> Tensor",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad, Tensor(a!) out) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _forward_op = torch.ops.fourfold.rms_norm.default
@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = 
         projection: [R, K] of x's dtype, any strides; None stands for R = 0.
 
     Returns:
-        Contiguous [M, K + R] of x's dtype: the normed rows y, then `y @ projection.T`, accumulated in fp32; and
+        [M, K + R] of x's dtype, last stride 1: the normed rows y, then `y @ projection.T`, accumulated in fp32; and
         fp32 [M], the reciprocal root mean squares (float64 for float64 inputs).
     """
     return cast("tuple[Tensor, Tensor]", _forward_op(x, weight, eps, projection))
@@ -69,6 +69,7 @@ def rms_norm_backward(
     rstd: Tensor,
     residual_grad: Tensor | None,
     projection: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of RMSNorm's input, added to the gradient that came past it. The weight is frozen.
 
@@ -79,22 +80,23 @@ def rms_norm_backward(
         rstd: fp32 [M], from `rms_norm`.
         residual_grad: [M, K] to add, of x's dtype, or None.
         projection: [R, K] or None, as in `rms_norm`.
+        out: [M, K + R] of x's dtype to write to, last stride 1; no memory of the other arguments.
 
     Returns:
-        Contiguous [M, K + R] of x's dtype: the sum, rounded once, then its product with `projection.T`.
+        `out`, or a new tensor like it: the sum, rounded once, then its product with `projection.T`.
     """
-    return cast(Tensor, _backward_op(grad, x, weight, rstd, residual_grad, projection))
+    num_rows, width = x.shape
+    if out is None:
+        out = new_extended(x, num_rows, width, 0 if projection is None else projection.shape[0])
+    _backward_op(grad, x, weight, rstd, residual_grad, out[:, :width])
+    fill_columns(out, width, projection)
+    return out
 
 
 def rms_norm_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    residual_grad: Tensor | None,
-    projection: Tensor | None = None,
-) -> Tensor:
-    """`rms_norm_backward` in PyTorch."""
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None, out: Tensor
+) -> None:
+    """What `rms_norm_backward` writes to the first K columns, in PyTorch."""
     dtype = working_dtype(x.dtype)
     normed = x.to(dtype) * rstd[:, None]
     grad_normed = grad.to(dtype) * weight.to(dtype)
@@ -102,7 +104,7 @@ def rms_norm_backward_reference(
     grad_x = rstd[:, None] * (grad_normed - normed * mean)
     if residual_grad is not None:
         grad_x += residual_grad.to(dtype)
-    return extend(grad_x.to(x.dtype), projection)
+    out.copy_(grad_x)
 
 
 def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
@@ -122,38 +124,28 @@ def _forward_cuda(x: Tensor, weight: Tensor, eps: float, projection: Tensor | No
 
 
 def _backward_cuda(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    residual_grad: Tensor | None,
-    projection: Tensor | None = None,
-) -> Tensor:
-    refusal = _refusal(x, grad, residual_grad)
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None, out: Tensor
+) -> None:
+    refusal = _refusal(x, grad, residual_grad, out)
     if refusal is not None:
         say_once(logger, f"RMSNorm's gradient runs in PyTorch, slower than by its kernel: {refusal}")
-        return rms_norm_backward_reference(grad, x, weight, rstd, residual_grad, projection)
+        rms_norm_backward_reference(grad, x, weight, rstd, residual_grad, out)
+        return
     from fourfold.kernels import norm_triton
 
-    return norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, projection)
+    norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, out)
 
 
 def _forward_fake(x: Tensor, _weight: Tensor, _eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
     rank = 0 if projection is None else projection.shape[0]
-    extended = x.new_empty(x.shape[0], x.shape[1] + rank)
+    extended = new_extended(x, x.shape[0], x.shape[1], rank)
     return extended, x.new_empty(x.shape[0], dtype=working_dtype(x.dtype))
 
 
 def _backward_fake(
-    _grad: Tensor,
-    x: Tensor,
-    _weight: Tensor,
-    _rstd: Tensor,
-    _residual_grad: Tensor | None,
-    projection: Tensor | None = None,
-) -> Tensor:
-    rank = 0 if projection is None else projection.shape[0]
-    return x.new_empty(x.shape[0], x.shape[1] + rank)
+    _grad: Tensor, _x: Tensor, _weight: Tensor, _rstd: Tensor, _residual_grad: Tensor | None, _out: Tensor
+) -> None:
+    return None
 
 
 torch.library.impl("fourfold::rms_norm", "default", rms_norm_reference)

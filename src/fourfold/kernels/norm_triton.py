@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import Tile, cdiv, next_power_of_2, on_device
-from fourfold.kernels.low_rank import fill_columns
+from fourfold.kernels.low_rank import fill_columns, new_extended
 
 __all__ = ["rms_norm", "rms_norm_backward", "tile_for"]
 
@@ -52,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = 
     num_rows, width = x.shape
     rank = 0 if projection is None else projection.shape[0]
     tile = tile_for(width)
-    out = torch.empty(num_rows, width + rank, dtype=x.dtype, device=x.device)
+    out = new_extended(x, num_rows, width, rank)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     with on_device(x):
         rms_norm_kernel[(cdiv(num_rows, tile.block_m),)](
@@ -110,18 +110,11 @@ def rms_norm_backward_kernel(
 
 
 def rms_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    residual_grad: Tensor | None,
-    projection: Tensor | None = None,
-) -> Tensor:
-    """`norm.rms_norm_backward`."""
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None, out: Tensor
+) -> None:
+    """`norm.rms_norm_backward`, the columns of x alone."""
     num_rows, width = x.shape
-    rank = 0 if projection is None else projection.shape[0]
     tile = tile_for(width)
-    out = torch.empty(num_rows, width + rank, dtype=x.dtype, device=x.device)
     with on_device(x):
         rms_norm_backward_kernel[(cdiv(num_rows, tile.block_m),)](
             grad,
@@ -140,5 +133,3 @@ def rms_norm_backward(
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
         )
-    fill_columns(out, width, projection)
-    return out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once
-from fourfold.kernels.low_rank import columns_refuse, extend, working_dtype
+from fourfold.kernels.low_rank import columns_refuse, extend, new_extended, working_dtype
 
 __all__ = ["rotary", "rotary_", "rotary_backward", "rotary_backward_reference", "rotary_reference"]
 
@@ -114,7 +114,7 @@ def rotary_backward(
     The others are as in `rotary`.
 
     Returns:
-        Contiguous [M, N + R], dq's dtype: the gradient, then its product with `projection.T`.
+        [M, N + R], dq's dtype, last stride 1: the gradient, then its product with `projection.T`.
     """
     heads = (num_heads, num_kv_heads)
     return cast(Tensor, _backward_op(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, q_norm, k_norm, eps, projection))
@@ -311,7 +311,7 @@ def _backward_fake(
     projection: Tensor | None = None,
 ) -> Tensor:
     rank = 0 if projection is None else projection.shape[0]
-    return dq.new_empty(dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1] + rank)
+    return new_extended(dq, dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1], rank)
 
 
 torch.library.impl("fourfold::rotary", "default", rotary_reference)

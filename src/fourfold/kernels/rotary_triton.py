@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
-from fourfold.kernels.low_rank import fill_columns
+from fourfold.kernels.low_rank import fill_columns, new_extended
 
 __all__ = ["BLOCK_ROWS", "HEADS_PER_PROGRAM", "HEAD_PARTS", "rotary", "rotary_", "rotary_backward"]
 
@@ -343,7 +343,7 @@ def rotary_backward(
     width = (num_heads + 2 * num_kv_heads) * head_dim
     rank = 0 if projection is None else projection.shape[0]
     half = _half_of(cos, head_dim)
-    out = torch.empty(num_rows, width + rank, dtype=dq.dtype, device=dq.device)
+    out = new_extended(dq, num_rows, width, rank)
     with on_device(dq):
         rotary_backward_kernel[(cdiv(num_rows, BLOCK_ROWS), HEAD_PARTS)](
             dq,

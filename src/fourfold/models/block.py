@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import ATTENTION_NAME, documents_from_mask, window_from_mask
 from fourfold.models.block_function import fused_block
-from fourfold.models.block_state import Block
+from fourfold.models.block_state import Block, GradientRoom
 from fourfold.models.families import FAMILIES
 from fourfold.models.fused_norm import FusedNorm
 from fourfold.models.graphs import BlockGraphs
@@ -54,6 +54,7 @@ class FusedDecoderLayer:
     recompute: str | None
     _index: int
     _offload: HostOffload
+    _room: GradientRoom
     _graphs: BlockGraphs | None
     _checkpoints: bool
     _told: set[str]
@@ -176,6 +177,7 @@ class FusedDecoderLayer:
             policy=policy,
             rotation=None if cos is None or position_embeddings is None else position_embeddings[0],
             save=self._offload.save,
+            room=self._room,
         )
 
     def _check_dtype(self, hidden_states: Tensor) -> None:
@@ -265,7 +267,7 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, 
         for name, layer in parent.named_children()
         if isinstance(layer, layer_class)
     ]
-    offload, told = HostOffload(), set[str]()
+    offload, room, told = HostOffload(), GradientRoom(), set[str]()
     graphs = None
     if cuda_graphs is not False:
         graphs = BlockGraphs() if cuda_graphs is None else BlockGraphs(max_tokens=sys.maxsize)
@@ -274,7 +276,7 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, 
         if not isinstance(layer, FusedDecoderLayer):
             fused = _swap(parent, name, FusedDecoderLayer)
             checkpoints = fused.__dict__.pop("gradient_checkpointing", False)
-            fused.__dict__.update(recompute=None, _offload=offload, _checkpoints=checkpoints, _told=told)
+            fused.__dict__.update(recompute=None, _offload=offload, _room=room, _checkpoints=checkpoints, _told=told)
         fused.__dict__.update(_index=index, _graphs=graphs)
     for decoder in [module for module in model.modules() if _holds_fused_layers(module)]:
         if type(decoder.norm) is type(found[0][2].input_layernorm):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import extend
+from fourfold.kernels.low_rank import fill_columns, new_extended
 from fourfold.kernels.norm import rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary_backward
 from fourfold.kernels.swiglu import swiglu_backward_
@@ -20,13 +20,30 @@ __all__ = ["block_backward"]
 
 
 @dataclass
+class _Normed:
+    """What the sums of a group behind a norm are made of. The norm's output is not among it, so that none is made again
+    where nothing else needs it.
+
+    Attributes:
+        x: The norm's input.
+        rstd: Its reciprocal root mean squares.
+        low: The norm's output times A^T, [tokens, rank].
+    """
+
+    x: Tensor
+    rstd: Tensor
+    low: Tensor
+
+    def add_to(self, sums: LowRankSums, part: slice, grad: Tensor, grad_low: Tensor) -> None:
+        sums.add(self.x[part], self.low[part], grad, grad_low, self.rstd[part])
+
+
+@dataclass
 class _AttentionHalf:
     """The first half of a block, as its backward pass needs it."""
 
     weight: ExtendedWeight
-    normed: Tensor
-    low: Tensor
-    rstd: Tensor
+    normed: _Normed
     qkv: Tensor
     rotated: Tensor
     attention: Tensor
@@ -34,11 +51,19 @@ class _AttentionHalf:
 
 
 def block_backward(
-    grad: Tensor, saved: Saved, block: Block, *, needs_x: bool
+    grad_x: Tensor, saved: Saved, block: Block, *, needs_x: bool, out: Tensor | None = None
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of the block's input, if it needs one, and of its adapters, for `grad` [tokens, hidden].
+    """Gradients of the block's input, if it needs one, and of its adapters.
 
     Works in the memory of what was saved, and forgets it as it goes.
+
+    Args:
+        grad_x: [tokens, hidden + rank of down]: the gradient of the block's output, and room, which is written to.
+        out: Where the gradient of the input goes, [tokens, hidden] at least; this may be `grad_x`. None: to a new
+            tensor, with room for a block like this one.
+
+    Returns:
+        The gradient of the input, [tokens, hidden] and room.
     """
     x, mid, half = saved.x, saved.mid, None
     assert x is not None
@@ -47,10 +72,11 @@ def block_backward(
         # tensors are gone.
         half = _attention_half(x, saved, block)
         mid = add_output(x, half.attention, saved.low_out, block.out.expand(x.dtype, x.device))
-    grad_normed, rstd2, mlp_grads = _mlp_backward(grad, mid, saved, block)
+    grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, saved, block)
     weight = block.out.expand(x.dtype, x.device)
+    grad = grad_x[:, : x.shape[1]]
     grad_mid_x = rms_norm_backward(grad_normed, mid, block.norm2, rstd2, grad, weight.up)
-    del grad_normed, mid, grad
+    del grad_normed, mid, grad, grad_x
     grad_mid, grad_low = columns(grad_mid_x, weight.rows)
     half = half or _attention_half(x, saved, block)
     out_sums = LowRankSums(block.out)
@@ -58,34 +84,37 @@ def block_backward(
         out_sums.add(half.attention, saved.low_out, grad_mid, grad_low)
     grad_qkv_x = _attention_backward(grad_mid_x @ weight.backward, half, block)
     del weight
-    qkv_sums = LowRankSums(block.qkv)
+    qkv_sums = LowRankSums(block.qkv, block.norm1)
     if block.qkv.rank:
-        qkv_sums.add(half.normed, half.low, *columns(grad_qkv_x, half.weight.rows))
+        half.normed.add_to(qkv_sums, slice(None), *columns(grad_qkv_x, half.weight.rows))
     grads = [*qkv_sums.gradients(), *out_sums.gradients(), *mlp_grads]
     if not needs_x:
         return None, grads
     grad_normed = grad_qkv_x @ half.weight.backward
-    return rms_norm_backward(grad_normed, x, block.norm1, half.rstd, grad_mid), grads
+    if out is None:
+        out = new_extended(x, len(x), x.shape[1], block.down.rank)
+    rms_norm_backward(grad_normed, x, block.norm1, half.normed.rstd, grad_mid, out=out)
+    return out, grads
 
 
 def _attention_half(x: Tensor, saved: Saved, block: Block) -> _AttentionHalf:
     """Out of what was kept; the rest is computed again."""
     weight = block.qkv.expand(x.dtype, x.device)
-    if saved.qkv is not None and saved.low_qkv is not None:
-        normed, rstd = rms_norm(x, block.norm1, block.norm_eps)
-        qkv, low = saved.qkv, saved.low_qkv
+    if saved.qkv is not None and saved.low_qkv is not None and saved.rstd1 is not None:
+        normed = _Normed(x, saved.rstd1, saved.low_qkv)
+        qkv = saved.qkv
         rotated = qkv if block.q_norm is None else block.rotate(qkv, block.qkv.bias(x.dtype))
     else:
         normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
-        normed, low = columns(normed_x, weight.columns)
+        normed = _Normed(x, rstd, columns(normed_x, weight.columns)[1])
         if saved.attention is None:
-            return _AttentionHalf(weight, normed, low, rstd, *attend(normed_x, weight, block))
+            return _AttentionHalf(weight, normed, *attend(normed_x, weight, block))
         qkv = normed_x @ weight.forward.T
         rotated = block.rotate(qkv, block.qkv.bias(x.dtype))
     attention, state = saved.attention, saved.state
     if attention is None or state is None:
         raise ValueError("a policy that keeps qkv keeps the attention, too")
-    return _AttentionHalf(weight, normed, low, rstd, qkv, rotated, attention, state)
+    return _AttentionHalf(weight, normed, qkv, rotated, attention, state)
 
 
 def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Tensor:
@@ -117,33 +146,35 @@ def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Ten
     )
 
 
-def _mlp_backward(grad: Tensor, mid: Tensor, saved: Saved, block: Block) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+def _mlp_backward(
+    grad_x: Tensor, mid: Tensor, saved: Saved, block: Block
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(gradient of the normed input of the MLP, its norm's 1/rms, gradients of the adapters)."""
     gate_up = block.gate_up.expand(mid.dtype, mid.device)
     down = block.down.expand(mid.dtype, mid.device)
+    fill_columns(grad_x, down.rows, down.up)
     kept, saved.gate_up_x = saved.gate_up_x, None
-    if kept is not None and saved.low_gate_up is not None:
-        normed, rstd = rms_norm(mid, block.norm2, block.norm_eps)
-        low = saved.low_gate_up
+    normed_x = mid
+    if kept is not None and saved.low_gate_up is not None and saved.rstd2 is not None:
+        normed = _Normed(mid, saved.rstd2, saved.low_gate_up)
     else:
         normed_x, rstd = rms_norm(mid, block.norm2, block.norm_eps, gate_up.down)
-        normed, low = columns(normed_x, gate_up.columns)
+        normed = _Normed(mid, rstd, columns(normed_x, gate_up.columns)[1])
     grad_normed = torch.empty_like(mid)
-    gate_up_sums, down_sums = LowRankSums(block.gate_up), LowRankSums(block.down)
+    gate_up_sums, down_sums = LowRankSums(block.gate_up, block.norm2), LowRankSums(block.down)
     for part in parts(len(mid), whole=kept is not None):
         gate_up_x = kept
         if gate_up_x is None:
-            gate_up_x = mid.new_empty(part.stop - part.start, gate_up.rows + block.gate_up.rank)
+            gate_up_x = new_extended(mid, part.stop - part.start, gate_up.rows, block.gate_up.rank)
             torch.mm(normed_x[part], gate_up.forward.T, out=gate_up_x[:, : gate_up.rows])
-        grad_x = extend(grad[part], down.up)
-        act = grad_x @ down.backward  # its gradient first; swiglu_backward_ puts the activation itself in its place
+        act = grad_x[part] @ down.backward  # its gradient first; swiglu_backward_ puts the activation itself there
         swiglu_backward_(gate_up_x, act, gate_up.up, block.activation)
         if saved.low_down is not None:
-            down_sums.add(act, saved.low_down[part], *columns(grad_x, down.rows))
-        del act, grad_x
+            down_sums.add(act, saved.low_down[part], *columns(grad_x[part], down.rows))
+        del act
         if block.gate_up.rank:
-            gate_up_sums.add(normed[part], low[part], *columns(gate_up_x, gate_up.rows))
+            normed.add_to(gate_up_sums, part, *columns(gate_up_x, gate_up.rows))
         torch.mm(gate_up_x, gate_up.backward, out=grad_normed[part])
         # Gone before the next part allocates its own.
         del gate_up_x
-    return grad_normed, rstd, [*gate_up_sums.gradients(), *down_sums.gradients()]
+    return grad_normed, normed.rstd, [*gate_up_sums.gradients(), *down_sums.gradients()]

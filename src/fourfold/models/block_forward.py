@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import add_low_rank
+from fourfold.kernels.low_rank import add_low_rank, new_extended
 from fourfold.kernels.norm import rms_norm
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import AttentionState, attention_forward
@@ -46,10 +46,10 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
     """The block's output [tokens, hidden] for x [tokens, hidden], and what `keeps` names of what it is made of."""
     saved = Saved(x=x)
     weight = block.qkv.expand(x.dtype, x.device)
-    normed_x, _ = rms_norm(x, block.norm1, block.norm_eps, weight.down)
+    normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
     qkv, rotated, attention, state = attend(normed_x, weight, block)
     if "qkv" in keeps:
-        saved.qkv = qkv
+        saved.qkv, saved.rstd1 = qkv, rstd
         saved.low_qkv = columns(normed_x, weight.columns)[1].contiguous()
     del normed_x, qkv, rotated
     weight = block.out.expand(x.dtype, x.device)
@@ -63,16 +63,17 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
 
     weight = block.gate_up.expand(x.dtype, x.device)
     down = block.down.expand(x.dtype, x.device)
-    normed_x, _ = rms_norm(mid, block.norm2, block.norm_eps, weight.down)
+    normed_x, rstd = rms_norm(mid, block.norm2, block.norm_eps, weight.down)
     out = torch.empty_like(mid)
     keeps_gate_up = "gate_up" in keeps
     if keeps_gate_up:
+        saved.rstd2 = rstd
         saved.low_gate_up = columns(normed_x, weight.columns)[1].contiguous()
     if block.down.rank:
         saved.low_down = x.new_empty(len(x), block.down.rank)
     for part in parts(len(x), whole=keeps_gate_up):
         # With room for the low-rank columns of the backward pass, which works in this memory.
-        gate_up_x = x.new_empty(part.stop - part.start, weight.rows + block.gate_up.rank)
+        gate_up_x = new_extended(x, part.stop - part.start, weight.rows, block.gate_up.rank)
         gate_up = gate_up_x[:, : weight.rows]
         torch.mm(normed_x[part], weight.forward.T, out=gate_up)
         act_x = swiglu(gate_up, down.down, block.activation)

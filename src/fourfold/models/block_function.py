@@ -34,8 +34,13 @@ class _FusedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grads = block_backward(grad.contiguous(), _take(ctx), ctx.block, needs_x=ctx.needs_input_grad[0])
-        return grad_x, None, *grads
+        block: Block = ctx.block
+        saved = _take(ctx)
+        # Held by nobody else: freed when it is done with.
+        grad_x, grads = block_backward(
+            block.room.take(grad, block.down.rank), saved, block, needs_x=ctx.needs_input_grad[0]
+        )
+        return None if grad_x is None else block.room.leave(grad_x, grad.shape[1]), None, *grads
 
 
 def _take(ctx: Any) -> Saved:

@@ -4,20 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.rotary import rotary, rotary_
 from fourfold.models.attention import AttentionState, Documents
 from fourfold.models.linear_group import LinearGroup
 from fourfold.models.recomputation import Policy, SavedTensors
 
-__all__ = ["Block", "Saved", "columns", "parts"]
+__all__ = ["Block", "GradientRoom", "Saved", "columns", "parts"]
 
-# The MLP works on this many tokens at a time where gate and up are not kept: enough for matrix products to run at full
-# speed, few enough that its three wide tensors do not set the peak of memory.
+# Where gate and up are not kept, the MLP works on a part of the tokens at a time: on this many, enough for matrix
+# products to run at full speed, or on an eighth of them, where its three wide tensors are small beside the rest.
 MLP_TOKENS = 2048
+MLP_PARTS = 8
+
+
+class GradientRoom:
+    """Hands a gradient with room for low-rank columns beside it from one block's backward pass to the next one's.
+
+    Autograd knows the gradient alone. Where the next block is given what the last one left here, it has the room, too,
+    and need not copy the gradient to where there is some.
+    """
+
+    def __init__(self) -> None:
+        self._left: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientRoom:
+        """A copied model passes gradients of its own."""
+        return GradientRoom()
+
+    def leave(self, extended: Tensor, width: int) -> Tensor:
+        """The gradient of [tokens, width + room], whose memory is kept until the next `take`."""
+        self._left = extended
+        return extended[:, :width]
+
+    def take(self, grad: Tensor, rank: int) -> Tensor:
+        """[tokens, width + rank] that begins with `grad` [tokens, width], where possible in its memory."""
+        left, self._left = self._left, None
+        num_rows, width = grad.shape
+        # Kept since it was left, this memory can be nobody else's.
+        is_it = left is not None and (left.data_ptr(), left.stride()) == (grad.data_ptr(), grad.stride())
+        if left is not None and is_it and len(left) == num_rows and left.shape[1] >= width + rank:
+            return left[:, : width + rank]
+        if not rank:
+            return grad.contiguous()
+        extended = new_extended(grad, num_rows, width, rank)
+        extended[:, :width] = grad
+        return extended
 
 
 @dataclass(frozen=True)
@@ -33,6 +70,7 @@ class Block:
         window: Tokens that a token sees at most, itself included; None for all before it.
         rotation: The tensor that cos was made of; the same for all layers of a forward pass.
         save: Keeps tensors for the backward pass elsewhere.
+        room: The same for all layers.
     """
 
     qkv: LinearGroup
@@ -59,6 +97,7 @@ class Block:
     policy: Policy
     rotation: Tensor | None
     save: Callable[[Sequence[Tensor]], SavedTensors]
+    room: GradientRoom
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -109,6 +148,7 @@ class Saved:
         attention, state: The attention's output, and its log-sum-exp.
         mid: The residual stream between attention and MLP.
         gate_up_x: Gate and up, with room for the low-rank columns of their gradient.
+        rstd1, rstd2: The norms' reciprocal root mean squares, fp32 [tokens], where what the norm leads to is kept.
         low_qkv, low_out, low_gate_up, low_down: The inputs of the groups times their A^T, [tokens, rank].
     """
 
@@ -118,6 +158,8 @@ class Saved:
     attention: Tensor | None = None
     state: AttentionState | None = None
     gate_up_x: Tensor | None = None
+    rstd1: Tensor | None = None
+    rstd2: Tensor | None = None
     low_qkv: Tensor | None = None
     low_out: Tensor | None = None
     low_gate_up: Tensor | None = None
@@ -147,8 +189,8 @@ class Saved:
 
 
 def parts(num_tokens: int, whole: bool) -> Iterator[slice]:
-    """All tokens, or about equally many at a time, at most `MLP_TOKENS`."""
-    count = 1 if whole else -(-num_tokens // MLP_TOKENS)
+    """All tokens, or about equally many at a time: at most `MLP_TOKENS`, and no more than `MLP_PARTS` parts of more."""
+    count = 1 if whole else min(MLP_PARTS, -(-num_tokens // MLP_TOKENS))
     size = max(1, -(-num_tokens // max(count, 1)))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))

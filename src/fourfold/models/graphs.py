@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourfold.kernels.low_rank import new_extended
 from fourfold.models.block_backward import block_backward
 from fourfold.models.block_forward import block_forward
 from fourfold.models.block_state import Block, Saved
@@ -48,7 +49,7 @@ class _Pending:
 class _Shared:
     """Memory that all graphs of one shape use in turn."""
 
-    grad: Tensor  # the gradient that goes into a block's backward pass, and comes out of it
+    grad_x: Tensor  # the gradient that goes into a block's backward pass, and comes out of it; with room
     cos: Tensor | None
     sin: Tensor | None
     rotation: weakref.ref[Tensor] | None = None
@@ -188,7 +189,8 @@ class BlockGraphs:
         shared = self._shared.get(self._shape)
         if shared is None:
             cos, sin = (None if table is None else table.clone() for table in (block.cos, block.sin))
-            shared = self._shared[self._shape] = _Shared(torch.empty_like(x), cos, sin)
+            grad_x = new_extended(x, len(x), x.shape[1], block.down.rank)
+            shared = self._shared[self._shape] = _Shared(grad_x, cos, sin)
         static = replace(block, cos=shared.cos, sin=shared.sin)
         # What a graph before this one put out stays where it is; anything else is copied to where it is looked for.
         is_static = any(graph.out.data_ptr() == x.data_ptr() for graph in self._graphs.values())
@@ -205,10 +207,9 @@ class BlockGraphs:
                     out, saved = block_forward(input, static, block.policy.keeps)
                 held = _tensors(saved)
                 with self._capturing(backward):
-                    grad_x, grads = block_backward(shared.grad, saved, static, needs_x=needs_x)
+                    grad_x = _with_room(shared.grad_x, input.shape[1], block.down.rank)
+                    _, grads = block_backward(grad_x, saved, static, needs_x=needs_x, out=shared.grad_x)
                     sums = torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
-                    if grad_x is not None:
-                        shared.grad.copy_(grad_x)
         finally:
             if collects:
                 gc.enable()
@@ -224,6 +225,15 @@ class BlockGraphs:
             yield
         finally:
             graph.capture_end()
+
+
+def _with_room(shared: Tensor, width: int, rank: int) -> Tensor:
+    """The shared gradient with room for as many low-rank columns; in its memory but for a layer of higher rank."""
+    if shared.shape[1] >= width + rank:
+        return shared[:, : width + rank]
+    extended = new_extended(shared, len(shared), width, rank)
+    extended[:, :width] = shared[:, :width]
+    return extended
 
 
 def _tensors(saved: Saved) -> list[Tensor]:
@@ -248,7 +258,7 @@ class _GraphedBlock(torch.autograd.Function):
         graph: _Graph = ctx.graph
         if ctx.pending is None:
             raise RuntimeError(USED_UP)
-        shared = graph.shared.grad
+        shared = graph.shared.grad_x[:, : grad.shape[1]]
         if grad.data_ptr() != shared.data_ptr():
             shared.copy_(grad)
         graph.backward.replay()

@@ -229,32 +229,42 @@ class LowRankSums:
     """Sums over tokens that the gradients of a group's A and B are made of, fp32, [rank, in] and [rank, out].
 
     They are added up over parts of a batch.
+
+    Args:
+        norm: The weight w [in] of the RMSNorm before the group, if there is one: `add` is given that norm's input x,
+            not its output x rstd w, since (dY sB)^T (x rstd w) = ((dY sB rstd)^T x) w.
     """
 
-    def __init__(self, group: LinearGroup) -> None:
+    def __init__(self, group: LinearGroup, norm: Tensor | None = None) -> None:
         self.group = group
+        self.norm = norm
         parameters = group.parameters()
         self._wants_a = any(parameter.requires_grad for parameter in parameters[::2])
         self._wants_b = any(parameter.requires_grad for parameter in parameters[1::2])
         self._a: Tensor | None = None
         self._b: Tensor | None = None
 
-    def add(self, x: Tensor, low: Tensor, grad: Tensor, grad_low: Tensor) -> None:
+    def add(self, x: Tensor, low: Tensor, grad: Tensor, grad_low: Tensor, rstd: Tensor | None = None) -> None:
         """Add a part's.
 
         Args:
-            x: [tokens, in].
-            low: x A^T, [tokens, rank].
+            x: [tokens, in], the group's input; the input of its norm, if there is one.
+            low: The group's input times A^T, [tokens, rank].
             grad: dY, [tokens, out].
             grad_low: dY sB, [tokens, rank].
+            rstd: fp32 [tokens], of the norm.
         """
         if self._wants_a:
+            if rstd is not None:
+                grad_low = torch.mul(grad_low, rstd[:, None], out=grad_low.new_empty(grad_low.shape))
             self._a = low_rank_grad(grad_low, x, self._a)
         if self._wants_b:
             self._b = low_rank_grad(low, grad, self._b)
 
     def gradients(self) -> list[Tensor | None]:
         """One for each of the group's parameters."""
+        if self._a is not None and self.norm is not None:
+            self._a *= self.norm
         return self.group.gradients(self._a, self._b)
 
 

@@ -1,0 +1,96 @@
+"""What a model's quality is measured by, and what a run's log comes to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fourfold.config import RunConfig
+from fourfold.config import options as choices
+from fourfold.data import Collator, PreparedData
+from fourfold.errors import DataError
+from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
+
+__all__ = ["measure", "summary"]
+
+
+def measure(
+    config: RunConfig,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_data: PreparedData | None,
+    say: Callable[[str], None],
+    *,
+    with_loss: bool,
+) -> tuple[dict[str, Any], list[Sample]]:
+    """What the configuration asks to be measured: loss and exact match on held-out rows, perplexity of a text.
+
+    Args:
+        config: Which measures, and how.
+        model: A model, with its adapter or without.
+        tokenizer: The model's.
+        eval_data: Held-out rows, or None.
+        say: Is given a line for people before what takes long.
+        with_loss: False where the loss is known already.
+
+    Returns:
+        Figures by name, and the rows that were compared by generation.
+
+    Raises:
+        DataError: There is no text where the configuration names one.
+    """
+    metrics: dict[str, Any] = {}
+    samples: list[Sample] = []
+    if eval_data is not None and with_loss:
+        collator = Collator(tokenizer.pad_token_id)
+        loss = validation_loss(model, eval_data.dataset, collator, config.per_device_eval_batch_size)
+        metrics |= {"eval_loss": loss.loss, "eval_num_tokens": loss.num_tokens}
+    if eval_data is not None and config.eval_generate_rows > 0:
+        conversations = [row["messages"] for row in eval_data.dataset.select_columns("messages")]
+        chosen = conversations[: config.eval_generate_rows]
+        say(f"answering {len(chosen)} held-out rows")
+        matched = exact_match(
+            model, tokenizer, chosen, choices.generation_options(config), normalise=config.eval_comparison
+        )
+        metrics |= {"exact_match": matched.score, "exact_match_rows": matched.num_rows}
+        samples = matched.samples
+    if config.perplexity_text is not None:
+        text = Path(config.perplexity_text)
+        if not text.is_file():
+            raise DataError(f"no such file: {text}", hint="key perplexity_text names a text file")
+        measured = perplexity(
+            model,
+            tokenizer,
+            text.read_text(encoding="utf-8"),
+            max_length=config.perplexity_max_length,
+            stride=config.perplexity_stride,
+            max_tokens=config.perplexity_max_tokens,
+        )
+        metrics |= {"perplexity": measured.value, "perplexity_num_tokens": measured.num_tokens}
+    return metrics, samples
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's log: mean loss over all steps, last evaluation loss, highest memory and median speed."""
+    result: dict[str, Any] = {}
+    losses, last_step = 0.0, 0
+    for record in records:
+        if record.get("loss") is not None:
+            # Each logged loss is the mean over the steps since the one before.
+            losses, last_step = losses + record["loss"] * (record["step"] - last_step), record["step"]
+    if last_step:
+        result["train_loss"] = losses / last_step
+    for key, choose in (
+        ("eval_loss", lambda values: values[-1]),
+        ("memory_peak_bytes", max),
+        ("tokens_per_second", statistics.median),
+    ):
+        values = [record[key] for record in records if record.get(key) is not None]
+        if values:
+            result[key] = choose(values)
+    return result

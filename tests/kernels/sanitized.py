@@ -1,0 +1,294 @@
+"""Launches every Triton kernel a few times at odd shapes, for compute-sanitizer: it looks, nothing is compared.
+
+    python tests/kernels/sanitized.py    # compiles all there is to compile; without a GPU, kernels are interpreted
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 python tests/kernels/sanitized.py
+    compute-sanitizer --tool racecheck --report-api-errors no --error-exitcode 9 \
+        $(python tests/kernels/sanitized.py --filters) python tests/kernels/sanitized.py
+
+Without the caching allocator each tensor is an allocation of its own, so that a byte beyond its end is noticed. The
+device is waited for after each family of kernels: what is reported after a family's name is that family's. API errors
+are left out because PyTorch asks CUDA for what it may not have, and the hazards of other libraries' kernels because
+they are not ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton reads it when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+
+import fourfold.kernels
+from fourfold.kernels import (
+    adamw_triton,
+    blockwise_triton,
+    cross_entropy_triton,
+    encoding_triton,
+    expansion_triton,
+    low_rank_triton,
+    norm_triton,
+    rotary_triton,
+    small_batch_triton,
+    swiglu_triton,
+)
+from fourfold.kernels.adamw_state import Hyperparameters, lay_out
+from fourfold.kernels.swiglu import ACTIVATIONS
+from fourfold.optimizers.maps import state_maps
+from fourfold.quantization.formats import FORMATS
+from fourfold.quantization.scales import NestedScales
+from fourfold.quantization.tensor import QuantizedTensor, quantize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """An allocation of its own, whose rows follow each other without a gap."""
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def quantized(
+    shape: tuple[int, ...], format: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> tuple[QuantizedTensor, Tensor, blockwise_triton.NestedParts | None]:
+    """A weight, its scales as a kernel reads them, and what quantized scales are decoded with."""
+    weight = quantize(torch.randn(shape), format, block_size, double_quant).to(DEVICE)
+    scales = weight.scales
+    if isinstance(scales, NestedScales):
+        parts = (scales.code_map, scales.nested_absmax, scales.offset, scales.nested_block_size)
+        return weight, scales.codes, blockwise_triton.NestedParts(*parts)
+    return weight, scales.dequantize(), None
+
+
+def dequantize() -> None:
+    """Rows of whole words and of odd lengths, the last tile short; codes that begin between two words."""
+    for format, shape, double_quant in (
+        ("nf4", (33, 257), True),
+        ("fp4", (41, 200), False),
+        ("int8", (33, 257), False),
+        ("int8", (41, 100), True),
+    ):
+        weight, scales, nested = quantized(shape, format, double_quant=double_quant)
+        arguments = (weight.codebook, scales, weight.block_size, list(shape), torch.float16, nested)
+        blockwise_triton.dequantize(weight.codes, *arguments)
+        shifted = torch.cat([weight.codes[:1], weight.codes])[1:]
+        blockwise_triton.dequantize(shifted, *arguments)
+
+
+def encode() -> None:
+    for format, size, block_size in (("nf4", 4097, 64), ("fp4", 1, 64), ("int8", 9001, 4096)):
+        number_format, flat = FORMATS[format], random(size)
+        order = number_format.sorted_values(DEVICE)[1]
+        encoding_triton.quantize(flat, number_format.thresholds(DEVICE), order, block_size)
+
+
+def expand() -> None:
+    """Several linears in one matrix: rows of several tiles, of whole words, and odd ones; ranks that fill nothing."""
+    for columns, format, double_quant, linears in (
+        (4104, "nf4", True, [(3, 5)]),
+        (520, "nf4", True, [(24, 16), (9, 7)]),
+        (101, "int8", False, [(7, 3), (9, None)]),
+    ):
+        total_rows, used_ranks = sum(rows for rows, _ in linears), sum(rank or 0 for _, rank in linears)
+        padded_ranks = -(-used_ranks // 16) * 16
+        out = torch.empty(total_rows + padded_ranks, columns + padded_ranks, dtype=torch.float16, device=DEVICE)
+        row = rank_row = 0
+        for rows, rank in linears:
+            weight, scales, nested = quantized((rows, columns), format, double_quant=double_quant)
+            a, b = (None, None) if rank is None else (random(rank, columns), random(rows, rank))
+            place = (rows, columns, row, total_rows, used_ranks, rank_row, a, b, 0.5)
+            expansion_triton.expand_(out, weight.codes, weight.codebook, scales, weight.block_size, nested, *place)
+            row, rank_row = row + rows, rank_row + (rank or 0)
+
+
+def few_rows() -> None:
+    """Every tile, none of them full; columns shared among warps, and in the last two among programs."""
+    for inputs, rows, columns, double_quant in (
+        (1, 75, 64, True),
+        (13, 41, 320, False),
+        (31, 131, 192, True),
+        (63, 37, 192, False),
+        (7, 21, 8192, True),
+        (33, 41, 1088, False),
+    ):
+        weight, scales, nested = quantized((rows, columns), double_quant=double_quant)
+        parts = (scales, None, None, None) if nested is None else (scales, *nested[:3])
+        sizes = (weight.block_size, 1 if nested is None else nested.block_size, rows)
+        small_batch_triton.matmul(random(inputs, columns), weight.codes, weight.codebook, *parts, *sizes, random(rows))
+
+
+def norm() -> None:
+    for rows, width, rank in ((7, 72, 16), (3, 4099, 0)):
+        x, grad, weight = random(rows, width), random(rows, width), random(width)
+        projection = random(rank, width) if rank else None
+        rstd = norm_triton.rms_norm(x, weight, 1e-6, projection)[1]
+        residual_grad = random(rows, width) if rank else None
+        norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, torch.empty_like(x))
+
+
+def rotary() -> None:
+    """Rotated wholly, in part and not at all; with norms of the heads and without; over the input and beside it."""
+    for heads, head_dim, rotary_dim, has_norms in (
+        ((3, 1), 24, 24, False),
+        ((3, 1), 24, 24, True),
+        ((6, 2), 96, 48, True),
+        ((5, 1), 40, 0, False),
+    ):
+        positions, rows, width = 11, 33, (heads[0] + 2 * heads[1]) * head_dim
+        qkv, bias = random(rows, width), random(width)
+        cos, sin = (random(positions, rotary_dim), random(positions, rotary_dim)) if rotary_dim else (None, None)
+        norms = (random(head_dim), random(head_dim)) if has_norms else (None, None)
+        rotary_triton.rotary(qkv, cos, sin, *heads, bias, *norms, 1e-6)
+        parts = [random(rows, count * head_dim) for count in (heads[0], heads[1], heads[1])]
+        rotary_triton.rotary_backward(
+            *parts, qkv if has_norms else None, cos, sin, *heads, bias, *norms, 1e-6, random(16, width)
+        )
+        if not has_norms:
+            rotary_triton.rotary_(qkv, cos, sin, *heads, bias)
+            rotary_triton.rotary_(qkv, cos, sin, *heads)
+
+
+def swiglu() -> None:
+    for (rows, width, rank), activation in zip(((5, 33, 16), (7, 1025, 0)), ACTIVATIONS, strict=True):
+        projection = random(rank, width) if rank else None
+        swiglu_triton.swiglu(random(rows, 2 * width), projection, activation)
+        both = random(rank, 2 * width) if rank else None
+        swiglu_triton.swiglu_backward_(random(rows, 2 * width + rank), random(rows, width), both, activation)
+
+
+def low_rank() -> None:
+    for rows, width, rank in ((77, 201, 3), (5, 33, 48)):
+        low_rank_triton.add_low_rank(random(rows, width), random(rows, rank), random(width, rank).t())
+
+
+def cross_entropy() -> None:
+    for vocab, gradient in ((9001, True), (8008, False)):
+        targets = torch.tensor([0, -100, vocab - 1], device=DEVICE)
+        cross_entropy_triton.cross_entropy_triton(random(3, vocab), targets, gradient)
+
+
+def adamw() -> None:
+    """Whole chunks, a short last block, less than a block, and one without a gradient; the last set is aligned."""
+    odd = [(16, 256), (3, 1111), (5,), (2101,)]
+    for shapes, bits, dtype in ((odd, 8, torch.float32), (odd, 32, torch.float16), ([(16, 256)], 8, torch.float32)):
+        entries = [(random(*shape, dtype=dtype), 0, bits if shape != (5,) else 32) for shape in shapes]
+        state = lay_out(
+            entries,
+            state_maps(DEVICE),
+            lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device),
+        )
+        grads = [None if param.shape == (2101,) else torch.randn_like(param) for param in state.params]
+        groups, loss = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1)], torch.ones((), device=DEVICE)
+        for _ in range(2):
+            adamw_triton.adamw_step_triton(state, grads, groups, 1.0, loss)
+
+
+def block(model_type: str, recompute: str) -> None:
+    """Forward and backward pass of fused blocks as training calls them: on a CPU, by the references."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto import CONFIG_MAPPING
+
+    from fourfold.models.preparing import prepare
+    from fourfold.quantization.hf_config import FourfoldConfig
+    from fourfold.quantization.hf_quantizer import quantize_model
+
+    config = CONFIG_MAPPING[model_type](
+        hidden_size=72,
+        intermediate_size=108,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=24,
+        vocab_size=97,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16).to(DEVICE)
+    lora = LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = prepare(
+        quantize_model(model, FourfoldConfig()), lora, fused=True, recompute=recompute, cuda_graphs=False
+    ).train()
+    tokens = torch.randint(3, 97, (3, 11), device=DEVICE)
+    # Flash attention, which is the reproducible one: cuDNN builds its kernels first, and they are not ours.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        adapted(input_ids=tokens, use_cache=False).logits.float().square().mean().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+FAMILIES: dict[str, Callable[[], None]] = {
+    "dequantize": dequantize,
+    "quantize": encode,
+    "expand": expand,
+    "few rows": few_rows,
+    "norm": norm,
+    "rotary": rotary,
+    "swiglu": swiglu,
+    "low rank": low_rank,
+    "cross entropy": cross_entropy,
+    "AdamW": adamw,
+    "Llama's block": lambda: block("llama", "selective"),
+    "Qwen3's block": lambda: block("qwen3", "full"),
+}
+
+
+def kernels() -> dict[str, Any]:
+    """Everything that is launched: of what `triton.jit` made in `X_triton.py`, all with a name that ends in _kernel."""
+    found = {}
+    for path in sorted(Path(fourfold.kernels.__path__[0]).glob("*_triton.py")):
+        module = import_module(f"fourfold.kernels.{path.stem}")
+        for name, made in vars(module).items():
+            if isinstance(made, triton.KernelInterface) and name.endswith("_kernel"):
+                found[f"{path.stem}.{name}"] = made
+    return found
+
+
+def run(families: dict[str, Callable[[], None]]) -> None:
+    """Launches the families, one after the other, and exits naming the kernels that none of them has launched."""
+    launches = Counter[str]()
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_, **__: launches.update([name])
+
+    for name, kernel in kernels().items():
+        kernel.add_pre_run_hook(count(name))
+    torch.manual_seed(0)
+    for family, launch in families.items():
+        before = launches.total()
+        print(f"{family}:", end=" ", flush=True)
+        launch()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"{launches.total() - before} launches", flush=True)
+    forgotten = [name for name in kernels() if not launches[name]]
+    if forgotten:
+        sys.exit(f"never launched: {', '.join(forgotten)}")
+    print(f"all {len(launches)} kernels launched")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--filters", action="store_true", help="print the options that leave other kernels alone")
+    if parser.parse_args().filters:
+        print(*(f"--kernel-name kernel_substring={name.rpartition('.')[2]}" for name in kernels()))
+    else:
+        run(FAMILIES)
+
+
+if __name__ == "__main__":
+    main()
