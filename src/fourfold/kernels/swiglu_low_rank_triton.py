@@ -1,13 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of swiglu.py that multiply by the adapters' matrices what they hold on the chip.
 
-The forward kernel's programs own rows and pass over all columns, for the product is a sum over columns; the backward
-kernel's own columns and pass over a share of the rows, for its products are sums over tokens. The shares are added up
-in an order of their own, so that the result is the same in each run.
+The forward kernel's programs own rows and pass over all columns or a share of them, for the product is a sum over
+columns; the backward kernel's own columns and pass over a share of the rows, for its products are sums over tokens. The
+shares' sums are added up in an order of their own, so that the result is the same in each run.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,44 +17,51 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
+from fourfold.kernels.low_rank import fill_columns, new_extended
+from fourfold.kernels.swiglu_triton import activation_and_slope
 
-__all__ = ["BACKWARD_PASS", "FORWARD_PASS", "Pass", "swiglu_backward_sums", "swiglu_product"]
+__all__ = ["LONG", "MANY_RANKS", "SHORT", "Pass", "forward_pass", "swiglu_backward_sums_", "swiglu_product"]
 
 
 class Pass(NamedTuple):
-    """A program's tile of rows and columns, its warps, the tiles it has under way, and a thread's registers at most."""
+    """How a kernel goes over its matrices.
+
+    Attributes:
+        block_m, block_k: Rows and columns of a program's tile.
+        num_warps: Of a program.
+        num_stages: The tile that is worked on, and those being loaded meanwhile.
+        programs: As many as are under way at once on 132 multiprocessors. Fixed rather than asked of the GPU, so that
+            the order of the sums, and the result, is always the same.
+        max_registers: Of a thread; None for what the compiler takes.
+        wide_first: Whether sums are [columns, ranks], as suits the tensor cores of Hopper, whose products have at least
+            64 rows, or [ranks, columns], as suits those before, whose products have 16.
+    """
 
     block_m: int
     block_k: int
     num_warps: int
     num_stages: int
+    programs: int
     max_registers: int | None = None
+    wide_first: bool = False
 
 
-FORWARD_PASS = Pass(32, 128, 4, 3)
-BACKWARD_PASS = Pass(32, 128, 8, 3)
+# Of the backward kernel: for many tokens on Hopper, for fewer or other GPUs, and for ranks whose sums would not fit
+# into the registers of these. Where there are many tokens, programs take turns thrice, which evens out their ends.
+LONG = Pass(32, 256, 8, 3, programs=132, wide_first=True)
+SHORT = Pass(16, 128, 4, 4, programs=528, max_registers=128)
+MANY_RANKS = Pass(32, 128, 8, 3, programs=132, wide_first=True)
+MANY_ROWS = 4096
+TURNS = 3
+# Of a share: more shares cost more in sums to add up than they save.
+MINIMUM_ROWS = 128
+# Of the forward kernel's columns.
+MAXIMUM_SHARES = 8
 
 
-@triton.jit
-def _sigmoid(x):
-    # 1 / y by the square of 1 / sqrt(y): a division takes eight instructions, for divisors beyond 2**126 alone.
-    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * x))
-    return root * root
-
-
-@triton.jit
-def _activation(gate, GELU: tl.constexpr):
-    """The activation and its derivative, fp32."""
-    if GELU:
-        tanh = 2 * _sigmoid(2 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)) - 1
-        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
-        value = 0.5 * gate * (1 + tanh)
-        derivative = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * slope
-    else:
-        sigmoid = _sigmoid(gate)
-        value = gate * sigmoid
-        derivative = sigmoid + value * (1 - sigmoid)
-    return value, derivative
+def forward_pass(rank: int) -> Pass:
+    """Of the forward kernel. Two tiles of a large projection are what fits beside two of gate and up."""
+    return Pass(16, 256, 4, 3 if rank <= 32 else 2, programs=264)
 
 
 @triton.jit
@@ -76,13 +84,13 @@ def swiglu_product_kernel(
     gate_up_ptr,  # [M, 2I]
     projection_ptr,  # [R, I]
     out_ptr,  # [M, I + R]
-    product_ptr,  # the R columns of out, or fp32 [splits, M, R]
+    product_ptr,  # the R columns of out, or fp32 [shares, M, R]
     num_rows,
     in_stride,
     projection_stride,
     out_stride,
     product_stride,
-    SPLIT: tl.constexpr,  # columns of a program
+    SHARE: tl.constexpr,  # columns of a program
     I: tl.constexpr,  # noqa: E741
     R: tl.constexpr,
     GELU: tl.constexpr,
@@ -97,20 +105,20 @@ def swiglu_product_kernel(
     in_offsets = rows[:, None] * in_stride
     out_offsets = rows[:, None] * out_stride
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    split = tl.program_id(1)
-    for start in range(0, SPLIT, BLOCK_K):
-        columns = split * SPLIT + start + tl.arange(0, BLOCK_K)
+    share = tl.program_id(1)
+    for start in range(0, SHARE, BLOCK_K):
+        columns = share * SHARE + start + tl.arange(0, BLOCK_K)
         mask = row_mask[:, None] & (columns < I)[None, :]
         gate_at = gate_up_ptr + first * in_stride + (in_offsets + columns[None, :])
         gate = tl.load(gate_at, mask, 0.0).to(tl.float32)
         up = tl.load(gate_at + I, mask, 0.0).to(tl.float32)
         projection_at = projection_ptr + ranks[:, None] * projection_stride + columns[None, :]
         projection = tl.load(projection_at, (ranks < R)[:, None] & (columns < I)[None, :], 0.0)
-        value, _ = _activation(gate, GELU)
+        value, _ = activation_and_slope(gate, GELU, False)
         y = _settled((value.to(dtype).to(tl.float32) * up).to(dtype))
         tl.store(out_ptr + first * out_stride + (out_offsets + columns[None, :]), y, mask)
         acc = tl.dot(y, tl.trans(projection), acc)
-    product_rows = split.to(tl.int64) * num_rows + first + rows
+    product_rows = share.to(tl.int64) * num_rows + first + rows
     product_at = product_ptr + product_rows[:, None] * product_stride + ranks[None, :]
     tl.store(product_at, acc.to(product_ptr.dtype.element_ty), row_mask[:, None] & (ranks < R)[None, :])
 
@@ -122,8 +130,9 @@ def _sum_tile(wide, low, acc, WIDE_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _low_tile(low_ptr, offsets, mask, ranks, R: tl.constexpr):
-    return tl.load(low_ptr + offsets + ranks[None, :], mask & (ranks < R)[None, :], 0.0)
+def _low_tile(low_ptr, row, rows, stride, mask, ranks, R: tl.constexpr):
+    low_at = low_ptr + row * stride + (rows[:, None] * stride + ranks[None, :])
+    return tl.load(low_at, mask & (ranks < R)[None, :], 0.0)
 
 
 @triton.jit
@@ -138,16 +147,17 @@ def swiglu_backward_sums_kernel(
     gate_up_ptr,  # [M, 2I]
     out_ptr,  # gate_up_ptr, once more: what is stored has addresses that need no registers until then
     grad_ptr,  # [M, I]
-    low_ptr,  # [M, GATE_RANK + UP_RANK]
+    low_gate_ptr,  # [M, GATE_RANK]
+    low_up_ptr,  # [M, UP_RANK]
     grad_low_ptr,  # [M, DOWN_RANK]
-    sums_ptr,  # fp32 [splits, GATE_RANK + UP_RANK + DOWN_RANK, I]
+    sums_ptr,  # fp32 [shares, GATE_RANK + UP_RANK + DOWN_RANK, I]
     num_rows,
-    split_rows,  # of a program
+    share_rows,  # of a program
     gate_up_stride,
     grad_stride,
-    low_stride,
+    low_gate_stride,
+    low_up_stride,
     grad_low_stride,
-    SPLIT: tl.constexpr,  # split_rows, or 0 for a loop whose length the compiler does not know
     I: tl.constexpr,  # noqa: E741
     GELU: tl.constexpr,
     GATE_RANK: tl.constexpr,
@@ -163,13 +173,11 @@ def swiglu_backward_sums_kernel(
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column_mask = (columns < I)[None, :]
-    split = tl.program_id(1)
+    share = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
     gate_ranks, up_ranks, down_ranks = tl.arange(0, BLOCK_GATE), tl.arange(0, BLOCK_UP), tl.arange(0, BLOCK_DOWN)
     gate_offsets = rows[:, None] * gate_up_stride + columns[None, :]
     grad_offsets = rows[:, None] * grad_stride + columns[None, :]
-    low_offsets = rows[:, None] * low_stride
-    grad_low_offsets = rows[:, None] * grad_low_stride
     if WIDE_FIRST:
         gate_sum = tl.zeros([BLOCK_K, BLOCK_GATE], tl.float32)
         up_sum = tl.zeros([BLOCK_K, BLOCK_UP], tl.float32)
@@ -178,17 +186,16 @@ def swiglu_backward_sums_kernel(
         gate_sum = tl.zeros([BLOCK_GATE, BLOCK_K], tl.float32)
         up_sum = tl.zeros([BLOCK_UP, BLOCK_K], tl.float32)
         down_sum = tl.zeros([BLOCK_DOWN, BLOCK_K], tl.float32)
-    first = split * split_rows
-    for start in range(0, SPLIT if SPLIT > 0 else tl.minimum(split_rows, num_rows - first), BLOCK_M):
-        row = tl.minimum(first + start, num_rows).to(tl.int64)
+    first = share * share_rows
+    for start in range(0, tl.minimum(share_rows, num_rows - first), BLOCK_M):
+        row = (first + start).to(tl.int64)
         row_mask = (row + rows < num_rows)[:, None]
         mask = row_mask & column_mask
         gate_at = gate_up_ptr + row * gate_up_stride + gate_offsets
         grad = tl.load(grad_ptr + row * grad_stride + grad_offsets, mask, 0.0).to(tl.float32)
         gate = tl.load(gate_at, mask, 0.0).to(tl.float32)
         up = tl.load(gate_at + I, mask, 0.0).to(tl.float32)
-        low_at = low_ptr + row * low_stride
-        value, derivative = _activation(gate, GELU)
+        value, derivative = activation_and_slope(gate, GELU, False)
         value = value.to(dtype).to(tl.float32)
         dgate = _settled((grad * up * derivative).to(dtype))
         dup = _settled((grad * value).to(dtype))
@@ -196,15 +203,15 @@ def swiglu_backward_sums_kernel(
         tl.store(out_at, dgate, mask)
         tl.store(out_at + I, dup, mask)
         if GATE_RANK > 0:
-            low = _low_tile(low_at, low_offsets, row_mask, gate_ranks, GATE_RANK)
+            low = _low_tile(low_gate_ptr, row, rows, low_gate_stride, row_mask, gate_ranks, GATE_RANK)
             gate_sum = _sum_tile(dgate, low, gate_sum, WIDE_FIRST)
         if UP_RANK > 0:
-            low = _low_tile(low_at + GATE_RANK, low_offsets, row_mask, up_ranks, UP_RANK)
+            low = _low_tile(low_up_ptr, row, rows, low_up_stride, row_mask, up_ranks, UP_RANK)
             up_sum = _sum_tile(dup, low, up_sum, WIDE_FIRST)
         if DOWN_RANK > 0:
-            low = _low_tile(grad_low_ptr + row * grad_low_stride, grad_low_offsets, row_mask, down_ranks, DOWN_RANK)
+            low = _low_tile(grad_low_ptr, row, rows, grad_low_stride, row_mask, down_ranks, DOWN_RANK)
             down_sum = _sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
-    sums_at = sums_ptr + split.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
+    sums_at = sums_ptr + share.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
     if GATE_RANK > 0:
         _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST)
     if UP_RANK > 0:
@@ -213,24 +220,68 @@ def swiglu_backward_sums_kernel(
         _store_sum(sums_at + (GATE_RANK + UP_RANK) * I, down_sum, columns, down_ranks, I, DOWN_RANK, WIDE_FIRST)
 
 
+@triton.jit
+def sum_shares_kernel(
+    out_ptr,  # [size / COLUMNS, COLUMNS]
+    shares_ptr,  # fp32 [SHARES, size]
+    size,
+    out_stride,
+    COLUMNS: tl.constexpr,
+    SHARES: tl.constexpr,
+    ADD: tl.constexpr,  # to what out holds
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    total = tl.load(shares_ptr + index, mask, 0.0)
+    for share in tl.static_range(1, SHARES):
+        total += tl.load(shares_ptr + share * size.to(tl.int64) + index, mask, 0.0)
+    out_at = out_ptr + (index // COLUMNS).to(tl.int64) * out_stride + index % COLUMNS
+    if ADD:
+        total += tl.load(out_at, mask, 0.0)
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask)
+
+
+SUM_BLOCK = 1024
+
+
+def _sum_shares(out: Tensor, shares: Tensor, add: bool) -> None:
+    """The sum of fp32 [shares, rows, columns] over its first axis, to `out` or added to it; on the current device."""
+    count, rows, columns = shares.shape
+    size = rows * columns
+    sum_shares_kernel[(cdiv(size, SUM_BLOCK),)](
+        out, shares, size, out.stride(0), COLUMNS=columns, SHARES=count, ADD=add, BLOCK=SUM_BLOCK, num_warps=4
+    )
+
+
 def rank_block(rank: int) -> int:
     """The columns of a tile for `rank`: a tile of the tensor cores is full."""
     return max(16, next_power_of_2(rank))
 
 
-def swiglu_product(
-    gate_up: Tensor, projection: Tensor, activation: str = "silu", tile: Pass = FORWARD_PASS, splits: int = 1
-) -> Tensor:
-    """`swiglu.swiglu` with a projection, in one pass."""
+def _divide(size: int, count: int, most: int, block: int) -> tuple[int, int]:
+    """(what is in a share, shares) of `size` in about `count` shares of whole blocks, none of them empty.
+
+    Where there may be no more than `most`, fewer, there is a power of two of them: each number is compiled anew.
+    """
+    if most < count:
+        count = next_power_of_2(most + 1) // 2
+    share = max(1, cdiv(cdiv(size, max(1, count)), block)) * block
+    return share, max(1, cdiv(size, share))
+
+
+def swiglu_product(gate_up: Tensor, projection: Tensor, activation: str = "silu", tile: Pass | None = None) -> Tensor:
+    """`swiglu.swiglu` for a projection of 1 to 64 rows, whose last stride is 1, and 16-bit tensors."""
     num_rows, width, rank = gate_up.shape[0], gate_up.shape[1] // 2, projection.shape[0]
-    out = torch.empty(num_rows, width + rank, dtype=gate_up.dtype, device=gate_up.device)
-    split = cdiv(cdiv(width, splits), tile.block_k) * tile.block_k
-    splits = cdiv(width, split)
+    tile = tile or forward_pass(rank)
+    out = new_extended(gate_up, num_rows, width, rank)
+    row_blocks = max(1, cdiv(num_rows, tile.block_m))
+    share, shares = _divide(width, MAXIMUM_SHARES, tile.programs // row_blocks, tile.block_k)
     product = out[:, width:]
-    if splits > 1:
-        product = torch.empty(splits, num_rows, rank, dtype=torch.float32, device=gate_up.device)
+    if shares > 1:
+        product = torch.empty(shares, num_rows, rank, dtype=torch.float32, device=gate_up.device)
     with on_device(gate_up):
-        swiglu_product_kernel[(cdiv(num_rows, tile.block_m), splits)](
+        swiglu_product_kernel[(row_blocks, shares)](
             gate_up,
             projection,
             out,
@@ -240,7 +291,7 @@ def swiglu_product(
             projection.stride(0),
             out.stride(0),
             product.stride(-2),
-            SPLIT=split,
+            SHARE=share,
             I=width,
             R=rank,
             GELU=activation == "gelu_tanh",
@@ -249,48 +300,61 @@ def swiglu_product(
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
         )
-    if splits > 1:
-        out[:, width:] = product.sum(0)
+        if shares > 1:
+            _sum_shares(out[:, width:], product, add=False)
     return out
 
 
-def swiglu_backward_sums(
-    gate_up: Tensor,
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _backward_pass(grad: Tensor, rank: int) -> Pass:
+    if rank <= 32 and len(grad) >= MANY_ROWS and _is_hopper(grad.device):
+        return LONG
+    return SHORT if rank <= 16 else MANY_RANKS
+
+
+def swiglu_backward_sums_(
+    gate_up_ext: Tensor,
     grad: Tensor,
-    low: Tensor,
-    ranks: tuple[int, int],
-    grad_low: Tensor,
+    low_gate: Tensor | None,
+    low_up: Tensor | None,
+    grad_low: Tensor | None,
+    sums: Tensor,
+    add: bool,
+    projection: Tensor | None = None,
     activation: str = "silu",
-    tile: Pass = BACKWARD_PASS,
-    splits: int = 7,
-    wide_first: bool = True,
-    static: bool = True,
-) -> Tensor:
-    """Gradients of gate and up over the inputs; their sums with `low`, and y's with `grad_low`: fp32 [ranks, I]."""
+    tile: Pass | None = None,
+) -> None:
+    """`swiglu.swiglu_backward_sums_` for ranks up to 64, 16-bit tensors, and contiguous sums."""
     num_rows, width = grad.shape
-    gate_rank, up_rank = ranks
-    down_rank = grad_low.shape[1]
-    split = cdiv(cdiv(num_rows, splits), tile.block_m) * tile.block_m
-    splits = cdiv(num_rows, split)
-    total = gate_rank + up_rank + down_rank
-    sums = torch.empty(splits, total, width, dtype=torch.float32, device=grad.device)
+    gate_rank, up_rank, down_rank = (0 if low is None else low.shape[1] for low in (low_gate, low_up, grad_low))
+    tile = tile or _backward_pass(grad, max(gate_rank, up_rank, down_rank))
+    column_blocks = cdiv(width, tile.block_k)
+    programs = tile.programs * (TURNS if num_rows >= MANY_ROWS else 1)
+    share, shares = _divide(num_rows, programs // column_blocks, num_rows // MINIMUM_ROWS, tile.block_m)
+    parts = sums[None]
+    if add or shares > 1:
+        parts = torch.empty(shares, *sums.shape, dtype=torch.float32, device=grad.device)
     with on_device(grad):
-        swiglu_backward_sums_kernel[(cdiv(width, tile.block_k), splits)](
-            gate_up,
-            gate_up,
+        swiglu_backward_sums_kernel[(column_blocks, shares)](
+            gate_up_ext,
+            gate_up_ext,
             grad,
-            low,
+            low_gate,
+            low_up,
             grad_low,
-            sums,
+            parts,
             num_rows,
-            split,
-            gate_up.stride(0),
+            share,
+            gate_up_ext.stride(0),
             grad.stride(0),
-            low.stride(0),
-            grad_low.stride(0),
-            SPLIT=split if static else 0,
+            0 if low_gate is None else low_gate.stride(0),
+            0 if low_up is None else low_up.stride(0),
+            0 if grad_low is None else grad_low.stride(0),
             I=width,
             GELU=activation == "gelu_tanh",
             GATE_RANK=gate_rank,
@@ -299,11 +363,13 @@ def swiglu_backward_sums(
             BLOCK_GATE=rank_block(gate_rank),
             BLOCK_UP=rank_block(up_rank),
             BLOCK_DOWN=rank_block(down_rank),
-            WIDE_FIRST=wide_first,
+            WIDE_FIRST=tile.wide_first,
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             maxnreg=tile.max_registers,
         )
-    return sums.sum(0)
+        if add or shares > 1:
+            _sum_shares(sums, parts, add)
+    fill_columns(gate_up_ext, 2 * width, projection)
