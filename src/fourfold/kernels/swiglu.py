@@ -47,7 +47,7 @@ torch.library.define(
 )
 torch.library.define(
     "fourfold::swiglu_backward_sums_",
-    "(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? low_gate, Tensor? low_up, Tensor? grad_low, Tensor(c!) sums,"
+    "(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? low, int gate_rank, Tensor? grad_low, Tensor(c!) sums,"
     ' bool add, Tensor? projection=None, str activation="silu") -> ()',
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -145,8 +145,8 @@ def swiglu_backward_reference_(
 def swiglu_backward_sums_(
     gate_up_ext: Tensor,
     grad: Tensor,
-    low_gate: Tensor | None,
-    low_up: Tensor | None,
+    low: Tensor | None,
+    gate_rank: int,
     grad_low: Tensor | None,
     projection: Tensor | None = None,
     activation: str = "silu",
@@ -156,34 +156,34 @@ def swiglu_backward_sums_(
 
     The products are those of the rounded results, accumulated in fp32:
 
-        sums <- [low_gate.T @ dgate; low_up.T @ dup; grad_low.T @ y]
+        sums <- [low[:, :gate_rank].T @ dgate; low[:, gate_rank:].T @ dup; grad_low.T @ y]
 
     Args:
         gate_up_ext: [M, 2I + R], as in `swiglu_backward_`, and left like there.
         grad: [M, I], the gradient of y; last stride 1. What it holds afterwards is undefined.
-        low_gate, low_up: [M, R1] and [M, R2], the input of gate and up times their A^T, last stride 1; None for no
-            rows of the sums.
-        grad_low: [M, R3], the gradient of what y is multiplied into, times its sB; likewise.
+        low: [M, R1], the input of gate and up times their A^T, last stride 1; None for R1 = 0.
+        gate_rank: How many columns of `low` are gate's; the others are up's.
+        grad_low: [M, R2], the gradient of down's output times its sB, likewise.
         projection: [R, 2I], any strides, or None for R = 0.
         activation: One of ACTIVATIONS.
         out: What this returned for other tokens: the sums are added to it in place.
 
     Returns:
-        Contiguous fp32 [R1 + R2 + R3, I] (float64 for float64 inputs): `out` where it is given.
+        Contiguous fp32 [R1 + R2, I] (float64 for float64 inputs): `out` where it is given.
     """
     sums = out
     if sums is None:
-        rank = sum(low.shape[1] for low in (low_gate, low_up, grad_low) if low is not None)
+        rank = sum(columns.shape[1] for columns in (low, grad_low) if columns is not None)
         sums = grad.new_empty(rank, grad.shape[1], dtype=working_dtype(grad.dtype))
-    _sums_op(gate_up_ext, grad, low_gate, low_up, grad_low, sums, out is not None, projection, activation)
+    _sums_op(gate_up_ext, grad, low, gate_rank, grad_low, sums, out is not None, projection, activation)
     return sums
 
 
 def swiglu_backward_sums_reference_(
     gate_up_ext: Tensor,
     grad: Tensor,
-    low_gate: Tensor | None,
-    low_up: Tensor | None,
+    low: Tensor | None,
+    gate_rank: int,
     grad_low: Tensor | None,
     sums: Tensor,
     add: bool,
@@ -193,20 +193,18 @@ def swiglu_backward_sums_reference_(
     """What `swiglu_backward_sums_` writes to `sums`, or adds to them, out of the results of `swiglu_backward_`."""
     swiglu_backward_(gate_up_ext, grad, projection, activation)
     width = grad.shape[1]
+    products = [] if grad_low is None else [(grad_low, grad)]
+    if low is not None:
+        dgate, dup = gate_up_ext[:, :width], gate_up_ext[:, width : 2 * width]
+        products = [(low[:, :gate_rank], dgate), (low[:, gate_rank:], dup), *products]
     row = 0
-    for low, wide in (
-        (low_gate, gate_up_ext[:, :width]),
-        (low_up, gate_up_ext[:, width : 2 * width]),
-        (grad_low, grad),
-    ):
-        if low is None:
-            continue
-        rows = sums[row : row + low.shape[1]]
+    for narrow, wide in products:
+        rows = sums[row : row + narrow.shape[1]]
         if add:
-            low_rank_grad(low, wide, rows)
+            low_rank_grad(narrow, wide, rows)
         else:
-            rows.copy_(low_rank_grad(low, wide))
-        row += low.shape[1]
+            rows.copy_(low_rank_grad(narrow, wide))
+        row += narrow.shape[1]
 
 
 def _refusal(activation: str, *tensors: Tensor | None) -> str | None:
@@ -251,20 +249,23 @@ def _backward_cuda(
 def _sums_cuda(
     gate_up_ext: Tensor,
     grad: Tensor,
-    low_gate: Tensor | None,
-    low_up: Tensor | None,
+    low: Tensor | None,
+    gate_rank: int,
     grad_low: Tensor | None,
     sums: Tensor,
     add: bool,
     projection: Tensor | None = None,
     activation: str = "silu",
 ) -> None:
-    lows = (low_gate, low_up, grad_low)
-    arguments = (gate_up_ext, grad, *lows, sums, add, projection, activation)
-    if not _has_products(grad, *(0 if low is None else low.shape[1] for low in lows)):
+    arguments = (gate_up_ext, grad, low, gate_rank, grad_low, sums, add, projection, activation)
+    ranks = (
+        0 if low is None else max(gate_rank, low.shape[1] - gate_rank),
+        0 if grad_low is None else grad_low.shape[1],
+    )
+    if not _has_products(grad, *ranks):
         swiglu_backward_sums_reference_(*arguments)
         return
-    refusal = _refusal(activation, gate_up_ext, grad, *lows)
+    refusal = _refusal(activation, gate_up_ext, grad, low, grad_low)
     if refusal is not None:
         say_once(logger, f"the gated activation's sums are products of their own, which is slower: {refusal}")
         swiglu_backward_sums_reference_(*arguments)
@@ -291,8 +292,8 @@ def _backward_fake(
 def _sums_fake(
     _gate_up_ext: Tensor,
     _grad: Tensor,
-    _low_gate: Tensor | None,
-    _low_up: Tensor | None,
+    _low: Tensor | None,
+    _gate_rank: int,
     _grad_low: Tensor | None,
     _sums: Tensor,
     _add: bool,

@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
+from fourfold.kernels.launching import Tile, cdiv, next_power_of_2, on_device
 from fourfold.kernels.low_rank import fill_columns, new_extended
 from fourfold.kernels.swiglu_triton import activation_and_slope
 
-__all__ = ["LONG", "MANY_RANKS", "SHORT", "Pass", "forward_pass", "swiglu_backward_sums_", "swiglu_product"]
+__all__ = ["LONG", "MANY_RANKS", "SHORT", "Pass", "swiglu_backward_sums_", "swiglu_product"]
 
 
 class Pass(NamedTuple):
-    """How a kernel goes over its matrices.
+    """How the backward kernel goes over its matrices.
 
     Attributes:
         block_m, block_k: Rows and columns of a program's tile.
@@ -46,8 +46,8 @@ class Pass(NamedTuple):
     wide_first: bool = False
 
 
-# Of the backward kernel: for many tokens on Hopper, for fewer or other GPUs, and for ranks whose sums would not fit
-# into the registers of these. Where there are many tokens, programs take turns thrice, which evens out their ends.
+# For many tokens on Hopper; for fewer, and for other GPUs; for ranks whose sums do not fit into those two's registers.
+# Where there are many tokens, there are thrice the programs, so that some work while others begin and end.
 LONG = Pass(32, 256, 8, 3, programs=132, wide_first=True)
 SHORT = Pass(16, 128, 4, 4, programs=528, max_registers=128)
 MANY_RANKS = Pass(32, 128, 8, 3, programs=132, wide_first=True)
@@ -55,13 +55,11 @@ MANY_ROWS = 4096
 TURNS = 3
 # Of a share: more shares cost more in sums to add up than they save.
 MINIMUM_ROWS = 128
-# Of the forward kernel's columns.
-MAXIMUM_SHARES = 8
 
-
-def forward_pass(rank: int) -> Pass:
-    """Of the forward kernel. Two tiles of a large projection are what fits beside two of gate and up."""
-    return Pass(16, 256, 4, 3 if rank <= 32 else 2, programs=264)
+# Of the forward kernel. The shares of the columns depend on nothing else, so that a token's sums are the same whatever
+# other tokens it stands among; two shares of the widest rows are enough programs for 2,048 tokens.
+FORWARD_TILE = Tile(16, 256, 4)
+MAXIMUM_COLUMNS = 7168
 
 
 @triton.jit
@@ -147,17 +145,16 @@ def swiglu_backward_sums_kernel(
     gate_up_ptr,  # [M, 2I]
     out_ptr,  # gate_up_ptr, once more: what is stored has addresses that need no registers until then
     grad_ptr,  # [M, I]
-    low_gate_ptr,  # [M, GATE_RANK]
-    low_up_ptr,  # [M, UP_RANK]
+    low_ptr,  # [M, GATE_RANK + UP_RANK]
     grad_low_ptr,  # [M, DOWN_RANK]
     sums_ptr,  # fp32 [shares, GATE_RANK + UP_RANK + DOWN_RANK, I]
     num_rows,
     share_rows,  # of a program
     gate_up_stride,
     grad_stride,
-    low_gate_stride,
-    low_up_stride,
+    low_stride,
     grad_low_stride,
+    SHARE: tl.constexpr,  # share_rows, or 0 where the compiler need not know them
     I: tl.constexpr,  # noqa: E741
     GELU: tl.constexpr,
     GATE_RANK: tl.constexpr,
@@ -187,7 +184,7 @@ def swiglu_backward_sums_kernel(
         up_sum = tl.zeros([BLOCK_UP, BLOCK_K], tl.float32)
         down_sum = tl.zeros([BLOCK_DOWN, BLOCK_K], tl.float32)
     first = share * share_rows
-    for start in range(0, tl.minimum(share_rows, num_rows - first), BLOCK_M):
+    for start in range(0, SHARE if SHARE > 0 else share_rows, BLOCK_M):
         row = (first + start).to(tl.int64)
         row_mask = (row + rows < num_rows)[:, None]
         mask = row_mask & column_mask
@@ -203,10 +200,10 @@ def swiglu_backward_sums_kernel(
         tl.store(out_at, dgate, mask)
         tl.store(out_at + I, dup, mask)
         if GATE_RANK > 0:
-            low = _low_tile(low_gate_ptr, row, rows, low_gate_stride, row_mask, gate_ranks, GATE_RANK)
+            low = _low_tile(low_ptr, row, rows, low_stride, row_mask, gate_ranks, GATE_RANK)
             gate_sum = _sum_tile(dgate, low, gate_sum, WIDE_FIRST)
         if UP_RANK > 0:
-            low = _low_tile(low_up_ptr, row, rows, low_up_stride, row_mask, up_ranks, UP_RANK)
+            low = _low_tile(low_ptr + GATE_RANK, row, rows, low_stride, row_mask, up_ranks, UP_RANK)
             up_sum = _sum_tile(dup, low, up_sum, WIDE_FIRST)
         if DOWN_RANK > 0:
             low = _low_tile(grad_low_ptr, row, rows, grad_low_stride, row_mask, down_ranks, DOWN_RANK)
@@ -233,9 +230,11 @@ def sum_shares_kernel(
 ):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    total = tl.load(shares_ptr + index, mask, 0.0)
-    for share in tl.static_range(1, SHARES):
-        total += tl.load(shares_ptr + share * size.to(tl.int64) + index, mask, 0.0)
+    shares_at = shares_ptr + index
+    total = tl.load(shares_at, mask, 0.0)
+    for _ in tl.static_range(1, SHARES):
+        shares_at += size
+        total += tl.load(shares_at, mask, 0.0)
     out_at = out_ptr + (index // COLUMNS).to(tl.int64) * out_stride + index % COLUMNS
     if ADD:
         total += tl.load(out_at, mask, 0.0)
@@ -254,34 +253,33 @@ def _sum_shares(out: Tensor, shares: Tensor, add: bool) -> None:
     )
 
 
+def forward_stages(rank: int) -> int:
+    """Tiles under way in the forward kernel: those of a large projection leave room for one less."""
+    return 3 if rank <= 32 else 2
+
+
 def rank_block(rank: int) -> int:
     """The columns of a tile for `rank`: a tile of the tensor cores is full."""
     return max(16, next_power_of_2(rank))
 
 
-def _divide(size: int, count: int, most: int, block: int) -> tuple[int, int]:
-    """(what is in a share, shares) of `size` in about `count` shares of whole blocks, none of them empty.
-
-    Where there may be no more than `most`, fewer, there is a power of two of them: each number is compiled anew.
-    """
-    if most < count:
-        count = next_power_of_2(most + 1) // 2
-    share = max(1, cdiv(cdiv(size, max(1, count)), block)) * block
+def _divide(size: int, count: int, block: int) -> tuple[int, int]:
+    """(what is in a share, shares) of `size` in about `count` shares of whole blocks, none of them empty."""
+    share = max(1, cdiv(cdiv(size, count), block)) * block
     return share, max(1, cdiv(size, share))
 
 
-def swiglu_product(gate_up: Tensor, projection: Tensor, activation: str = "silu", tile: Pass | None = None) -> Tensor:
+def swiglu_product(gate_up: Tensor, projection: Tensor, activation: str = "silu") -> Tensor:
     """`swiglu.swiglu` for a projection of 1 to 64 rows, whose last stride is 1, and 16-bit tensors."""
     num_rows, width, rank = gate_up.shape[0], gate_up.shape[1] // 2, projection.shape[0]
-    tile = tile or forward_pass(rank)
+    tile = FORWARD_TILE
     out = new_extended(gate_up, num_rows, width, rank)
-    row_blocks = max(1, cdiv(num_rows, tile.block_m))
-    share, shares = _divide(width, MAXIMUM_SHARES, tile.programs // row_blocks, tile.block_k)
+    share, shares = _divide(width, cdiv(width, MAXIMUM_COLUMNS), tile.block_k)
     product = out[:, width:]
     if shares > 1:
         product = torch.empty(shares, num_rows, rank, dtype=torch.float32, device=gate_up.device)
     with on_device(gate_up):
-        swiglu_product_kernel[(row_blocks, shares)](
+        swiglu_product_kernel[(cdiv(num_rows, tile.block_m), shares)](
             gate_up,
             projection,
             out,
@@ -299,7 +297,7 @@ def swiglu_product(gate_up: Tensor, projection: Tensor, activation: str = "silu"
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=forward_stages(rank),
         )
         if shares > 1:
             _sum_shares(out[:, width:], product, add=False)
@@ -311,17 +309,19 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _backward_pass(grad: Tensor, rank: int) -> Pass:
-    if rank <= 32 and len(grad) >= MANY_ROWS and _is_hopper(grad.device):
+def _backward_pass(grad: Tensor, rank: int, activation: str) -> Pass:
+    # GELU needs more registers.
+    is_silu = activation == "silu"
+    if rank <= (32 if is_silu else 16) and len(grad) >= MANY_ROWS and _is_hopper(grad.device):
         return LONG
-    return SHORT if rank <= 16 else MANY_RANKS
+    return SHORT if rank <= 16 and is_silu else MANY_RANKS
 
 
 def swiglu_backward_sums_(
     gate_up_ext: Tensor,
     grad: Tensor,
-    low_gate: Tensor | None,
-    low_up: Tensor | None,
+    low: Tensor | None,
+    gate_rank: int,
     grad_low: Tensor | None,
     sums: Tensor,
     add: bool,
@@ -331,11 +331,16 @@ def swiglu_backward_sums_(
 ) -> None:
     """`swiglu.swiglu_backward_sums_` for ranks up to 64, 16-bit tensors, and contiguous sums."""
     num_rows, width = grad.shape
-    gate_rank, up_rank, down_rank = (0 if low is None else low.shape[1] for low in (low_gate, low_up, grad_low))
-    tile = tile or _backward_pass(grad, max(gate_rank, up_rank, down_rank))
+    up_rank = 0 if low is None else low.shape[1] - gate_rank
+    down_rank = 0 if grad_low is None else grad_low.shape[1]
+    tile = tile or _backward_pass(grad, max(gate_rank, up_rank, down_rank), activation)
     column_blocks = cdiv(width, tile.block_k)
     programs = tile.programs * (TURNS if num_rows >= MANY_ROWS else 1)
-    share, shares = _divide(num_rows, programs // column_blocks, num_rows // MINIMUM_ROWS, tile.block_m)
+    count, most = max(1, programs // column_blocks), num_rows // MINIMUM_ROWS
+    if most < count:
+        # A power of two, since sums of each number of shares are compiled anew.
+        count = max(1, next_power_of_2(most + 1) // 2)
+    share, shares = _divide(num_rows, count, tile.block_m)
     parts = sums[None]
     if add or shares > 1:
         parts = torch.empty(shares, *sums.shape, dtype=torch.float32, device=grad.device)
@@ -344,17 +349,17 @@ def swiglu_backward_sums_(
             gate_up_ext,
             gate_up_ext,
             grad,
-            low_gate,
-            low_up,
+            low,
             grad_low,
             parts,
             num_rows,
             share,
             gate_up_ext.stride(0),
             grad.stride(0),
-            0 if low_gate is None else low_gate.stride(0),
-            0 if low_up is None else low_up.stride(0),
+            0 if low is None else low.stride(0),
             0 if grad_low is None else grad_low.stride(0),
+            # The interpreter's loops have no other bounds than constants.
+            SHARE=0 if grad.is_cuda else share,
             I=width,
             GELU=activation == "gelu_tanh",
             GATE_RANK=gate_rank,

@@ -21,8 +21,8 @@ __all__ = ["block_backward"]
 
 @dataclass
 class _Normed:
-    """What the sums of a group behind a norm are made of, beside the norm's input. The norm's output is not among it, so
-    that none is made again where nothing else needs it.
+    """What the sums of a group behind a norm are made of, beside the norm's input. The norm's output is not among it,
+    so that none is made again where nothing else needs it.
 
     Attributes:
         rstd: The reciprocal root mean squares of the input.
@@ -185,13 +185,15 @@ class _MlpSums:
         self.gate_up = LowRankSums(block.gate_up, block.norm2)
         self.down = LowRankSums(block.down)
         self.activation = block.activation
-        self._ranks = [
-            *(
-                linear.rank if wanted else 0
-                for linear, wanted in zip(block.gate_up.linears, self.gate_up.wants_b, strict=True)
-            ),
+        gate, up = (linear.rank for linear in block.gate_up.linears)
+        wants_gate, wants_up = self.gate_up.wants_b
+        # Of the low-rank columns of gate and up, those that sums are taken with.
+        self._columns = slice(0 if wants_gate else gate, gate + up if wants_up else gate)
+        self._ranks = (
+            gate if wants_gate else 0,
+            up if wants_up else 0,
             block.down.used_ranks if self.down.wants_a else 0,
-        ]
+        )
         self._sums: Tensor | None = None
 
     def activate(
@@ -206,10 +208,11 @@ class _MlpSums:
         if not any(self._ranks):
             swiglu_backward_(gate_up_x, grad_act, projection, self.activation)
             return
-        own = (*self.gate_up.group.own_columns(low), self.down.group.own_columns(grad_low)[0])
-        low_gate, low_up, low_down = (each if rank else None for each, rank in zip(own, self._ranks, strict=True))
+        gate, up, down = self._ranks
+        own = low[:, self._columns] if gate + up else None
+        own_grad = grad_low[:, :down] if down else None
         self._sums = swiglu_backward_sums_(
-            gate_up_x, grad_act, low_gate, low_up, low_down, projection, self.activation, out=self._sums
+            gate_up_x, grad_act, own, gate, own_grad, projection, self.activation, out=self._sums
         )
 
     def gradients(self) -> list[Tensor | None]:

@@ -168,10 +168,6 @@ class LinearGroup:
             row, rank_row = row + linear.base.out_features, rank_row + linear.rank
         return ExtendedWeight(out, rows, columns)
 
-    def own_columns(self, low: Tensor) -> list[Tensor]:
-        """Of low-rank columns [tokens, rank], those of each linear layer, [tokens, its rank]."""
-        return list(low[:, : self.used_ranks].split([linear.rank for linear in self.linears], dim=1))
-
     def own_blocks(self, sums: Tensor) -> list[Tensor]:
         """Of a group's sums for B, [rank, out], those of each linear layer, [its rank, its out]."""
         outputs = sums.split([linear.base.out_features for linear in self.linears], dim=1)
