@@ -55,7 +55,9 @@ VARIANTS = [
     *(_forward(14336, rank) for rank in (16, 32, 64)),
     _forward(1536, 16),
     _forward(14336, 16, gelu=True),
-    *(_backward(tile, 14336, ranks) for tile in (kernels.LONG, kernels.SHORT) for ranks in _THIRDS),
+    *(_backward(kernels.SHORT, 14336, ranks) for ranks in _THIRDS),
+    # Compiled for 8.0 as well, where it never runs.
+    *(_backward(kernels.LONG, 14336, ranks) for ranks in _THIRDS[:3]),
     *(_backward(tile, 14336, (16, 16, 16), gelu=True) for tile in (kernels.LONG, kernels.MANY_RANKS)),
     _backward(kernels.MANY_RANKS, 14336, (64, 64, 64), gelu=True),
     *(_backward(tile, 1536, (16, 16, 16)) for tile in (kernels.LONG, kernels.SHORT)),
