@@ -127,16 +127,16 @@ def test_swiglu_backward_sums(
     sums = swiglu.swiglu_backward_sums_(extended, grad, low, gate, grad_low, projection, activation)
     assert sums.dtype == torch.float32
     check_extended(extended, exact, 2 * width, dtype)
-    assert relative_error(sums, exact_sums) < 2 * TOLERANCE[dtype]
+    assert relative_error(sums, exact_sums) < max(2 * TOLERANCE[dtype], 1e-5)
     if low is not None:
         # They are the products of what was rounded, in fp32.
         products = low.double().T @ extended[:, : 2 * width].double()
         own = torch.cat([products[:gate, :width], products[gate:, width:]])
-        assert relative_error(sums[: gate + up], own) < 1e-5
+        assert relative_error(sums[: gate + up], own) < 2e-5
     twice = sums.clone()
     swiglu.swiglu_backward_sums_(*again, low, gate, grad_low, projection, activation, out=twice)
     assert torch.equal(again[0], extended)
-    assert relative_error(twice, 2 * exact_sums) < 2 * TOLERANCE[dtype]
+    assert relative_error(twice, 2 * exact_sums) < max(2 * TOLERANCE[dtype], 1e-5)
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64])
