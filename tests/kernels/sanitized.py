@@ -44,6 +44,7 @@ from fourfold.kernels import (
     norm_triton,
     rotary_triton,
     small_batch_triton,
+    swiglu_low_rank_triton,
     swiglu_triton,
 )
 from fourfold.kernels.adamw_state import Hyperparameters, lay_out
@@ -199,6 +200,21 @@ def swiglu() -> None:
         swiglu_triton.swiglu_backward_(random(rows, 2 * width + rank), random(rows, width), both, activation)
 
 
+def swiglu_sums() -> None:
+    """Every tile, none of them full; columns in two shares, rows in two and four; each of the sums missing once."""
+    for rows, width, rank in ((5, 33, 3), (3, 7171, 48)):
+        swiglu_low_rank_triton.swiglu_product(random(rows, 2 * width), random(rank, width))
+    tiles = (swiglu_low_rank_triton.SHORT, swiglu_low_rank_triton.LONG, swiglu_low_rank_triton.MANY_RANKS)
+    for tile, rows, ranks in zip(tiles, (5, 261, 519), ((3, 0, 16), (0, 5, 17), (33, 16, 0)), strict=True):
+        gate, up, down = ranks
+        low, grad_low = (random(rows, rank) if rank else None for rank in (gate + up, down))
+        width = 33
+        sums = torch.zeros(sum(ranks), width, device=DEVICE)
+        arguments = (random(rows, 2 * width), random(rows, width), low, gate, grad_low, sums)
+        for add in (False, True):
+            swiglu_low_rank_triton.swiglu_backward_sums_(*arguments, add, tile=tile)
+
+
 def low_rank() -> None:
     for rows, width, rank in ((77, 201, 3), (5, 33, 48)):
         low_rank_triton.add_low_rank(random(rows, width), random(rows, rank), random(width, rank).t())
@@ -271,6 +287,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "norm": norm,
     "rotary": rotary,
     "swiglu": swiglu,
+    "swiglu's sums": swiglu_sums,
     "low rank": low_rank,
     "cross entropy": cross_entropy,
     "AdamW": adamw,
