@@ -40,7 +40,6 @@ from fourfold.kernels import (
     encoding_triton,
     expansion_triton,
     group_expansion_triton,
-    low_rank_triton,
     norm_triton,
     rotary_triton,
     small_batch_triton,
@@ -167,6 +166,7 @@ def norm() -> None:
         projection = random(rank, width) if rank else None
         rstd = norm_triton.rms_norm(x, weight, 1e-6, projection)[1]
         residual_grad = random(rows, width) if rank else None
+        norm_triton.rms_norm(x, weight, 1e-6, None, random(rows, width), torch.empty_like(x) if rank else None)
         norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, torch.empty_like(x))
 
 
@@ -213,11 +213,6 @@ def swiglu_sums() -> None:
         arguments = (random(rows, 2 * width), random(rows, width), low, gate, grad_low, sums)
         for add in (False, True):
             swiglu_low_rank_triton.swiglu_backward_sums_(*arguments, add, tile=tile)
-
-
-def low_rank() -> None:
-    for rows, width, rank in ((77, 201, 3), (5, 33, 48)):
-        low_rank_triton.add_low_rank(random(rows, width), random(rows, rank), random(width, rank).t())
 
 
 def cross_entropy() -> None:
@@ -288,7 +283,6 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "rotary": rotary,
     "swiglu": swiglu,
     "swiglu's sums": swiglu_sums,
-    "low rank": low_rank,
     "cross entropy": cross_entropy,
     "AdamW": adamw,
     "Llama's block": lambda: block("llama", "selective"),

@@ -7,6 +7,8 @@ import torch
 from decoders import VOCAB, decoder, loss_and_grads
 from peft import LoraConfig
 
+from fourfold.models.block_forward import attention_output
+from fourfold.models.linear_group import ExtendedWeight
 from fourfold.models.preparing import prepare
 
 LEARNING_RATE = 1e-4
@@ -37,3 +39,15 @@ def test_a_first_step_in_bf16_lowers_the_loss_as_its_gradients_say(name: str, fu
 def test_a_first_step_in_fp32_lowers_the_loss_as_its_gradients_say() -> None:
     fall, expected = signed_step("llama-gqa", torch.float32, fused=False, seed=0)
     assert fall == pytest.approx(expected, rel=0.05)
+
+
+def test_the_attention_outputs_adapter_is_not_lost_beside_the_output() -> None:
+    torch.manual_seed(0)
+    attention, low = (torch.randn(4096, width).bfloat16() for width in (64, 16))
+    data = torch.cat([torch.randn(64, 64) / 8, torch.randn(64, 16) * 2e-4], dim=1)
+    weight = ExtendedWeight(torch.cat([data, torch.zeros(16, 80)]).bfloat16(), 64, 64)
+    assert weight.up is not None
+    delta = low.double() @ weight.up.double()
+    base = attention.double() @ weight.base.double().T
+    moved = attention_output(attention, low, weight).double() - base
+    assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=0.25)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.low_rank import fill_columns, new_extended
-from fourfold.kernels.norm import rms_norm, rms_norm_backward
+from fourfold.kernels.norm import add_rms_norm_, rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary_backward
 from fourfold.kernels.swiglu import swiglu_backward_, swiglu_backward_sums_
 from fourfold.models.attention import AttentionState, attention_backward
-from fourfold.models.block_forward import add_output, attend
+from fourfold.models.block_forward import attend, attention_output
 from fourfold.models.block_state import Block, Saved, columns, parts
 from fourfold.models.linear_group import ExtendedWeight, LowRankSums
 
@@ -66,8 +66,11 @@ def block_backward(
         # Only the attention leads to the MLP's input. Where both were kept, this half waits until the MLP's wide
         # tensors are gone.
         half = _attention_half(x, saved, block)
-        mid = add_output(x, half.attention, saved.low_out, block.out.expand(x.dtype, x.device))
-    grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, saved, block)
+    residual = None
+    if mid is None:
+        assert half is not None
+        mid, residual = attention_output(half.attention, saved.low_out, block.out.expand(x.dtype, x.device)), x
+    grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, residual, saved, block)
     weight = block.out.expand(x.dtype, x.device)
     grad = grad_x[:, : x.shape[1]]
     grad_mid_x = rms_norm_backward(grad_normed, mid, block.norm2, rstd2, grad, weight.up)
@@ -145,9 +148,12 @@ def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Ten
 
 
 def _mlp_backward(
-    grad_x: Tensor, mid: Tensor, saved: Saved, block: Block
+    grad_x: Tensor, mid: Tensor, residual: Tensor | None, saved: Saved, block: Block
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """(gradient of the normed input of the MLP, its norm's 1/rms, gradients of the adapters)."""
+    """(gradient of the normed input of the MLP, its norm's 1/rms, gradients of the adapters).
+
+    `residual` is added to `mid`, in place.
+    """
     gate_up = block.gate_up.expand(mid.dtype, mid.device)
     down = block.down.expand(mid.dtype, mid.device)
     fill_columns(grad_x, down.rows, down.up)
@@ -156,7 +162,8 @@ def _mlp_backward(
     if kept is not None and saved.low_gate_up is not None and saved.rstd2 is not None:
         normed = _Normed(saved.rstd2, saved.low_gate_up)
     else:
-        normed_x, rstd = rms_norm(mid, block.norm2, block.norm_eps, gate_up.down)
+        arguments = (mid, block.norm2, block.norm_eps, gate_up.down)
+        normed_x, rstd = rms_norm(*arguments) if residual is None else add_rms_norm_(residual, *arguments)
         normed = _Normed(rstd, columns(normed_x, gate_up.columns)[1])
     grad_normed = torch.empty_like(mid)
     sums = _MlpSums(block)
