@@ -27,7 +27,7 @@ from liger_kernel.ops import rope as liger_rope
 from liger_kernel.ops import swiglu as liger_swiglu
 from torch import Tensor
 
-from fourfold.kernels import norm, rotary, swiglu
+from fourfold.kernels import low_rank, norm, rotary, swiglu
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -78,6 +78,26 @@ def activations(tokens: int) -> Iterator[Row]:
     yield "swiglu_backward_", "Liger (no y)", 5 * size, lambda: liger_swiglu.swiglu_backward(gate, up, grad)
 
 
+def activations_with_adapters(tokens: int) -> Iterator[Row]:
+    """With the products that adapters on gate, up and down want, of rank 16: ours in one pass, and one by one."""
+    size, rank = 2 * tokens * INTERMEDIATE, 16
+    gate_up, grad = random(tokens, 2 * INTERMEDIATE), random(tokens, INTERMEDIATE)
+    low, grad_low, projection = random(tokens, 2 * rank), random(tokens, rank), random(rank, INTERMEDIATE)
+    arguments = (gate_up, grad, low, rank, grad_low)
+    sums = swiglu.swiglu_backward_sums_(*arguments)
+
+    def sums_apart() -> None:
+        swiglu.swiglu_backward_(gate_up, grad)
+        low_rank.low_rank_grad(low, gate_up)
+        low_rank.low_rank_grad(grad_low, grad)
+
+    yield "swiglu, A", "ours", 3 * size, lambda: swiglu.swiglu(gate_up, projection)
+    yield "swiglu, A", "apart", 3 * size, lambda: swiglu.swiglu(gate_up) @ projection.T
+    yield "swiglu_backward_sums_", "ours", 5 * size, lambda: swiglu.swiglu_backward_sums_(*arguments)
+    yield "swiglu_backward_sums_", "ours, added", 5 * size, lambda: swiglu.swiglu_backward_sums_(*arguments, out=sums)
+    yield "swiglu_backward_sums_", "apart", 5 * size, sums_apart
+
+
 def rotations(tokens: int) -> Iterator[Row]:
     size = 2 * tokens * QKV
     qkv = random(tokens, QKV)
@@ -103,6 +123,9 @@ def rotations(tokens: int) -> Iterator[Row]:
     yield "rotary_backward", "Liger (q, k)", rotated, lambda: liger_rope.rope_backward(q, k, cos[None], sin[None])
 
 
+FAMILIES = (norms, activations, activations_with_adapters, rotations)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 2048], help="multiples of 2048")
@@ -113,13 +136,13 @@ def main() -> None:
 
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'tokens':>6}  {'kernel':<18} {'whose':<18} {'MiB':>8} {'us':>9} {'% of copy':>10}")
+    print(f"{'tokens':>6}  {'kernel':<21} {'whose':<18} {'MiB':>8} {'us':>9} {'% of copy':>10}")
     rows = []
     for tokens in arguments.tokens:
-        for name, whose, num_bytes, function in itertools.chain(norms(tokens), activations(tokens), rotations(tokens)):
+        for name, whose, num_bytes, function in itertools.chain(*(family(tokens) for family in FAMILIES)):
             time = microseconds(function)
             share = num_bytes / time * 1e6 / bandwidth
-            print(f"{tokens:>6}  {name:<18} {whose:<18} {num_bytes / 2**20:8.1f} {time:9.1f} {share:10.1%}")
+            print(f"{tokens:>6}  {name:<21} {whose:<18} {num_bytes / 2**20:8.1f} {time:9.1f} {share:10.1%}")
             row = {"tokens": tokens, "kernel": name, "whose": whose, "bytes": num_bytes, "us": time, "share": share}
             rows.append(row)
     if arguments.json is not None:

@@ -40,10 +40,10 @@ from fourfold.kernels import (
     encoding_triton,
     expansion_triton,
     group_expansion_triton,
-    low_rank_triton,
     norm_triton,
     rotary_triton,
     small_batch_triton,
+    swiglu_low_rank_triton,
     swiglu_triton,
 )
 from fourfold.kernels.adamw_state import Hyperparameters, lay_out
@@ -166,6 +166,7 @@ def norm() -> None:
         projection = random(rank, width) if rank else None
         rstd = norm_triton.rms_norm(x, weight, 1e-6, projection)[1]
         residual_grad = random(rows, width) if rank else None
+        norm_triton.rms_norm(x, weight, 1e-6, None, random(rows, width), torch.empty_like(x) if rank else None)
         norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, torch.empty_like(x))
 
 
@@ -199,9 +200,19 @@ def swiglu() -> None:
         swiglu_triton.swiglu_backward_(random(rows, 2 * width + rank), random(rows, width), both, activation)
 
 
-def low_rank() -> None:
-    for rows, width, rank in ((77, 201, 3), (5, 33, 48)):
-        low_rank_triton.add_low_rank(random(rows, width), random(rows, rank), random(width, rank).t())
+def swiglu_sums() -> None:
+    """Every tile, none of them full; columns in two shares, rows in two and four; each of the sums missing once."""
+    for rows, width, rank in ((5, 33, 3), (3, 7171, 48)):
+        swiglu_low_rank_triton.swiglu_product(random(rows, 2 * width), random(rank, width))
+    tiles = (swiglu_low_rank_triton.SHORT, swiglu_low_rank_triton.LONG, swiglu_low_rank_triton.MANY_RANKS)
+    for tile, rows, ranks in zip(tiles, (5, 261, 519), ((3, 0, 16), (0, 5, 17), (33, 16, 0)), strict=True):
+        gate, up, down = ranks
+        low, grad_low = (random(rows, rank) if rank else None for rank in (gate + up, down))
+        width = 33
+        sums = torch.zeros(sum(ranks), width, device=DEVICE)
+        arguments = (random(rows, 2 * width), random(rows, width), low, gate, grad_low, sums)
+        for add in (False, True):
+            swiglu_low_rank_triton.swiglu_backward_sums_(*arguments, add, tile=tile)
 
 
 def cross_entropy() -> None:
@@ -271,7 +282,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "norm": norm,
     "rotary": rotary,
     "swiglu": swiglu,
-    "low rank": low_rank,
+    "swiglu's sums": swiglu_sums,
     "cross entropy": cross_entropy,
     "AdamW": adamw,
     "Llama's block": lambda: block("llama", "selective"),

@@ -103,6 +103,50 @@ def test_swiglu_backward(dtype: torch.dtype, shape: tuple[int, int], rank: int, 
 
 
 @pytest.mark.parametrize(
+    ("dtype", "shape", "ranks", "activation"),
+    pairwise(
+        DTYPES,
+        [*WIDE_SHAPES, (4500, 1030)],
+        [(16, 16, 16), (8, 3, 0), (0, 5, 20), (64, 0, 33), (0, 0, 16), (16, 96, 16)],
+        swiglu.ACTIVATIONS,
+    ),
+)
+def test_swiglu_backward_sums(
+    dtype: torch.dtype, shape: tuple[int, int], ranks: tuple[int, int, int], activation: str
+) -> None:
+    (rows, width), (gate, up, down) = shape, ranks
+    extended, grad = strided(rows, 2 * width + 16, dtype), strided(rows, width, dtype)
+    extended[:, 2 * width :] = torch.nan
+    low, grad_low = (strided(rows, rank, dtype) if rank else None for rank in (gate + up, down))
+    projection = projection_of(16, 2 * width, dtype)
+    exact, exact_y = extended.double(), grad.double()
+    exact_sums = swiglu.swiglu_backward_sums_(
+        exact, exact_y, *double(low), gate, *double(grad_low), *double(projection), activation
+    )
+    again = extended.clone(), grad.clone()
+    sums = swiglu.swiglu_backward_sums_(extended, grad, low, gate, grad_low, projection, activation)
+    assert sums.dtype == torch.float32
+    check_extended(extended, exact, 2 * width, dtype)
+    assert relative_error(sums, exact_sums) < max(2 * TOLERANCE[dtype], 1e-5)
+    if low is not None:
+        # They are the products of what was rounded, in fp32.
+        products = low.double().T @ extended[:, : 2 * width].double()
+        own = torch.cat([products[:gate, :width], products[gate:, width:]])
+        assert relative_error(sums[: gate + up], own) < 2e-5
+    twice = sums.clone()
+    swiglu.swiglu_backward_sums_(*again, low, gate, grad_low, projection, activation, out=twice)
+    assert torch.equal(again[0], extended)
+    assert relative_error(twice, 2 * exact_sums) < max(2 * TOLERANCE[dtype], 1e-5)
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_swiglu_of_a_token_is_the_same_among_any_others(rank: int) -> None:
+    gate_up, projection = strided(2100, 2 * 14336, torch.bfloat16), projection_of(rank, 14336, torch.bfloat16)
+    out = swiglu.swiglu(gate_up, projection)
+    assert torch.equal(swiglu.swiglu(gate_up[:1050], projection), out[:1050])
+
+
+@pytest.mark.parametrize(
     ("dtype", "layout", "norms", "rank"),
     pairwise(
         DTYPES,

@@ -78,15 +78,38 @@ def test_kernels_equal_reference(shape: tuple[int, int], rank: int, dtype: torch
         assert relative_error(out[:, width:], expected[:, width:]) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_of_a_sum_is_the_sum_and_its_norm(dtype: torch.dtype) -> None:
+    x, y = strided(19, 200, dtype), strided(19, 200, dtype)
+    weight, projection = torch.randn(200).to(dtype), strided(16, 200, dtype)
+    total = x + y
+    expected, expected_rstd = norm.rms_norm(total, weight, 1e-6, projection)
+    again, copy = y.clone(), torch.full((19, 208), torch.nan, dtype=dtype)
+    out, rstd = norm.add_rms_norm_(x, again, weight, 1e-6, projection, copy[:, :200])
+    assert torch.equal(again, total)
+    assert torch.equal(copy[:, :200], total)
+    assert copy[:, 200:].isnan().all()
+    assert torch.equal(out, expected)
+    for copied in (torch.full((19, 208), torch.nan, dtype=dtype)[:, :200], None):
+        by_kernel = y.clone()
+        out, rstd = norm_triton.rms_norm(by_kernel, weight, 1e-6, projection, addend=x, copy=copied)
+        assert relative_error(by_kernel, total) < TOLERANCE[dtype]
+        assert copied is None or torch.equal(copied, by_kernel)
+        assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
+        torch.testing.assert_close(rstd, expected_rstd, rtol=1e-3, atol=0)
+
+
 def test_rows_that_no_kernel_holds_are_refused() -> None:
     assert norm._refusal(torch.empty(1, 16385)) == "no kernel takes rows of more than 16384 numbers"
 
 
-@pytest.mark.parametrize("operator", ["rms_norm", "rms_norm_backward"])
+@pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm_", "rms_norm_backward"])
 def test_operators_pass_opcheck(operator: str) -> None:
     x, weight, projection = torch.randn(4, 32), torch.randn(32), torch.randn(16, 32)
     arguments = (x, weight, 1e-6, projection)
     if operator == "rms_norm_backward":
         arguments = (x, x, weight, torch.rand(4), None, torch.empty(4, 32))
+    if operator == "add_rms_norm_":
+        arguments = (x, torch.randn(4, 32), weight, 1e-6, projection, torch.empty(4, 32))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.fourfold, operator).default, arguments, test_utils=checks)

@@ -99,6 +99,27 @@ def test_any_rank_agrees_with_the_generic_path(r: int) -> None:
     assert errors[0] <= errors[1] * 1.05
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["gate_proj", "down_proj"]},
+        {"target_modules": ["up_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"target_modules": "all-linear", "rank_pattern": {"gate_proj": 3, "up_proj": 40, "down_proj": 7}},
+        {"target_modules": "all-linear", "rank_pattern": {"gate_proj": 72}},
+    ],
+    ids=["gate and down", "up", "down", "ranks differ", "one rank too many"],
+)
+def test_adapters_on_some_projections_of_the_mlp_agree_with_the_generic_path(lora: dict[str, Any]) -> None:
+    tokens = ids(2, 200, device="cuda")
+    _, true_grads = truth("llama-gqa", torch.bfloat16, tokens, **lora)
+    errors = []
+    for fused in (True, False):
+        model = adapted(decoder("llama-gqa", torch.bfloat16, device="cuda", **LARGER), fused=fused, **lora)
+        errors.append(distance(loss_and_grads(model, input_ids=tokens)[1], true_grads))
+    assert errors[0] <= errors[1] * 1.05
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_policy_of_recomputation_changes_the_loss_or_more_than_the_order_of_sums_does(policy: str) -> None:
     model = adapted(

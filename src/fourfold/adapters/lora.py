@@ -40,8 +40,10 @@ def is_weight_dependent(init_lora_weights: object) -> bool:
 class LoraQuantizedLinear(PeftLoraLinear):
     """y = x W^T + b + s (x A^T) B^T over a quantized, frozen W.
 
-    A and B are fp32 parameters; the products are computed in the dtype of `x`, and the gradients of A and B leave in
-    fp32. Everything else (several adapters, switching them off, DoRA, what is saved) is PEFT's.
+    A and B are fp32 parameters; the products are computed in the dtype of `x` and summed in fp32, base and adapters, to
+    be rounded once (see `QuantizedLinear.forward`). The gradients of A and B leave in fp32. Everything else (which
+    adapters are active, switching them off, DoRA, `adapter_names`, what is saved) is PEFT's. Both of the latter add to
+    the base layer's rounded output: DoRA by its formula, and `adapter_names` is for inference alone.
     """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -80,23 +82,43 @@ class LoraQuantizedLinear(PeftLoraLinear):
         if adapter_names is not None and not self.disable_adapters:
             mixed: Tensor = self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
             return mixed
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            if name not in self.lora_A:
-                continue
+            base: Tensor = self.base_layer(x, *args, **kwargs)
+            return base
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        is_variant = [name in self.lora_variant for name in names]
+        num_summed = is_variant.index(True) if True in is_variant else len(names)
+        result: Tensor = self.base_layer(x, *args, **self._low_rank(x, names[:num_summed]), **kwargs)
+        # A variant's formula is a function of the base layer's output, which has been rounded: PEFT's, as it is there.
+        for name in names[num_summed:]:
             if name in self.lora_variant:
                 wide = x.to(self.lora_A[name].weight.dtype)
                 result = self.lora_variant[name].forward(self, active_adapter=name, x=wide, result=result)
                 result = result.to(x.dtype)
-                continue
-            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-            dropped = self.lora_dropout[name](x.to(result.dtype))
-            result = result + _LowRank.apply(dropped, lora_a.weight, lora_b.weight, self.scaling[name])
-            if lora_b.bias is not None:
-                result = result + (self.scaling[name] * lora_b.bias).to(result.dtype)
+            else:
+                result = _added(result, **self._low_rank(x, [name]))
         return result
+
+    def _low_rank(self, x: Tensor, names: list[str]) -> dict[str, Any]:
+        """What QuantizedLinear sums for these adapters, as its arguments: they are one of their joint rank."""
+        if not names:
+            return {}
+        x = x.to(self.get_base_layer().product_dtype(x))
+        lows, ups, scalings = [], [], []
+        for name in names:
+            lora_b = self.lora_B[name]
+            lows.append(_Down.apply(self.lora_dropout[name](x), self.lora_A[name].weight))
+            ups.append(lora_b.weight)
+            scalings.append(self.scaling[name])
+            if lora_b.bias is not None:
+                # One more rank, whose x A^T is one.
+                lows.append(lows[-1].new_ones(*x.shape[:-1], 1))
+                ups.append(lora_b.bias[:, None])
+                scalings.append(self.scaling[name])
+        if len(lows) == 1:
+            return {"low": lows[0], "lora_b": ups[0], "scaling": scalings[0]}
+        scaled = [up * scaling for up, scaling in zip(ups, scalings, strict=True)]
+        return {"low": torch.cat(lows, dim=-1), "lora_b": torch.cat(scaled, dim=1)}
 
     def merged_weight(self, adapter_names: list[str], dtype: torch.dtype | None = None) -> Tensor:
         """W with the adapters merged in: [out, in] in `dtype` (default: the model's).
@@ -157,33 +179,32 @@ class LoraQuantizedLinear(PeftLoraLinear):
         return "lora." + text.removeprefix("lora.")
 
 
-class _LowRank(torch.autograd.Function):
-    """s (x A^T) B^T in the dtype of x, with the gradients of A and B summed and returned in fp32."""
+class _Down(torch.autograd.Function):
+    """x A^T in the dtype of x, with the gradient of A summed and returned in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor) -> Tensor:
+        ctx.save_for_backward(x, lora_a)
         with torch.autocast(x.device.type, enabled=False):
-            low = flat @ lora_a.to(x.dtype).T  # [tokens, rank]
-            out = (low * scaling) @ lora_b.to(x.dtype).T
-        ctx.save_for_backward(flat, low, lora_a, lora_b)
-        ctx.scaling = scaling
-        ctx.x_shape = x.shape
-        return out.view(*x.shape[:-1], -1)
+            return x @ lora_a.to(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        flat, low, lora_a, lora_b = ctx.saved_tensors
-        grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_low = (grad @ lora_b.to(grad.dtype)) * ctx.scaling  # [tokens, rank]
-        grad_x = grad_a = grad_b = None
+    def backward(ctx: Any, grad_low: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, lora_a = ctx.saved_tensors
+        grad_x = grad_a = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_low @ lora_a.to(grad.dtype)).view(ctx.x_shape)
+            grad_x = grad_low @ lora_a.to(grad_low.dtype)
         if ctx.needs_input_grad[1]:
-            grad_a = low_rank_grad(grad_low, flat).to(lora_a.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_b = (low_rank_grad(grad, low) * ctx.scaling).to(lora_b.dtype)
-        return grad_x, grad_a, grad_b, None
+            flat = grad_low.reshape(-1, grad_low.shape[-1]), x.reshape(-1, x.shape[-1])
+            grad_a = low_rank_grad(*flat).to(lora_a.dtype)
+        return grad_x, grad_a
+
+
+def _added(result: Tensor, low: Tensor, lora_b: Tensor, scaling: float = 1.0) -> Tensor:
+    """`result` with an adapter's product added in fp32, rounded to the dtype of `result`."""
+    wide = torch.promote_types(low.dtype, lora_b.dtype)
+    with torch.autocast(low.device.type, enabled=False):
+        return (result + scaling * low.to(wide) @ lora_b.to(wide).T).to(result.dtype)
 
 
 class _QuantizedDoraLayer(DoraLinearLayer):

@@ -3,39 +3,18 @@
 LoRA (https://arxiv.org/abs/2106.09685) multiplies activations of thousands of columns by matrices of a few rows.
 Operators of the fused block that write an activation give it *extended*: [M, K + R], whose first K columns are the
 result and whose last R are `result @ projection.T`, so that one matrix product takes both. The R columns are a GEMM of
-their own: multiplied while the result is still on the chip, they cost more time than cuBLAS needs to read it again.
+their own: multiplied while the result is still on the chip, they cost more time than cuBLAS needs to read it again,
+but for the widest of these tensors, the gated activation.
 """
 
 from __future__ import annotations
 
-import logging
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from fourfold.kernels.availability import say_once, triton_refuses
+from fourfold.kernels.availability import triton_refuses
 
-__all__ = [
-    "add_low_rank",
-    "add_low_rank_reference",
-    "columns_refuse",
-    "extend",
-    "fill_columns",
-    "low_rank_grad",
-    "new_extended",
-    "working_dtype",
-]
-
-logger = logging.getLogger(__name__)
-
-torch.library.define(
-    "fourfold::add_low_rank", "(Tensor x, Tensor low, Tensor up) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-_add_op = torch.ops.fourfold.add_low_rank.default
-
-# Above it, and in fp32, registers run short.
-_MAX_RANK = 64
+__all__ = ["columns_refuse", "extend", "fill_columns", "low_rank_grad", "new_extended", "working_dtype"]
 
 # Elements to which rows of extended tensors are aligned: 128 bytes of 16-bit numbers, the lines in which the GPU's
 # copies to shared memory are read. Rows of 4112 numbers make a matrix product 1.5 to 2% slower than rows of 4160.
@@ -112,44 +91,3 @@ def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:
     dtype = working_dtype(p.dtype)
     left, right = p.to(dtype).t(), q.to(dtype)
     return left @ right if out is None else out.addmm_(left, right)
-
-
-def add_low_rank(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """`x + low @ up`, formed in fp32 and rounded once, in one pass over x.
-
-    Args:
-        x: [M, N], bf16, fp16 or fp32; last stride 1.
-        low: [M, R] of x's dtype; last stride 1.
-        up: [R, N] of x's dtype, any strides.
-
-    Returns:
-        Contiguous [M, N] of x's dtype.
-    """
-    return cast(Tensor, _add_op(x, low, up))
-
-
-def add_low_rank_reference(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    """`add_low_rank` in PyTorch."""
-    dtype = working_dtype(x.dtype)
-    return torch.addmm(x.to(dtype), low.to(dtype), up.to(dtype)).to(x.dtype)
-
-
-def _add_cuda(x: Tensor, low: Tensor, up: Tensor) -> Tensor:
-    if low.shape[1] > _MAX_RANK or x.dtype == torch.float32:
-        return torch.addmm(x, low, up)
-    refusal = columns_refuse(x, low)
-    if refusal is not None:
-        say_once(logger, f"an adapter's product is added in PyTorch, slower than by its kernel: {refusal}")
-        return add_low_rank_reference(x, low, up)
-    from fourfold.kernels import low_rank_triton
-
-    return low_rank_triton.add_low_rank(x, low, up)
-
-
-def _add_fake(x: Tensor, _low: Tensor, _up: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-torch.library.impl("fourfold::add_low_rank", "default", add_low_rank_reference)
-torch.library.impl("fourfold::add_low_rank", "cuda", _add_cuda)
-torch.library.register_fake("fourfold::add_low_rank", _add_fake)

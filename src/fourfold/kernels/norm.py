@@ -16,7 +16,14 @@ from torch import Tensor
 from fourfold.kernels.availability import say_once
 from fourfold.kernels.low_rank import columns_refuse, extend, fill_columns, new_extended, working_dtype
 
-__all__ = ["rms_norm", "rms_norm_backward", "rms_norm_backward_reference", "rms_norm_reference"]
+__all__ = [
+    "add_rms_norm_",
+    "add_rms_norm_reference_",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_backward_reference",
+    "rms_norm_reference",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +36,17 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
+    "fourfold::add_rms_norm_",
+    "(Tensor x, Tensor(a!) y, Tensor weight, float eps, Tensor? projection, Tensor(b!)? copy) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
     "fourfold::rms_norm_backward",
     "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad, Tensor(a!) out) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _forward_op = torch.ops.fourfold.rms_norm.default
+_add_op = torch.ops.fourfold.add_rms_norm_.default
 _backward_op = torch.ops.fourfold.rms_norm_backward.default
 
 
@@ -60,6 +73,32 @@ def rms_norm_reference(
     wide = x.to(working_dtype(x.dtype))
     rstd = torch.rsqrt(wide.square().mean(dim=1) + eps)
     return extend(weight * (wide * rstd[:, None]).to(x.dtype), projection), rstd
+
+
+def add_rms_norm_(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None, copy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x + y, which is written over y.
+
+    Args:
+        x: [M, K], as in `rms_norm`, as are the others.
+        y: [M, K] of x's dtype, last stride 1: becomes x + y, rounded.
+        copy: [M, K] of x's dtype, last stride 1, becomes the same; None for none.
+
+    Returns:
+        What `rms_norm` of the new y returns.
+    """
+    return cast("tuple[Tensor, Tensor]", _add_op(x, y, weight, eps, projection, copy))
+
+
+def add_rms_norm_reference_(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None, copy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_` in PyTorch."""
+    y += x
+    if copy is not None:
+        copy.copy_(y)
+    return rms_norm_reference(y, weight, eps, projection)
 
 
 def rms_norm_backward(
@@ -123,6 +162,18 @@ def _forward_cuda(x: Tensor, weight: Tensor, eps: float, projection: Tensor | No
     return norm_triton.rms_norm(x, weight, eps, projection)
 
 
+def _add_cuda(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None, copy: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    refusal = _refusal(x, y, copy)
+    if refusal is not None:
+        say_once(logger, f"RMSNorm runs in PyTorch, slower than by its kernel: {refusal}")
+        return add_rms_norm_reference_(x, y, weight, eps, projection, copy)
+    from fourfold.kernels import norm_triton
+
+    return norm_triton.rms_norm(y, weight, eps, projection, addend=x, copy=copy)
+
+
 def _backward_cuda(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None, out: Tensor
 ) -> None:
@@ -142,6 +193,12 @@ def _forward_fake(x: Tensor, _weight: Tensor, _eps: float, projection: Tensor | 
     return extended, x.new_empty(x.shape[0], dtype=working_dtype(x.dtype))
 
 
+def _add_fake(
+    _x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None, _copy: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _forward_fake(y, weight, eps, projection)
+
+
 def _backward_fake(
     _grad: Tensor, _x: Tensor, _weight: Tensor, _rstd: Tensor, _residual_grad: Tensor | None, _out: Tensor
 ) -> None:
@@ -149,6 +206,9 @@ def _backward_fake(
 
 
 torch.library.impl("fourfold::rms_norm", "default", rms_norm_reference)
+torch.library.impl("fourfold::add_rms_norm_", "default", add_rms_norm_reference_)
+torch.library.impl("fourfold::add_rms_norm_", "cuda", _add_cuda)
+torch.library.register_fake("fourfold::add_rms_norm_", _add_fake)
 torch.library.impl("fourfold::rms_norm_backward", "default", rms_norm_backward_reference)
 torch.library.impl("fourfold::rms_norm", "cuda", _forward_cuda)
 torch.library.impl("fourfold::rms_norm_backward", "cuda", _backward_cuda)

@@ -22,12 +22,16 @@ def tile_for(width: int) -> Tile:
 
 @triton.jit
 def rms_norm_kernel(
-    x_ptr,  # [M, K]
+    x_ptr,  # [M, K]; becomes the sum where there is an addend
+    addend_ptr,  # [M, K] or None
+    copy_ptr,  # [M, K] or None
     weight_ptr,  # [K]
     out_ptr,  # [M, K]
     rstd_ptr,  # fp32 [M]
     num_rows,
     x_stride,
+    addend_stride,
+    copy_stride,
     out_stride,
     eps,
     K: tl.constexpr,
@@ -39,7 +43,15 @@ def rms_norm_kernel(
     row_mask = rows < num_rows
     columns = tl.arange(0, BLOCK_K)
     mask = row_mask[:, None] & (columns < K)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask, 0.0).to(tl.float32)
+    x_at = x_ptr + rows[:, None] * x_stride + columns[None, :]
+    x = tl.load(x_at, mask, 0.0).to(tl.float32)
+    if addend_ptr is not None:
+        x += tl.load(addend_ptr + rows[:, None] * addend_stride + columns[None, :], mask, 0.0).to(tl.float32)
+        rounded = x.to(dtype)
+        tl.store(x_at, rounded, mask)
+        if copy_ptr is not None:
+            tl.store(copy_ptr + rows[:, None] * copy_stride + columns[None, :], rounded, mask)
+        x = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + columns, columns < K, 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + eps)
     y = weight[None, :].to(tl.float32) * (x * rstd[:, None]).to(dtype).to(tl.float32)
@@ -47,8 +59,15 @@ def rms_norm_kernel(
     tl.store(rstd_ptr + rows, rstd, row_mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`norm.rms_norm`."""
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    projection: Tensor | None = None,
+    addend: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`norm.rms_norm`; with `addend`, `norm.add_rms_norm_`."""
     num_rows, width = x.shape
     rank = 0 if projection is None else projection.shape[0]
     tile = tile_for(width)
@@ -57,11 +76,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = 
     with on_device(x):
         rms_norm_kernel[(cdiv(num_rows, tile.block_m),)](
             x,
+            addend,
+            copy,
             weight,
             out,
             rstd,
             num_rows,
             x.stride(0),
+            0 if addend is None else addend.stride(0),
+            0 if copy is None else copy.stride(0),
             out.stride(0),
             eps,
             K=width,

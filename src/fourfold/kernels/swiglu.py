@@ -3,7 +3,9 @@
     y = round(activation(gate)) * up
 
 rounded between, as Transformers' LlamaMLP computes it. The backward pass works in place: it leaves y where the
-gradient of y stood and the gradients of gate and up where these stood, so that it needs no memory of its own.
+gradient of y stood and the gradients of gate and up where these stood, so that it needs no memory of its own. Where
+the sums over tokens of these three are wanted, times a few low-rank columns each, a kernel takes them while it holds
+what they are made of; then y is not written at all.
 """
 
 from __future__ import annotations
@@ -17,9 +19,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once
-from fourfold.kernels.low_rank import columns_refuse, extend, fill_columns, working_dtype
+from fourfold.kernels.low_rank import columns_refuse, extend, fill_columns, low_rank_grad, new_extended, working_dtype
 
-__all__ = ["ACTIVATIONS", "swiglu", "swiglu_backward_", "swiglu_backward_reference_", "swiglu_reference"]
+__all__ = [
+    "ACTIVATIONS",
+    "swiglu",
+    "swiglu_backward_",
+    "swiglu_backward_reference_",
+    "swiglu_backward_sums_",
+    "swiglu_backward_sums_reference_",
+    "swiglu_reference",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +45,19 @@ torch.library.define(
     '(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? projection=None, str activation="silu") -> ()',
     tags=torch.Tag.pt2_compliant_tag,
 )
+torch.library.define(
+    "fourfold::swiglu_backward_sums_",
+    "(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? low, int gate_rank, Tensor? grad_low, Tensor(c!) sums,"
+    ' bool add, Tensor? projection=None, str activation="silu") -> ()',
+    tags=torch.Tag.pt2_compliant_tag,
+)
 _forward_op = torch.ops.fourfold.swiglu.default
 _backward_op = torch.ops.fourfold.swiglu_backward_.default
+_sums_op = torch.ops.fourfold.swiglu_backward_sums_.default
+
+# What the kernels with products take: beyond it, registers run short. fp32 has no tensor cores of its precision.
+_MAX_RANK = 64
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def swiglu(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
@@ -48,7 +69,7 @@ def swiglu(gate_up: Tensor, projection: Tensor | None = None, activation: str = 
         activation: One of ACTIVATIONS; gelu_tanh is GELU's approximation by tanh.
 
     Returns:
-        Contiguous [M, I + R] of gate_up's dtype: y, then `y @ projection.T`, accumulated in fp32.
+        [M, I + R] of gate_up's dtype, last stride 1: y, then `y @ projection.T`, accumulated in fp32.
     """
     return cast(Tensor, _forward_op(gate_up, projection, activation))
 
@@ -121,9 +142,78 @@ def swiglu_backward_reference_(
     fill_columns(gate_up_ext, 2 * width, projection)
 
 
-def _refusal(activation: str, *tensors: Tensor) -> str | None:
+def swiglu_backward_sums_(
+    gate_up_ext: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    gate_rank: int,
+    grad_low: Tensor | None,
+    projection: Tensor | None = None,
+    activation: str = "silu",
+    out: Tensor | None = None,
+) -> Tensor:
+    """`swiglu_backward_`, and sums over the tokens of what it computes: the gradients of LoRA matrices.
+
+    The products are those of the rounded results, accumulated in fp32:
+
+        sums <- [low[:, :gate_rank].T @ dgate; low[:, gate_rank:].T @ dup; grad_low.T @ y]
+
+    Args:
+        gate_up_ext: [M, 2I + R], as in `swiglu_backward_`, and left like there.
+        grad: [M, I], the gradient of y; last stride 1. What it holds afterwards is undefined.
+        low: [M, R1], the input of gate and up times their A^T, last stride 1; None for R1 = 0.
+        gate_rank: How many columns of `low` are gate's; the others are up's.
+        grad_low: [M, R2], the gradient of down's output times its sB, likewise.
+        projection: [R, 2I], any strides, or None for R = 0.
+        activation: One of ACTIVATIONS.
+        out: What this returned for other tokens: the sums are added to it in place.
+
+    Returns:
+        Contiguous fp32 [R1 + R2, I] (float64 for float64 inputs): `out` where it is given.
+    """
+    sums = out
+    if sums is None:
+        rank = sum(columns.shape[1] for columns in (low, grad_low) if columns is not None)
+        sums = grad.new_empty(rank, grad.shape[1], dtype=working_dtype(grad.dtype))
+    _sums_op(gate_up_ext, grad, low, gate_rank, grad_low, sums, out is not None, projection, activation)
+    return sums
+
+
+def swiglu_backward_sums_reference_(
+    gate_up_ext: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    gate_rank: int,
+    grad_low: Tensor | None,
+    sums: Tensor,
+    add: bool,
+    projection: Tensor | None = None,
+    activation: str = "silu",
+) -> None:
+    """What `swiglu_backward_sums_` writes to `sums`, or adds to them, out of the results of `swiglu_backward_`."""
+    swiglu_backward_(gate_up_ext, grad, projection, activation)
+    width = grad.shape[1]
+    products = [] if grad_low is None else [(grad_low, grad)]
+    if low is not None:
+        dgate, dup = gate_up_ext[:, :width], gate_up_ext[:, width : 2 * width]
+        products = [(low[:, :gate_rank], dgate), (low[:, gate_rank:], dup), *products]
+    row = 0
+    for narrow, wide in products:
+        rows = sums[row : row + narrow.shape[1]]
+        if add:
+            low_rank_grad(narrow, wide, rows)
+        else:
+            rows.copy_(low_rank_grad(narrow, wide))
+        row += narrow.shape[1]
+
+
+def _refusal(activation: str, *tensors: Tensor | None) -> str | None:
     # One that is not in the table is refused by the reference, with an error.
     return columns_refuse(*tensors) if activation in ACTIVATIONS else f"no kernel knows {activation!r}"
+
+
+def _has_products(x: Tensor, *ranks: int) -> bool:
+    return x.dtype in _PRODUCT_DTYPES and 0 < max(ranks) <= _MAX_RANK
 
 
 def _forward_cuda(gate_up: Tensor, projection: Tensor | None = None, activation: str = "silu") -> Tensor:
@@ -131,6 +221,10 @@ def _forward_cuda(gate_up: Tensor, projection: Tensor | None = None, activation:
     if refusal is not None:
         say_once(logger, f"the gated activation runs in PyTorch, slower than by its kernel: {refusal}")
         return swiglu_reference(gate_up, projection, activation)
+    if projection is not None and projection.stride(1) == 1 and _has_products(gate_up, projection.shape[0]):
+        from fourfold.kernels import swiglu_low_rank_triton
+
+        return swiglu_low_rank_triton.swiglu_product(gate_up, projection, activation)
     from fourfold.kernels import swiglu_triton
 
     return swiglu_triton.swiglu(gate_up, projection, activation)
@@ -152,9 +246,38 @@ def _backward_cuda(
     swiglu_triton.swiglu_backward_(gate_up_ext, grad, projection, activation)
 
 
+def _sums_cuda(
+    gate_up_ext: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    gate_rank: int,
+    grad_low: Tensor | None,
+    sums: Tensor,
+    add: bool,
+    projection: Tensor | None = None,
+    activation: str = "silu",
+) -> None:
+    arguments = (gate_up_ext, grad, low, gate_rank, grad_low, sums, add, projection, activation)
+    ranks = (
+        0 if low is None else max(gate_rank, low.shape[1] - gate_rank),
+        0 if grad_low is None else grad_low.shape[1],
+    )
+    if not _has_products(grad, *ranks):
+        swiglu_backward_sums_reference_(*arguments)
+        return
+    refusal = _refusal(activation, gate_up_ext, grad, low, grad_low)
+    if refusal is not None:
+        say_once(logger, f"the gated activation's sums are products of their own, which is slower: {refusal}")
+        swiglu_backward_sums_reference_(*arguments)
+        return
+    from fourfold.kernels import swiglu_low_rank_triton
+
+    swiglu_low_rank_triton.swiglu_backward_sums_(*arguments)
+
+
 def _forward_fake(gate_up: Tensor, projection: Tensor | None = None, _activation: str = "silu") -> Tensor:
     rank = 0 if projection is None else projection.shape[0]
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2 + rank)
+    return new_extended(gate_up, gate_up.shape[0], gate_up.shape[1] // 2, rank)
 
 
 def _backward_fake(
@@ -166,9 +289,26 @@ def _backward_fake(
     return None
 
 
+def _sums_fake(
+    _gate_up_ext: Tensor,
+    _grad: Tensor,
+    _low: Tensor | None,
+    _gate_rank: int,
+    _grad_low: Tensor | None,
+    _sums: Tensor,
+    _add: bool,
+    _projection: Tensor | None = None,
+    _activation: str = "silu",
+) -> None:
+    return None
+
+
 torch.library.impl("fourfold::swiglu", "default", swiglu_reference)
 torch.library.impl("fourfold::swiglu_backward_", "default", swiglu_backward_reference_)
+torch.library.impl("fourfold::swiglu_backward_sums_", "default", swiglu_backward_sums_reference_)
 torch.library.impl("fourfold::swiglu", "cuda", _forward_cuda)
 torch.library.impl("fourfold::swiglu_backward_", "cuda", _backward_cuda)
+torch.library.impl("fourfold::swiglu_backward_sums_", "cuda", _sums_cuda)
 torch.library.register_fake("fourfold::swiglu", _forward_fake)
 torch.library.register_fake("fourfold::swiglu_backward_", _backward_fake)
+torch.library.register_fake("fourfold::swiglu_backward_sums_", _sums_fake)

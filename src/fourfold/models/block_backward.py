@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.low_rank import fill_columns, new_extended
-from fourfold.kernels.norm import rms_norm, rms_norm_backward
+from fourfold.kernels.norm import add_rms_norm_, rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary_backward
-from fourfold.kernels.swiglu import swiglu_backward_
+from fourfold.kernels.swiglu import swiglu_backward_, swiglu_backward_sums_
 from fourfold.models.attention import AttentionState, attention_backward
-from fourfold.models.block_forward import add_output, attend
+from fourfold.models.block_forward import attend, attention_output
 from fourfold.models.block_state import Block, Saved, columns, parts
 from fourfold.models.linear_group import ExtendedWeight, LowRankSums
 
@@ -21,21 +21,16 @@ __all__ = ["block_backward"]
 
 @dataclass
 class _Normed:
-    """What the sums of a group behind a norm are made of. The norm's output is not among it, so that none is made again
-    where nothing else needs it.
+    """What the sums of a group behind a norm are made of, beside the norm's input. The norm's output is not among it,
+    so that none is made again where nothing else needs it.
 
     Attributes:
-        x: The norm's input.
-        rstd: Its reciprocal root mean squares.
+        rstd: The reciprocal root mean squares of the input.
         low: The norm's output times A^T, [tokens, rank].
     """
 
-    x: Tensor
     rstd: Tensor
     low: Tensor
-
-    def add_to(self, sums: LowRankSums, part: slice, grad: Tensor, grad_low: Tensor) -> None:
-        sums.add(self.x[part], self.low[part], grad, grad_low, self.rstd[part])
 
 
 @dataclass
@@ -71,8 +66,11 @@ def block_backward(
         # Only the attention leads to the MLP's input. Where both were kept, this half waits until the MLP's wide
         # tensors are gone.
         half = _attention_half(x, saved, block)
-        mid = add_output(x, half.attention, saved.low_out, block.out.expand(x.dtype, x.device))
-    grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, saved, block)
+    residual = None
+    if mid is None:
+        assert half is not None
+        mid, residual = attention_output(half.attention, saved.low_out, block.out.expand(x.dtype, x.device)), x
+    grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, residual, saved, block)
     weight = block.out.expand(x.dtype, x.device)
     grad = grad_x[:, : x.shape[1]]
     grad_mid_x = rms_norm_backward(grad_normed, mid, block.norm2, rstd2, grad, weight.up)
@@ -81,12 +79,15 @@ def block_backward(
     half = half or _attention_half(x, saved, block)
     out_sums = LowRankSums(block.out)
     if saved.low_out is not None:
-        out_sums.add(half.attention, saved.low_out, grad_mid, grad_low)
+        out_sums.add_a(half.attention, grad_low)
+        out_sums.add_b(saved.low_out, grad_mid)
     grad_qkv_x = _attention_backward(grad_mid_x @ weight.backward, half, block)
     del weight
     qkv_sums = LowRankSums(block.qkv, block.norm1)
     if block.qkv.rank:
-        half.normed.add_to(qkv_sums, slice(None), *columns(grad_qkv_x, half.weight.rows))
+        grad_qkv, grad_low = columns(grad_qkv_x, half.weight.rows)
+        qkv_sums.add_a(x, grad_low, half.normed.rstd)
+        qkv_sums.add_b(half.normed.low, grad_qkv)
     grads = [*qkv_sums.gradients(), *out_sums.gradients(), *mlp_grads]
     if not needs_x:
         return None, grads
@@ -101,12 +102,12 @@ def _attention_half(x: Tensor, saved: Saved, block: Block) -> _AttentionHalf:
     """Out of what was kept; the rest is computed again."""
     weight = block.qkv.expand(x.dtype, x.device)
     if saved.qkv is not None and saved.low_qkv is not None and saved.rstd1 is not None:
-        normed = _Normed(x, saved.rstd1, saved.low_qkv)
+        normed = _Normed(saved.rstd1, saved.low_qkv)
         qkv = saved.qkv
         rotated = qkv if block.q_norm is None else block.rotate(qkv, block.qkv.bias(x.dtype))
     else:
         normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
-        normed = _Normed(x, rstd, columns(normed_x, weight.columns)[1])
+        normed = _Normed(rstd, columns(normed_x, weight.columns)[1])
         if saved.attention is None:
             return _AttentionHalf(weight, normed, *attend(normed_x, weight, block))
         qkv = normed_x @ weight.forward.T
@@ -147,34 +148,84 @@ def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Ten
 
 
 def _mlp_backward(
-    grad_x: Tensor, mid: Tensor, saved: Saved, block: Block
+    grad_x: Tensor, mid: Tensor, residual: Tensor | None, saved: Saved, block: Block
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """(gradient of the normed input of the MLP, its norm's 1/rms, gradients of the adapters)."""
+    """(gradient of the normed input of the MLP, its norm's 1/rms, gradients of the adapters).
+
+    `residual` is added to `mid`, in place.
+    """
     gate_up = block.gate_up.expand(mid.dtype, mid.device)
     down = block.down.expand(mid.dtype, mid.device)
     fill_columns(grad_x, down.rows, down.up)
     kept, saved.gate_up_x = saved.gate_up_x, None
     normed_x = mid
     if kept is not None and saved.low_gate_up is not None and saved.rstd2 is not None:
-        normed = _Normed(mid, saved.rstd2, saved.low_gate_up)
+        normed = _Normed(saved.rstd2, saved.low_gate_up)
     else:
-        normed_x, rstd = rms_norm(mid, block.norm2, block.norm_eps, gate_up.down)
-        normed = _Normed(mid, rstd, columns(normed_x, gate_up.columns)[1])
+        arguments = (mid, block.norm2, block.norm_eps, gate_up.down)
+        normed_x, rstd = rms_norm(*arguments) if residual is None else add_rms_norm_(residual, *arguments)
+        normed = _Normed(rstd, columns(normed_x, gate_up.columns)[1])
     grad_normed = torch.empty_like(mid)
-    gate_up_sums, down_sums = LowRankSums(block.gate_up, block.norm2), LowRankSums(block.down)
+    sums = _MlpSums(block)
     for part in parts(len(mid), whole=kept is not None):
         gate_up_x = kept
         if gate_up_x is None:
             gate_up_x = new_extended(mid, part.stop - part.start, gate_up.rows, block.gate_up.rank)
             torch.mm(normed_x[part], gate_up.forward.T, out=gate_up_x[:, : gate_up.rows])
-        act = grad_x[part] @ down.backward  # its gradient first; swiglu_backward_ puts the activation itself there
-        swiglu_backward_(gate_up_x, act, gate_up.up, block.activation)
+        grad_act = grad_x[part] @ down.backward
+        sums.activate(gate_up_x, grad_act, gate_up.up, normed.low[part], columns(grad_x[part], down.rows)[1])
+        del grad_act
         if saved.low_down is not None:
-            down_sums.add(act, saved.low_down[part], *columns(grad_x[part], down.rows))
-        del act
+            sums.down.add_b(saved.low_down[part], grad_x[part, : down.rows])
         if block.gate_up.rank:
-            normed.add_to(gate_up_sums, part, *columns(gate_up_x, gate_up.rows))
+            sums.gate_up.add_a(mid[part], columns(gate_up_x, gate_up.rows)[1], normed.rstd[part])
         torch.mm(gate_up_x, gate_up.backward, out=grad_normed[part])
         # Gone before the next part allocates its own.
         del gate_up_x
-    return grad_normed, normed.rstd, [*gate_up_sums.gradients(), *down_sums.gradients()]
+    return grad_normed, normed.rstd, sums.gradients()
+
+
+class _MlpSums:
+    """The sums of gate and up and of down. What the activation's backward pass holds is added up by it."""
+
+    def __init__(self, block: Block) -> None:
+        self.gate_up = LowRankSums(block.gate_up, block.norm2)
+        self.down = LowRankSums(block.down)
+        self.activation = block.activation
+        gate, up = (linear.rank for linear in block.gate_up.linears)
+        wants_gate, wants_up = self.gate_up.wants_b
+        # Of the low-rank columns of gate and up, those that sums are taken with.
+        self._columns = slice(0 if wants_gate else gate, gate + up if wants_up else gate)
+        self._ranks = (
+            gate if wants_gate else 0,
+            up if wants_up else 0,
+            block.down.used_ranks if self.down.wants_a else 0,
+        )
+        self._sums: Tensor | None = None
+
+    def activate(
+        self, gate_up_x: Tensor, grad_act: Tensor, projection: Tensor | None, low: Tensor, grad_low: Tensor
+    ) -> None:
+        """The backward pass of the activation for a part, in place; see `swiglu_backward_sums_`.
+
+        Args:
+            low: The input of gate and up times A^T, [tokens, rank].
+            grad_low: The gradient of down's output times its sB, [tokens, rank].
+        """
+        if not any(self._ranks):
+            swiglu_backward_(gate_up_x, grad_act, projection, self.activation)
+            return
+        gate, up, down = self._ranks
+        own = low[:, self._columns] if gate + up else None
+        own_grad = grad_low[:, :down] if down else None
+        self._sums = swiglu_backward_sums_(
+            gate_up_x, grad_act, own, gate, own_grad, projection, self.activation, out=self._sums
+        )
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of the parameters of gate and up, then of down."""
+        if self._sums is not None:
+            *self.gate_up.b, sums_down = self._sums.split(self._ranks)
+            # A gradient is a view of it, and would keep the sums of gate and up alive.
+            self.down.a = sums_down.clone()
+        return [*self.gate_up.gradients(), *self.down.gradients()]

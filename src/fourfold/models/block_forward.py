@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import add_low_rank, new_extended
-from fourfold.kernels.norm import rms_norm
+from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.norm import add_rms_norm_, rms_norm
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import AttentionState, attention_forward
 from fourfold.models.block_state import Block, Saved, columns, parts
 from fourfold.models.linear_group import ExtendedWeight
 
-__all__ = ["add_output", "attend", "block_forward"]
+__all__ = ["attend", "attention_output", "block_forward"]
 
 
 def attend(normed_x: Tensor, weight: ExtendedWeight, block: Block) -> tuple[Tensor, Tensor, Tensor, AttentionState]:
@@ -34,12 +34,13 @@ def attend(normed_x: Tensor, weight: ExtendedWeight, block: Block) -> tuple[Tens
     return kept, rotated, attention.view(len(normed_x), -1), state
 
 
-def add_output(x: Tensor, attention: Tensor, low: Tensor | None, weight: ExtendedWeight) -> Tensor:
-    """x + attention Wo^T + low (sB)^T."""
+def attention_output(attention: Tensor, low: Tensor | None, weight: ExtendedWeight) -> Tensor:
+    """attention Wo^T + low (sB)^T, rounded once but for the second product alone, which is small."""
     if low is None or weight.up is None:
-        return torch.addmm(x, attention, weight.base.T)
-    # Over a sum of its own, since addmm copies its first argument to begin with.
-    return add_low_rank(x, low, weight.up).addmm_(attention, weight.base.T)
+        return attention @ weight.base.T
+    # Onto the adapter's product: in the other order, what is small beside the rounded output would be lost. As columns
+    # beside the attention's output it would cost a copy of that.
+    return (low @ weight.up).addmm_(attention, weight.base.T)
 
 
 def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tensor, Saved]:
@@ -54,17 +55,17 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
     del normed_x, qkv, rotated
     weight = block.out.expand(x.dtype, x.device)
     saved.low_out = None if weight.down is None else attention @ weight.down.T
-    mid = add_output(x, attention, saved.low_out, weight)
+    mid = attention_output(attention, saved.low_out, weight)
     if "attention" in keeps:
         saved.attention, saved.state = attention, state
-    if "mid" in keeps:
-        saved.mid = mid
     del attention, state
 
     weight = block.gate_up.expand(x.dtype, x.device)
     down = block.down.expand(x.dtype, x.device)
-    normed_x, rstd = rms_norm(mid, block.norm2, block.norm_eps, weight.down)
     out = torch.empty_like(mid)
+    normed_x, rstd = add_rms_norm_(x, mid, block.norm2, block.norm_eps, weight.down, copy=out)
+    if "mid" in keeps:
+        saved.mid = mid
     keeps_gate_up = "gate_up" in keeps
     if keeps_gate_up:
         saved.rstd2 = rstd
@@ -79,7 +80,7 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
         act_x = swiglu(gate_up, down.down, block.activation)
         if saved.low_down is not None:
             saved.low_down[part] = act_x[:, down.columns :]
-        torch.addmm(mid[part], act_x, down.forward.T, out=out[part])
+        out[part].addmm_(act_x, down.forward.T)
         if keeps_gate_up:
             saved.gate_up_x = gate_up_x
         # Gone before the next part allocates its own.

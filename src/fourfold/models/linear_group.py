@@ -177,12 +177,19 @@ class LinearGroup:
                 _place_dense(out, linear.base.weight, lora_a, lora_b, scaling, **place)
             row, rank_row = row + linear.base.out_features, rank_row + linear.rank
 
-    def gradients(self, sums_a: Tensor | None, sums_b: Tensor | None) -> list[Tensor | None]:
-        """Gradients of `parameters` out of `low_rank_sums`, in fp32; None where none is asked for."""
+    def own_blocks(self, sums: Tensor) -> list[Tensor]:
+        """Of a group's sums for B, [rank, out], those of each linear layer, [its rank, its out]."""
+        outputs = sums.split([linear.base.out_features for linear in self.linears], dim=1)
+        ranks = [linear.rank for linear in self.linears]
+        starts = itertools.accumulate(ranks, initial=0)
+        return [block[start : start + rank] for block, start, rank in zip(outputs, starts, ranks, strict=False)]
+
+    def gradients(self, sums_a: Tensor | None, sums_b: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of `parameters`, in fp32; None where none is asked for. See LowRankSums for the arguments."""
         grads: list[Tensor | None] = []
-        row = rank_row = 0
-        for linear in self.linears:
-            rows = slice(row, row + linear.base.out_features)
+        rank_row = 0
+        for linear, own_b in zip(self.linears, sums_b, strict=True):
+            own_row = 0
             for adapter in linear.adapters:
                 ranks = slice(rank_row, rank_row + adapter.rank)
                 grad_a = grad_b = None
@@ -190,13 +197,13 @@ class LinearGroup:
                     assert sums_a is not None
                     grad_a = sums_a[ranks]
                 if adapter.lora_b.requires_grad:
-                    assert sums_b is not None
-                    block = sums_b[ranks, rows].T
+                    assert own_b is not None
+                    block = own_b[own_row : own_row + adapter.rank].T
                     # Into memory of its own, in the parameter's order: a view would keep the whole sum alive.
                     grad_b = torch.mul(block, adapter.scaling, out=block.new_empty(block.shape))
                 grads += [grad_a, grad_b]
                 rank_row += adapter.rank
-            row += linear.base.out_features
+                own_row += adapter.rank
         return grads
 
 
@@ -235,46 +242,61 @@ class ExtendedWeight:
 
 
 class LowRankSums:
-    """Sums over tokens that the gradients of a group's A and B are made of, fp32, [rank, in] and [rank, out].
+    """Sums over tokens that the gradients of a group's A and B are made of, in fp32.
 
-    They are added up over parts of a batch.
+    They are added up over parts of a batch, or put here by whoever has them.
 
     Args:
-        norm: The weight w [in] of the RMSNorm before the group, if there is one: `add` is given that norm's input x,
+        norm: The weight w [in] of the RMSNorm before the group, if there is one: `add_a` is given that norm's input x,
             not its output x rstd w, since (dY sB)^T (x rstd w) = ((dY sB rstd)^T x) w.
+
+    Attributes:
+        a: [rank, in], for all A of the group over each other; None as long as there is none.
+        b: [its rank, its out] for each linear layer of the group, or None.
+        wants_a: Whether an A of the group needs a gradient.
+        wants_b: Whether a B does, for each linear layer.
     """
 
     def __init__(self, group: LinearGroup, norm: Tensor | None = None) -> None:
         self.group = group
         self.norm = norm
-        parameters = group.parameters()
-        self._wants_a = any(parameter.requires_grad for parameter in parameters[::2])
-        self._wants_b = any(parameter.requires_grad for parameter in parameters[1::2])
-        self._a: Tensor | None = None
-        self._b: Tensor | None = None
+        adapters = [linear.adapters for linear in group.linears]
+        self.wants_a = any(adapter.lora_a.requires_grad for own in adapters for adapter in own)
+        self.wants_b = [any(adapter.lora_b.requires_grad for adapter in own) for own in adapters]
+        self.a: Tensor | None = None
+        self.b: Sequence[Tensor | None] = [None] * len(adapters)
+        self._product: Tensor | None = None
 
-    def add(self, x: Tensor, low: Tensor, grad: Tensor, grad_low: Tensor, rstd: Tensor | None = None) -> None:
-        """Add a part's.
+    def add_a(self, x: Tensor, grad_low: Tensor, rstd: Tensor | None = None) -> None:
+        """Add a part's to `a`, if it is wanted.
 
         Args:
             x: [tokens, in], the group's input; the input of its norm, if there is one.
-            low: The group's input times A^T, [tokens, rank].
-            grad: dY, [tokens, out].
             grad_low: dY sB, [tokens, rank].
             rstd: fp32 [tokens], of the norm.
         """
-        if self._wants_a:
-            if rstd is not None:
-                grad_low = torch.mul(grad_low, rstd[:, None], out=grad_low.new_empty(grad_low.shape))
-            self._a = low_rank_grad(grad_low, x, self._a)
-        if self._wants_b:
-            self._b = low_rank_grad(low, grad, self._b)
+        if not self.wants_a:
+            return
+        if rstd is not None:
+            grad_low = torch.mul(grad_low, rstd[:, None], out=grad_low.new_empty(grad_low.shape))
+        self.a = low_rank_grad(grad_low, x, self.a)
+
+    def add_b(self, low: Tensor, grad: Tensor) -> None:
+        """Add a part's to `b`, if any is wanted.
+
+        Args:
+            low: The group's input times A^T, [tokens, rank].
+            grad: dY, [tokens, out].
+        """
+        if any(self.wants_b):
+            self._product = low_rank_grad(low, grad, self._product)
+            self.b = self.group.own_blocks(self._product)
 
     def gradients(self) -> list[Tensor | None]:
         """One for each of the group's parameters."""
-        if self._a is not None and self.norm is not None:
-            self._a *= self.norm
-        return self.group.gradients(self._a, self._b)
+        if self.a is not None and self.norm is not None:
+            self.a *= self.norm
+        return self.group.gradients(self.a, self.b)
 
 
 def _joined(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None, float]:

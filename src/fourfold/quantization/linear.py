@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourfold.kernels.low_rank import low_rank_grad, new_extended, working_dtype
+from fourfold.kernels.small_batch import MAX_ROWS
 from fourfold.quantization.formats import get_format
 from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized, state_key
 from fourfold.quantization.number_format import NumberFormat
@@ -100,8 +102,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
 
     W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more
     in the backward pass: between the two only the codes are kept. On a GPU, up to 64 rows of `x` are multiplied with
-    the codes themselves. It is an `nn.Linear`, so that whatever selects linear
-    layers (PEFT's "all-linear") finds it.
+    the codes themselves. It is an `nn.Linear`, so that whatever selects linear layers (PEFT's "all-linear") finds it.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -152,12 +153,38 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
         layer.bias = linear.bias
         return layer
 
-    def forward(self, input: Tensor) -> Tensor:
+    def product_dtype(self, input: Tensor) -> torch.dtype:
+        """The dtype in which `input` is multiplied, and the output's: autocast's, or else `input`'s own."""
         device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
-            input = input.to(torch.get_autocast_dtype(device_type))
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else input.dtype
+
+    def forward(
+        self, input: Tensor, *, low: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0
+    ) -> Tensor:
+        """x W^T + b, or with `low` and `lora_b` x W^T + scaling * low lora_b^T + b.
+
+        The low-rank product is part of the sum before it is rounded, see `_AdaptedLinear`. An adapter hands it in, and
+        does not add it to the output, for that reason.
+
+        Args:
+            input: [..., in_features].
+            low: x A^T, [..., rank], in `product_dtype(input)`; None without an adapter.
+            lora_b: [out_features, rank], any floating dtype, whose gradient is summed in fp32; None without an adapter.
+            scaling: Factor of their product.
+
+        Returns:
+            [..., out_features] in `product_dtype(input)`.
+        """
+        input = input.to(self.product_dtype(input))
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        result: Tensor = _FrozenLinear.apply(input, bias, self.quantized)
+        result: Tensor
+        if low is None or lora_b is None:
+            result = _FrozenLinear.apply(input, bias, self.quantized)
+            return result
+        # Few rows to generate from: the codes are multiplied, and the adapter's product comes after that is rounded.
+        few = input.is_cuda and input.numel() <= MAX_ROWS * self.in_features
+        after = few and not (self.training or torch.is_grad_enabled())
+        result = _AdaptedLinear.apply(input, bias, self.quantized, low, lora_b, scaling, after)
         return result
 
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -194,3 +221,67 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0)
         return grad_input, grad_bias, None
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x W^T + scaling * low B^T + b; W stays quantized between the passes, B's gradient is summed and returned in fp32.
+
+    All of it is one sum in fp32, rounded once. Were the low-rank product added to a 16-bit x W^T, a multiple of its
+    unit in the last place, what is less than half of that would be lost: all that an adapter learns in its first
+    steps, since its B starts from zero. A matrix product can start its sums from one other term. Without a bias that is
+    the low-rank product; a bias takes its place, and low and B become columns beside x and W, at the cost of copies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        weight: QuantizedTensor,
+        low: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        after: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(low, lora_b)
+        ctx.quantized, ctx.scaling = weight, scaling
+        num_rows, num_columns = weight.shape
+        flat, flat_low = input.reshape(-1, num_columns), low.reshape(-1, low.shape[-1])
+        with torch.autocast(input.device.type, enabled=False):
+            up = _scaled(lora_b, scaling, flat.dtype)
+            if after:
+                out = weight.linear(flat, bias).addmm_(flat_low, up.T)
+            elif bias is None:
+                out = (flat_low @ up.T).addmm_(flat, weight.dequantize(flat.dtype).T)
+            else:
+                out = torch.addmm(bias, _beside(flat, flat_low), _beside(weight.dequantize(flat.dtype), up).T)
+        return out.view(*input.shape[:-1], num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        low, lora_b = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_bias = grad_low = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad_output @ ctx.quantized.dequantize(grad_output.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.sum(dim=0)
+        if ctx.needs_input_grad[3]:
+            grad_low = (grad @ _scaled(lora_b, ctx.scaling, grad.dtype)).view(low.shape)
+        if ctx.needs_input_grad[4]:
+            grad_b = (low_rank_grad(grad, low.reshape(-1, low.shape[-1])) * ctx.scaling).to(lora_b.dtype)
+        return grad_input, grad_bias, None, grad_low, grad_b, None, None
+
+
+def _scaled(lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """scaling * lora_b, rounded to `dtype` once."""
+    return (lora_b.to(torch.promote_types(lora_b.dtype, working_dtype(dtype))) * scaling).to(dtype)
+
+
+def _beside(matrix: Tensor, columns: Tensor) -> Tensor:
+    """`columns` to the right of `matrix`."""
+    width = matrix.shape[1]
+    out = new_extended(matrix, matrix.shape[0], width, columns.shape[1])
+    out[:, :width] = matrix
+    out[:, width:] = columns
+    return out
