@@ -12,6 +12,7 @@ a block of columns is multiplied with its own layer's ranks only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,11 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
 
-__all__ = ["Pass", "low_rank_pair"]
+__all__ = ["Pass", "low_rank_pair_", "tile_for"]
 
 
 class Pass(NamedTuple):
@@ -44,7 +44,12 @@ class Pass(NamedTuple):
     programs: int
 
 
-DEFAULT = Pass(64, 256, 8, 3, programs=132)
+# On Hopper: the wider the tile, the fewer parts of P there are to add up. With more than 16 ranks WIDE would take more
+# shared memory than there is. Other GPUs have less of it.
+WIDE = Pass(64, 512, 8, 3, programs=132)
+WIDE_RANK = 16
+NARROW = Pass(64, 256, 8, 3, programs=132)
+SMALL = Pass(32, 256, 4, 3, programs=264)
 SUM_BLOCK = 512
 
 
@@ -66,8 +71,6 @@ def low_rank_pair_kernel(
     R: tl.constexpr,  # of one layer
     SECOND: tl.constexpr,  # the column block with which the second layer begins, and the third
     THIRD: tl.constexpr,
-    KEEP: tl.constexpr,  # parts of P in the L2 cache
-    OVERLAP: tl.constexpr,  # the second kernel's start with this one's end
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -96,9 +99,7 @@ def low_rank_pair_kernel(
         acc = tl.dot(tl.trans(wide), low, acc)
         products_at = products_ptr + row * R + product_offsets
         product_mask = row_mask & rank_mask[None, :]
-        tl.store(products_at, product, product_mask, eviction_policy="evict_last" if KEEP else "")
-    if OVERLAP:
-        gdc_launch_dependents()
+        tl.store(products_at, product, product_mask)
     sums_at = sums_ptr + share.to(tl.int64) * R * N + columns[:, None] + ranks[None, :] * N
     tl.store(sums_at, acc, column_mask[:, None] & rank_mask[None, :])
 
@@ -118,7 +119,7 @@ def _add_up(parts_ptr, index, mask, size, FIRST: tl.constexpr, LAST: tl.constexp
 def sum_pair_kernel(
     extended_ptr,  # [M, LAYERS * R]: P
     products_ptr,  # fp32 [COLUMN_BLOCKS, M, R]
-    out_ptr,  # fp32 [R, N]: S
+    out_ptr,  # fp32 [LAYERS * R, N]: S, of which each layer's ranks get its own columns
     sums_ptr,  # fp32 [SHARES, R, N]
     num_rows,
     extended_stride,
@@ -128,21 +129,18 @@ def sum_pair_kernel(
     THIRD: tl.constexpr,
     COLUMN_BLOCKS: tl.constexpr,
     SHARES: tl.constexpr,
-    ADD: tl.constexpr,  # S to what out holds
-    OVERLAP: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # the other kernel's
     BLOCK: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_wait()
     sum_blocks: tl.constexpr = (N * R + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     if program < sum_blocks:
         index = program * BLOCK + tl.arange(0, BLOCK)
         mask = index < N * R
         total = _add_up(sums_ptr, index, mask, tl.full([], N * R, tl.int32), 0, SHARES)
-        if ADD:
-            total += tl.load(out_ptr + index, mask, 0.0)
-        tl.store(out_ptr + index, total, mask)
+        block = index % N // BLOCK_K
+        layer = (block >= SECOND).to(tl.int32) + (block >= THIRD).to(tl.int32)
+        tl.store(out_ptr + layer * (N * R) + index, total, mask)
     else:
         index = (program - sum_blocks) * BLOCK + tl.arange(0, BLOCK)
         size = num_rows * R
@@ -159,81 +157,64 @@ def sum_pair_kernel(
             tl.store(out_at + 2 * R, total.to(dtype), mask)
 
 
-def _share(size: int, count: int, block: int) -> tuple[int, int]:
-    """(what is in a share, shares) of `size` in about `count` shares of whole blocks, none of them empty."""
-    share = max(1, cdiv(cdiv(size, count), block)) * block
-    return share, max(1, cdiv(size, share))
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def low_rank_pair(
-    extended: Tensor,
-    width: int,
-    up: Tensor,
-    low: Tensor,
-    out: Tensor | None = None,
-    *,
-    begins: Sequence[int] = (),
-    tile: Pass = DEFAULT,
-    keep: bool = False,
-    overlap: bool = False,
-    block: int = SUM_BLOCK,
-) -> Tensor:
-    """Fills the last columns of a gradient with its product with `up`, and gives that with `low`.
+def tile_for(width: int, rank: int, begins: Sequence[int], device: torch.device) -> Pass | None:
+    """For layers of this rank; None where one begins within a tile's columns."""
+    tile = NARROW if _is_hopper(device) else SMALL
+    if tile is NARROW and rank <= WIDE_RANK and all(bound % WIDE.block_k == 0 for bound in (width, *begins)):
+        return WIDE
+    return tile if all(begin % tile.block_k == 0 for begin in begins) else None
 
-    Args:
-        extended: [M, width + layers * R], 16 bits, last stride 1: the gradient Q, and room for P = Q @ up.T, which is
-            rounded once.
-        up: [layers * R, width] of the same dtype, any strides. With several layers, zero where a row is of another
-            layer's ranks than a column; what stands there is not read.
-        low: [M, layers * R] of the same dtype, last stride 1.
-        out: Contiguous, of the result's shape: the result is added to it.
-        begins: The columns with which the second layer begins, and the third: multiples of the tile's columns.
 
-    Returns:
-        fp32 [R, width]: for each column its sums with the R ranks of its own layer; `out` where it is given.
+def low_rank_pair_(extended: Tensor, width: int, up: Tensor, low: Tensor, begins: Sequence[int], tile: Pass) -> Tensor:
+    """`low_rank_pair.low_rank_pair_`; layers begin with multiples of the tile's columns.
+
+    The number of shares follows from the width alone, so that no number of rows compiles a kernel of its own.
     """
     num_rows, layers = len(extended), len(begins) + 1
     rank = len(up) // layers
-    if any(begin % tile.block_k for begin in begins):
-        raise ValueError(f"layers begin with columns {tuple(begins)}; allowed are multiples of {tile.block_k}")
     blocks = cdiv(width, tile.block_k)
     second, third = (*(begin // tile.block_k for begin in begins), blocks, blocks)[:2]
-    share, shares = _share(num_rows, max(1, tile.programs // blocks), tile.block_m)
-    sums = torch.empty(shares, rank, width, dtype=torch.float32, device=extended.device)
+    shares = max(1, tile.programs // blocks)
+    # Whole tiles. The last shares may be empty: their sums are zeros.
+    share_rows = cdiv(cdiv(num_rows, shares), tile.block_m) * tile.block_m
     products = torch.empty(blocks, num_rows, rank, dtype=torch.float32, device=extended.device)
-    result = torch.empty(rank, width, dtype=torch.float32, device=extended.device) if out is None else out
+    parts = torch.empty(shares, rank, width, dtype=torch.float32, device=extended.device)
+    sums = torch.empty(layers * rank, width, dtype=torch.float32, device=extended.device)
     with on_device(extended):
         low_rank_pair_kernel[(blocks, shares)](
             extended,
             up,
             low,
             products,
-            sums,
+            parts,
             num_rows,
-            share,
+            share_rows,
             extended.stride(0),
             up.stride(1),
             up.stride(0),
             low.stride(0),
             # The interpreter's loops have no other bounds than constants.
-            SHARE=0 if extended.is_cuda else share,
+            SHARE=0 if extended.is_cuda else share_rows,
             N=width,
             R=rank,
             SECOND=second,
             THIRD=third,
-            KEEP=keep,
-            OVERLAP=overlap,
             BLOCK_R=max(16, next_power_of_2(rank)),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        sum_pair_kernel[(cdiv(width * rank, block) + cdiv(num_rows * rank, block),)](
+        sum_pair_kernel[(cdiv(width * rank, SUM_BLOCK) + cdiv(num_rows * rank, SUM_BLOCK),)](
             extended[:, width:],
             products,
-            result,
             sums,
+            parts,
             num_rows,
             extended.stride(0),
             N=width,
@@ -242,10 +223,8 @@ def low_rank_pair(
             THIRD=third,
             COLUMN_BLOCKS=blocks,
             SHARES=shares,
-            ADD=out is not None,
-            OVERLAP=overlap,
-            BLOCK=block,
+            BLOCK_K=tile.block_k,
+            BLOCK=SUM_BLOCK,
             num_warps=4,
-            launch_pdl=overlap,
         )
-    return result
+    return sums
