@@ -33,9 +33,9 @@ def test_every_kernel_is_launched() -> None:
 
 def test_a_kernel_that_nothing_launches_is_named(sanitized: Any) -> None:
     with pytest.raises(SystemExit) as exit:
-        sanitized.run({"low rank": sanitized.low_rank})
+        sanitized.run({"norm": sanitized.norm})
     assert "swiglu_triton.swiglu_kernel" in str(exit.value)
-    assert " low_rank_pair_triton." not in str(exit.value)
+    assert " norm_triton." not in str(exit.value)
 
 
 def test_what_is_taken_for_a_kernel_is_all_that_sources_launch(sanitized: Any) -> None:

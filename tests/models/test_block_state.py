@@ -48,9 +48,10 @@ def test_a_copied_model_takes_nothing_of_the_others() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 2047, 2048, 2049, 8191, 32768, 100_001])
 def test_parts_are_all_tokens_in_few_parts(num_tokens: int) -> None:
-    assert list(parts(num_tokens, whole=True)) == [slice(0, num_tokens)]
-    pieces = list(parts(num_tokens, whole=False))
-    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
-    assert pieces[-1].stop == num_tokens
-    assert len(pieces) <= 8
-    assert all(piece.stop - piece.start <= max(2048, -(-num_tokens // 8)) for piece in pieces)
+    assert list(parts(num_tokens, whole=True, offload=False)) == [slice(0, num_tokens)]
+    for offload, most in ((True, 2048), (False, 4096)):
+        pieces = list(parts(num_tokens, whole=False, offload=offload))
+        assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+        assert pieces[-1].stop == num_tokens
+        assert len(pieces) <= 8
+        assert all(piece.stop - piece.start <= max(most, -(-num_tokens // 8)) for piece in pieces)

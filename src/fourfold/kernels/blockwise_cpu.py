@@ -77,6 +77,9 @@ class NativeKernel:
         dtype: torch.dtype,
     ) -> Tensor:
         """See `fourfold.kernels.blockwise.dequantize_blockwise`."""
+        if dtype is torch.float64:
+            # Products are of fp32 numbers whatever comes after.
+            return self._run(codes, codebook, absmax, None, block_size, shape, torch.float32).to(dtype)
         return self._run(codes, codebook, absmax, None, block_size, shape, dtype)
 
     def dequantize_scales(

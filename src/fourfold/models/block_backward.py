@@ -66,12 +66,13 @@ def block_backward(
         # Only the attention leads to the MLP's input. Where both were kept, this half waits until the MLP's wide
         # tensors are gone.
         half = _attention_half(x, saved, block)
-    residual = None
+    weight = residual = None
     if mid is None:
         assert half is not None
-        mid, residual = attention_output(half.attention, saved.low_out, block.out.expand(x.dtype, x.device)), x
+        weight = block.out.expand(x.dtype, x.device)
+        mid, residual = attention_output(half.attention, saved.low_out, weight), x
     grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, residual, saved, block)
-    weight = block.out.expand(x.dtype, x.device)
+    weight = weight or block.out.expand(x.dtype, x.device)
     grad = grad_x[:, : x.shape[1]]
     grad_mid_x = new_extended(x, len(x), weight.rows, block.out.rank)
     grad_mid, grad_low = columns(grad_mid_x, weight.rows)
@@ -167,7 +168,7 @@ def _mlp_backward(
         normed_x, rstd = rms_norm(*arguments) if residual is None else add_rms_norm_(residual, *arguments)
         normed = _Normed(rstd, columns(normed_x, gate_up.columns)[1])
     grad_normed = torch.empty_like(mid)
-    for part in parts(len(mid), whole=kept is not None):
+    for part in parts(len(mid), whole=kept is not None, offload=block.policy.offload):
         gate_up_x = kept
         if gate_up_x is None:
             gate_up_x = new_extended(mid, part.stop - part.start, gate_up.rows, block.gate_up.rank)

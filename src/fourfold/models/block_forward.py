@@ -5,7 +5,7 @@
 
 every W with its adapter (see linear_group). Activations are [tokens, features]; a name that ends in `_x` has the
 group's low-rank columns beside it. A weight is dequantized once in each pass: what a backward pass computes again
-shares it, but for Wo's, dequantized twice where `mid` is computed again.
+shares it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
         saved.low_gate_up = columns(normed_x, weight.columns)[1].contiguous()
     if block.down.rank:
         saved.low_down = x.new_empty(len(x), block.down.rank)
-    for part in parts(len(x), whole=keeps_gate_up):
+    for part in parts(len(x), whole=keeps_gate_up, offload=block.policy.offload):
         # With room for the low-rank columns of the backward pass, which works in this memory.
         gate_up_x = new_extended(x, part.stop - part.start, weight.rows, block.gate_up.rank)
         gate_up = gate_up_x[:, : weight.rows]
