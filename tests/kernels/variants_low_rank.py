@@ -49,7 +49,7 @@ VARIANTS = [
     _pair(kernels.WIDE, _SMALL_QKV[0], 16, _SMALL_QKV[1], "*fp16"),
     *(_pair(tile, 4096, rank) for tile in (kernels.NARROW, kernels.SMALL) for rank in (16, 32)),
     _pair(kernels.SMALL, _QKV[0], 16, _QKV[1]),
-    _pair(kernels.SMALL, 2300, 5, (), "*fp16"),
+    *(_pair(tile, 2300, 5, (), "*fp16") for tile in (kernels.NARROW, kernels.SMALL)),
     *(_sums(tile, width, 16, begins) for tile in (kernels.WIDE, kernels.SMALL) for width, begins in (_QKV, (4096, ()))),
     _sums(kernels.NARROW, _QKV[0], 32, _QKV[1]),
 ]

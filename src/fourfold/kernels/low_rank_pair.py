@@ -22,9 +22,8 @@ torch.library.define(
 )
 _op = torch.ops.fourfold.low_rank_pair_.default
 
-# What the kernel takes. With more ranks, its parts of the product would be as many bytes as a second reading of the
-# gradient; of fewer numbers, launches and the adding up of parts cost as much as that. fp32 has no tensor cores of its
-# precision.
+# What the kernel takes. With 64 ranks, its parts of the product, written and read, would be as many bytes as a second
+# reading of the gradient; of fewer numbers, launches cost as much as that. fp32 has no tensor cores of its precision.
 _MAX_RANK = 32
 _MIN_ROWS, _MIN_WIDTH = 4096, 2048
 _DTYPES = (torch.bfloat16, torch.float16)
