@@ -16,6 +16,7 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (8, 8, 8), (16, 0, 16), (32, 32, 32), (16, 8, 3)], ids=str)
 def test_the_gradients_of_b_and_the_columns_beside_the_outputs_gradient_equal_float64(ranks: tuple[int, ...]) -> None:
     torch.manual_seed(0)
