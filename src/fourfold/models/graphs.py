@@ -50,9 +50,17 @@ class _Shared:
     """Memory that all graphs of one shape use in turn."""
 
     grad_x: Tensor  # the gradient that goes into a block's backward pass, and comes out of it; with room
-    cos: Tensor | None
-    sin: Tensor | None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
     rotation: weakref.ref[Tensor] | None = None
+
+    def placed(self, block: Block) -> Block:
+        """The block with its positions in this memory; a block without rotation has none."""
+        if block.cos is None or block.sin is None:
+            return block
+        if self.cos is None or self.sin is None:
+            self.cos, self.sin = block.cos.clone(), block.sin.clone()
+        return replace(block, cos=self.cos, sin=self.sin)
 
     def rotate_by(self, block: Block) -> None:
         """Take over the positions of this forward pass; all its layers have the same."""
@@ -188,10 +196,8 @@ class BlockGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         shared = self._shared.get(self._shape)
         if shared is None:
-            cos, sin = (None if table is None else table.clone() for table in (block.cos, block.sin))
-            grad_x = new_extended(x, len(x), x.shape[1], block.down.rank)
-            shared = self._shared[self._shape] = _Shared(grad_x, cos, sin)
-        static = replace(block, cos=shared.cos, sin=shared.sin)
+            shared = self._shared[self._shape] = _Shared(new_extended(x, len(x), x.shape[1], block.down.rank))
+        static = shared.placed(block)
         # What a graph before this one put out stays where it is; anything else is copied to where it is looked for.
         is_static = any(graph.out.data_ptr() == x.data_ptr() for graph in self._graphs.values())
         input = x.detach() if is_static else x.detach().clone()
