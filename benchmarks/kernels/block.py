@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -27,7 +28,7 @@ from liger_kernel.ops import rope as liger_rope
 from liger_kernel.ops import swiglu as liger_swiglu
 from torch import Tensor
 
-from fourfold.kernels import low_rank, norm, rotary, swiglu
+from fourfold.kernels import low_rank, low_rank_pair, norm, rotary, swiglu
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -98,6 +99,23 @@ def activations_with_adapters(tokens: int) -> Iterator[Row]:
     yield "swiglu_backward_sums_", "apart", 5 * size, sums_apart
 
 
+def low_rank_pairs(tokens: int) -> Iterator[Row]:
+    """Both low-rank products of the gradient of o or down, of rank 16, and of q, k and v, 16 each: at once, and apart.
+
+    Fewer than 4,096 tokens have them apart either way.
+    """
+    for width, begins in ((HIDDEN, ()), (QKV, (HEADS * HEAD_DIM, (HEADS + KV_HEADS) * HEAD_DIM))):
+        rank = 16 * (len(begins) + 1)
+        extended = low_rank.new_extended(random(1), tokens, width, rank).normal_()
+        up, low = random(width, rank).T, random(tokens, rank)
+        arguments = (extended, width, up, low, begins)
+        for whose, function in (
+            ("ours", low_rank_pair.low_rank_pair_),
+            ("cuBLAS", low_rank_pair.low_rank_pair_reference_),
+        ):
+            yield f"low_rank_pair_ {width}", whose, 2 * tokens * width, functools.partial(function, *arguments)
+
+
 def rotations(tokens: int) -> Iterator[Row]:
     size = 2 * tokens * QKV
     qkv = random(tokens, QKV)
@@ -123,7 +141,7 @@ def rotations(tokens: int) -> Iterator[Row]:
     yield "rotary_backward", "Liger (q, k)", rotated, lambda: liger_rope.rope_backward(q, k, cos[None], sin[None])
 
 
-FAMILIES = (norms, activations, activations_with_adapters, rotations)
+FAMILIES = (norms, activations, activations_with_adapters, low_rank_pairs, rotations)
 
 
 def main() -> None:

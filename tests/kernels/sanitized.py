@@ -40,6 +40,7 @@ from fourfold.kernels import (
     encoding_triton,
     expansion_triton,
     group_expansion_triton,
+    low_rank_pair_triton,
     norm_triton,
     rotary_triton,
     small_batch_triton,
@@ -170,6 +171,17 @@ def norm() -> None:
         norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, torch.empty_like(x))
 
 
+def low_rank() -> None:
+    """One layer and three; columns that fill no tile; shares without rows, and the last tile of rows short."""
+    tile = low_rank_pair_triton.SMALL
+    for rows, width, rank, begins in ((33, 300, 5, ()), (77, 1280, 3, (512, 768))):
+        ranks = rank * (len(begins) + 1)
+        extended = random(rows, width + ranks)
+        low_rank_pair_triton.low_rank_pair_(
+            extended, width, random(width, ranks).t(), random(rows, ranks), begins, tile
+        )
+
+
 def rotary() -> None:
     """Rotated wholly, in part and not at all; with norms of the heads and without; over the input and beside it."""
     for heads, head_dim, rotary_dim, has_norms in (
@@ -184,9 +196,7 @@ def rotary() -> None:
         norms = (random(head_dim), random(head_dim)) if has_norms else (None, None)
         rotary_triton.rotary(qkv, cos, sin, *heads, bias, *norms, 1e-6)
         parts = [random(rows, count * head_dim) for count in (heads[0], heads[1], heads[1])]
-        rotary_triton.rotary_backward(
-            *parts, qkv if has_norms else None, cos, sin, *heads, bias, *norms, 1e-6, random(16, width)
-        )
+        rotary_triton.rotary_backward(*parts, qkv if has_norms else None, cos, sin, *heads, bias, *norms, 1e-6, 16)
         if not has_norms:
             rotary_triton.rotary_(qkv, cos, sin, *heads, bias)
             rotary_triton.rotary_(qkv, cos, sin, *heads)
@@ -280,6 +290,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "expand groups": expand_groups,
     "few rows": few_rows,
     "norm": norm,
+    "low rank": low_rank,
     "rotary": rotary,
     "swiglu": swiglu,
     "swiglu's sums": swiglu_sums,

@@ -45,11 +45,10 @@ def test_reference_gradient_equals_autograd() -> None:
     assert x.grad is not None
     out, rstd = norm.rms_norm(x.detach(), weight, 1e-5, projection)
     torch.testing.assert_close(out, torch.cat([y, y @ projection.T], 1).detach())
-    result = norm.rms_norm_backward(grad, x.detach(), weight, rstd, residual, projection)
-    expected = x.grad + residual
-    torch.testing.assert_close(result, torch.cat([expected, expected @ projection.T], 1))
-    given = torch.full((5, 56), torch.nan, dtype=torch.float64)
-    assert norm.rms_norm_backward(grad, x.detach(), weight, rstd, residual, projection, given) is given
+    result = norm.rms_norm_backward(grad, x.detach(), weight, rstd, residual)
+    torch.testing.assert_close(result, x.grad + residual)
+    given = torch.full((5, 56), torch.nan, dtype=torch.float64)[:, :40]
+    assert norm.rms_norm_backward(grad, x.detach(), weight, rstd, residual, given) is given
     assert torch.equal(given, result)
 
 

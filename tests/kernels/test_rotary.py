@@ -107,10 +107,10 @@ def test_reference_gradient_equals_autograd(case: dict[str, Any]) -> None:
     num_heads, num_kv_heads = arguments[2:4]
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     parts = grad.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim], dim=1)
-    projection = torch.randn(16, qkv.shape[1]).double()
-    out = rotary.rotary_backward(*parts, qkv, *arguments, projection)
+    out = rotary.rotary_backward(*parts, qkv, *arguments, 16)
     assert leaf.grad is not None
-    torch.testing.assert_close(out, torch.cat([leaf.grad, leaf.grad @ projection.T], dim=1))
+    assert out.shape == (ROWS, qkv.shape[1] + 16)
+    torch.testing.assert_close(out[:, :-16], leaf.grad)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -124,23 +124,20 @@ def test_kernel_equals_reference(case: dict[str, Any], dtype: torch.dtype) -> No
         assert relative_error(qkv, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rank", [0, 16, 48])
+@pytest.mark.parametrize("room", [0, 48])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_backward_kernel_equals_reference(case: dict[str, Any], dtype: torch.dtype, rank: int) -> None:
+def test_backward_kernel_equals_reference(case: dict[str, Any], dtype: torch.dtype, room: int) -> None:
     qkv, arguments = make_case(dtype, **case)
     num_heads, num_kv_heads = arguments[2:4]
     width = qkv.shape[1]
     head_dim = width // (num_heads + 2 * num_kv_heads)
     parts = [strided(ROWS, heads * head_dim, dtype) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    projection = (strided(rank, width, dtype) if rank != 48 else strided(width, rank, dtype).t()) if rank else None
     raw = qkv if case.get("norms") else None
-    out = rotary_triton.rotary_backward(*parts, raw, *arguments, projection)
-    expected = rotary.rotary_backward_reference(*parts, raw, *arguments, projection)
-    assert out.shape == expected.shape
+    out = rotary_triton.rotary_backward(*parts, raw, *arguments, room)
+    expected = rotary.rotary_backward_reference(*parts, raw, *arguments, room)
+    assert (out.shape, out.stride()) == (expected.shape, expected.stride())
     assert relative_error(out[:, :width], expected[:, :width]) < TOLERANCE[dtype]
-    if rank:
-        assert relative_error(out[:, width:], expected[:, width:]) < TOLERANCE[dtype]
 
 
 def test_infinite_values_pass_the_rotation_of_their_neighbours() -> None:
@@ -158,5 +155,5 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(operators.rotary.default, (qkv, *arguments), test_utils=checks)
     torch.library.opcheck(operators.rotary_.default, (qkv, *arguments[:5]), test_utils=checks)
     parts = qkv.split([64, 32, 32], dim=1)
-    given = (*parts, qkv, *arguments, torch.randn(16, 128))
+    given = (*parts, qkv, *arguments, 16)
     torch.library.opcheck(operators.rotary_backward.default, given, test_utils=checks)

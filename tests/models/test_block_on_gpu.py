@@ -50,10 +50,10 @@ def took_generic_path(model: torch.nn.Module) -> set[str]:
 
 
 def truth(
-    name: str, dtype: torch.dtype, tokens: torch.Tensor, **lora: Any
+    name: str, dtype: torch.dtype, tokens: torch.Tensor, sizes: dict[str, Any] | None = None, **lora: Any
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """In float64 by the generic path, with the weights as the products see them."""
-    model = decoder(name, dtype, device="cuda", **larger(name))
+    model = decoder(name, dtype, device="cuda", **(sizes or larger(name)))
     for parent in list(model.modules()):
         for key, module in parent.named_children():
             if hasattr(module, "dense"):
@@ -118,6 +118,36 @@ def test_adapters_on_some_projections_of_the_mlp_agree_with_the_generic_path(lor
         model = adapted(decoder("llama-gqa", torch.bfloat16, device="cuda", **LARGER), fused=fused, **lora)
         errors.append(distance(loss_and_grads(model, input_ids=tokens)[1], true_grads))
     assert errors[0] <= errors[1] * 1.05
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 8, "down_proj": 24, "o_proj": 40}},
+    ],
+    ids=["all", "q, v and o", "ranks differ"],
+)
+def test_tokens_enough_for_one_reading_of_a_gradient_agree_with_the_generic_path(lora: dict[str, Any]) -> None:
+    sizes = {
+        **{"hidden_size": 2048, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4},
+        **{"head_dim": 128, "initializer_range": 0.02, "max_position_embeddings": 2048, "num_hidden_layers": 1},
+    }
+    tokens = ids(4, 1030, device="cuda")
+    models = [
+        adapted(decoder("llama-gqa", torch.bfloat16, device="cuda", **sizes), fused=fused, r=16, **lora)
+        for fused in (True, False)
+    ]
+    (loss, grads), (_, generic) = (loss_and_grads(model, input_ids=tokens) for model in models)
+    assert took_generic_path(models[0]) == set()
+    _, true_grads = truth("llama-gqa", torch.bfloat16, tokens, sizes, r=16, **lora)
+    assert distance(grads, true_grads) <= distance(generic, true_grads) * 1.05
+    for policy in POLICIES:
+        set_recomputation(models[0], policy)
+        again, recomputed = loss_and_grads(models[0], input_ids=tokens)
+        assert torch.equal(again, loss)
+        assert distance(recomputed, grads) < 2e-3
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourfold.models.linear_group import AdaptedLinear, Adapter, LinearGroup
+from fourfold.models.linear_group import AdaptedLinear, Adapter, LinearGroup, LowRankSums
 from fourfold.quantization.linear import QuantizedLinear
 
 COLUMNS, ROWS, RANKS = 64, (24, 8, 8), (3, 0, 2)
@@ -58,3 +58,35 @@ def test_rows_of_the_extended_weight_are_aligned_to_cache_lines() -> None:
     weight = LinearGroup(*linears(GROUPS["nf4"])).expand(torch.bfloat16, torch.device("cpu"))
     assert weight.data.shape == (40 + 16, COLUMNS + 16)
     assert weight.data.stride() == (128, 1)
+
+
+def test_layers_of_a_group_begin_where_all_ranks_are_alike_and_none_is_padding() -> None:
+    def begins(*ranks: int) -> tuple[int, ...]:
+        made = []
+        for rows, rank in zip(ROWS, ranks, strict=False):
+            a, b = nn.Parameter(torch.randn(rank, COLUMNS)), nn.Parameter(torch.randn(rows, rank))
+            made.append(AdaptedLinear(nn.Linear(COLUMNS, rows, bias=False), (Adapter(a, b, 1.0),) if rank else ()))
+        return LinearGroup(*made).begins
+
+    assert begins(16, 16, 16) == (24, 32)
+    assert begins(8, 8) == (24,)
+    assert begins(16) == ()
+    assert begins(8, 8, 8) == ()
+    assert begins(16, 0, 16) == ()
+    assert begins(0, 0, 0) == (24, 32)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_gradient_gets_its_columns_whether_or_not_sums_are_wanted(trained: bool) -> None:
+    group = LinearGroup(*linears(GROUPS["nf4"]))
+    for parameter in group.parameters():
+        parameter.requires_grad_(trained)
+    weight = group.expand(torch.float32, torch.device("cpu"))
+    grad_x, low = torch.randn(7, 40 + 16), torch.randn(7, 16)
+    sums = LowRankSums(group)
+    sums.pair(grad_x, weight, low)
+    assert weight.up is not None
+    torch.testing.assert_close(grad_x[:, 40:], grad_x[:, :40] @ weight.up.T)
+    for own, ranks, rows in zip(sums.b, ((0, 3), (3, 3), (3, 5)), ((0, 24), (24, 32), (32, 40)), strict=True):
+        expected = low[:, slice(*ranks)].T @ grad_x[:, slice(*rows)]
+        assert own is None if not trained else torch.allclose(own, expected, atol=1e-5)

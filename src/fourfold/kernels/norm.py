@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once
-from fourfold.kernels.low_rank import columns_refuse, extend, fill_columns, new_extended, working_dtype
+from fourfold.kernels.low_rank import columns_refuse, extend, new_extended, working_dtype
 
 __all__ = [
     "add_rms_norm_",
@@ -107,7 +107,6 @@ def rms_norm_backward(
     weight: Tensor,
     rstd: Tensor,
     residual_grad: Tensor | None,
-    projection: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of RMSNorm's input, added to the gradient that came past it. The weight is frozen.
@@ -118,24 +117,21 @@ def rms_norm_backward(
         weight: [K].
         rstd: fp32 [M], from `rms_norm`.
         residual_grad: [M, K] to add, of x's dtype, or None.
-        projection: [R, K] or None, as in `rms_norm`.
-        out: [M, K + R] of x's dtype to write to, last stride 1; no memory of the other arguments.
+        out: [M, K] of x's dtype to write to, last stride 1; no memory of the other arguments.
 
     Returns:
-        `out`, or a new tensor like it: the sum, rounded once, then its product with `projection.T`.
+        `out`, or a new tensor like it: the sum, rounded once.
     """
-    num_rows, width = x.shape
     if out is None:
-        out = new_extended(x, num_rows, width, 0 if projection is None else projection.shape[0])
-    _backward_op(grad, x, weight, rstd, residual_grad, out[:, :width])
-    fill_columns(out, width, projection)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _backward_op(grad, x, weight, rstd, residual_grad, out)
     return out
 
 
 def rms_norm_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None, out: Tensor
 ) -> None:
-    """What `rms_norm_backward` writes to the first K columns, in PyTorch."""
+    """What `rms_norm_backward` writes, in PyTorch."""
     dtype = working_dtype(x.dtype)
     normed = x.to(dtype) * rstd[:, None]
     grad_normed = grad.to(dtype) * weight.to(dtype)

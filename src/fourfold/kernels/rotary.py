@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once
-from fourfold.kernels.low_rank import columns_refuse, extend, new_extended, working_dtype
+from fourfold.kernels.low_rank import columns_refuse, new_extended, working_dtype
 
 __all__ = ["rotary", "rotary_", "rotary_backward", "rotary_backward_reference", "rotary_reference"]
 
@@ -33,7 +33,7 @@ torch.library.define(
 )
 torch.library.define(
     "fourfold::rotary_backward",
-    f"(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv_raw, {_OPTIONS}, Tensor? projection=None) -> Tensor",
+    f"(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv_raw, {_OPTIONS}, int room=0) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _forward_op = torch.ops.fourfold.rotary.default
@@ -100,7 +100,7 @@ def rotary_backward(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
-    projection: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
     """Gradient of `rotary`'s input. Bias and norms are frozen.
 
@@ -109,15 +109,15 @@ def rotary_backward(
         dk: [M, num_kv_heads * head_dim].
         dv: [M, num_kv_heads * head_dim].
         qkv_raw: [M, N], `rotary`'s input; needed with norms only.
-        projection: [R, N] of dq's dtype, any strides; None stands for R = 0.
+        room: Columns behind the gradient that are left unwritten.
 
     The others are as in `rotary`.
 
     Returns:
-        [M, N + R], dq's dtype, last stride 1: the gradient, then its product with `projection.T`.
+        [M, N + room], dq's dtype, last stride 1: the gradient first.
     """
     heads = (num_heads, num_kv_heads)
-    return cast(Tensor, _backward_op(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, q_norm, k_norm, eps, projection))
+    return cast(Tensor, _backward_op(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, q_norm, k_norm, eps, room))
 
 
 def _rotate(heads: Tensor, cos: Tensor | None, sin: Tensor | None, sign: int) -> Tensor:
@@ -187,7 +187,7 @@ def rotary_backward_reference(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
-    projection: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
     """`rotary_backward` in PyTorch."""
     dtype, rows = working_dtype(dq.dtype), dq.shape[0]
@@ -204,7 +204,10 @@ def rotary_backward_reference(
         grad_q = through_norm(grad_q, raw[:, :num_heads], q_norm)
         grad_k = through_norm(grad_k, raw[:, num_heads : num_heads + num_kv_heads], k_norm)
     parts = [grad_q.reshape(rows, -1), grad_k.reshape(rows, -1), dv.to(dtype)]
-    return extend(torch.cat(parts, dim=1).to(dq.dtype), projection)
+    grad = torch.cat(parts, dim=1)
+    out = new_extended(dq, rows, grad.shape[1], room)
+    out[:, : grad.shape[1]] = grad
+    return out
 
 
 def _forward_cuda(
@@ -258,16 +261,16 @@ def _backward_cuda(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
-    projection: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
     heads, norms = (num_heads, num_kv_heads), (q_norm, k_norm)
     refusal = columns_refuse(dq, dk, dv, qkv_raw, cos, sin)
     if refusal is not None:
         say_once(logger, f"the rotary embedding's gradient runs in PyTorch, slower than by its kernel: {refusal}")
-        return rotary_backward_reference(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
+        return rotary_backward_reference(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, room)
     from fourfold.kernels import rotary_triton
 
-    return rotary_triton.rotary_backward(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, projection)
+    return rotary_triton.rotary_backward(dq, dk, dv, qkv_raw, cos, sin, *heads, bias, *norms, eps, room)
 
 
 def _forward_fake(
@@ -308,10 +311,9 @@ def _backward_fake(
     _q_norm: Tensor | None = None,
     _k_norm: Tensor | None = None,
     _eps: float = 0.0,
-    projection: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
-    rank = 0 if projection is None else projection.shape[0]
-    return new_extended(dq, dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1], rank)
+    return new_extended(dq, dq.shape[0], dq.shape[1] + dk.shape[1] + dv.shape[1], room)
 
 
 torch.library.impl("fourfold::rotary", "default", rotary_reference)

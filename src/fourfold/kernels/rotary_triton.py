@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
-from fourfold.kernels.low_rank import fill_columns, new_extended
+from fourfold.kernels.low_rank import new_extended
 
 __all__ = ["BLOCK_ROWS", "HEADS_PER_PROGRAM", "HEAD_PARTS", "rotary", "rotary_", "rotary_backward"]
 
@@ -335,15 +335,14 @@ def rotary_backward(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
-    projection: Tensor | None = None,
+    room: int = 0,
 ) -> Tensor:
     """`rotary.rotary_backward`."""
     num_rows = dq.shape[0]
     head_dim = dq.shape[1] // num_heads
     width = (num_heads + 2 * num_kv_heads) * head_dim
-    rank = 0 if projection is None else projection.shape[0]
     half = _half_of(cos, head_dim)
-    out = new_extended(dq, num_rows, width, rank)
+    out = new_extended(dq, num_rows, width, room)
     with on_device(dq):
         rotary_backward_kernel[(cdiv(num_rows, BLOCK_ROWS), HEAD_PARTS)](
             dq,
@@ -376,5 +375,4 @@ def rotary_backward(
             num_warps=4,
             num_stages=2,
         )
-    fill_columns(out, width, projection)
     return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import fill_columns, new_extended
+from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.norm import add_rms_norm_, rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary_backward
 from fourfold.kernels.swiglu import swiglu_backward_, swiglu_backward_sums_
@@ -74,28 +74,28 @@ def block_backward(
     grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, residual, saved, block)
     weight = weight or block.out.expand(x.dtype, x.device)
     grad = grad_x[:, : x.shape[1]]
-    grad_mid_x = rms_norm_backward(grad_normed, mid, block.norm2, rstd2, grad, weight.up)
-    del grad_normed, mid, grad, grad_x
+    grad_mid_x = new_extended(x, len(x), weight.rows, block.out.rank)
     grad_mid, grad_low = columns(grad_mid_x, weight.rows)
+    rms_norm_backward(grad_normed, mid, block.norm2, rstd2, grad, out=grad_mid)
+    del grad_normed, mid, grad, grad_x
     half = half or _attention_half(x, saved, block)
     out_sums = LowRankSums(block.out)
-    if saved.low_out is not None:
+    out_sums.pair(grad_mid_x, weight, saved.low_out)
+    if block.out.rank:
         out_sums.add_a(half.attention, grad_low)
-        out_sums.add_b(saved.low_out, grad_mid)
     grad_qkv_x = _attention_backward(grad_mid_x @ weight.backward, half, block)
     del weight
     qkv_sums = LowRankSums(block.qkv, block.norm1)
     if block.qkv.rank:
-        grad_qkv, grad_low = columns(grad_qkv_x, half.weight.rows)
-        qkv_sums.add_a(x, grad_low, half.normed.rstd)
-        qkv_sums.add_b(half.normed.low, grad_qkv)
+        qkv_sums.pair(grad_qkv_x, half.weight, half.normed.low)
+        qkv_sums.add_a(x, columns(grad_qkv_x, half.weight.rows)[1], half.normed.rstd)
     grads = [*qkv_sums.gradients(), *out_sums.gradients(), *mlp_grads]
     if not needs_x:
         return None, grads
     grad_normed = grad_qkv_x @ half.weight.backward
     if out is None:
         out = new_extended(x, len(x), x.shape[1], block.down.rank)
-    rms_norm_backward(grad_normed, x, block.norm1, half.normed.rstd, grad_mid, out=out)
+    rms_norm_backward(grad_normed, x, block.norm1, half.normed.rstd, grad_mid, out=out[:, : x.shape[1]])
     return out, grads
 
 
@@ -120,7 +120,7 @@ def _attention_half(x: Tensor, saved: Saved, block: Block) -> _AttentionHalf:
 
 
 def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Tensor:
-    """Gradient of qkv with its low-rank columns, for `grad` [tokens, features] of the attention's output."""
+    """Gradient of qkv, and room for its low-rank columns, for `grad` [tokens, features] of the attention's output."""
     by_head = (block.batch, block.seq, block.num_heads, -1)
     dq, dk, dv = attention_backward(
         grad.view(by_head),
@@ -144,7 +144,7 @@ def _attention_backward(grad: Tensor, half: _AttentionHalf, block: Block) -> Ten
         block.q_norm,
         block.k_norm,
         block.head_eps,
-        half.weight.up,
+        block.qkv.rank,
     )
 
 
@@ -157,7 +157,8 @@ def _mlp_backward(
     """
     gate_up = block.gate_up.expand(mid.dtype, mid.device)
     down = block.down.expand(mid.dtype, mid.device)
-    fill_columns(grad_x, down.rows, down.up)
+    sums = _MlpSums(block)
+    sums.down.pair(grad_x, down, saved.low_down)
     kept, saved.gate_up_x = saved.gate_up_x, None
     normed_x = mid
     if kept is not None and saved.low_gate_up is not None and saved.rstd2 is not None:
@@ -167,7 +168,6 @@ def _mlp_backward(
         normed_x, rstd = rms_norm(*arguments) if residual is None else add_rms_norm_(residual, *arguments)
         normed = _Normed(rstd, columns(normed_x, gate_up.columns)[1])
     grad_normed = torch.empty_like(mid)
-    sums = _MlpSums(block)
     for part in parts(len(mid), whole=kept is not None, offload=block.policy.offload):
         gate_up_x = kept
         if gate_up_x is None:
@@ -176,8 +176,6 @@ def _mlp_backward(
         grad_act = grad_x[part] @ down.backward
         sums.activate(gate_up_x, grad_act, gate_up.up, normed.low[part], columns(grad_x[part], down.rows)[1])
         del grad_act
-        if saved.low_down is not None:
-            sums.down.add_b(saved.low_down[part], grad_x[part, : down.rows])
         if block.gate_up.rank:
             sums.gate_up.add_a(mid[part], columns(gate_up_x, gate_up.rows)[1], normed.rstd[part])
         torch.mm(gate_up_x, gate_up.backward, out=grad_normed[part])

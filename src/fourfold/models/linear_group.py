@@ -22,7 +22,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
-from fourfold.kernels.low_rank import low_rank_grad, new_extended
+from fourfold.kernels.low_rank import fill_columns, low_rank_grad, new_extended
+from fourfold.kernels.low_rank_pair import low_rank_pair_
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.tensor import are_alike, expand_alike_
 
@@ -177,6 +178,15 @@ class LinearGroup:
                 _place_dense(out, linear.base.weight, lora_a, lora_b, scaling, **place)
             row, rank_row = row + linear.base.out_features, rank_row + linear.rank
 
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The outputs with which each linear layer after the first begins, if all have as many ranks and there are no
+        others; else none."""
+        rank = self.linears[0].rank
+        if any(linear.rank != rank for linear in self.linears) or self.used_ranks < self.rank:
+            return ()
+        return tuple(itertools.accumulate(linear.base.out_features for linear in self.linears[:-1]))
+
     def own_blocks(self, sums: Tensor) -> list[Tensor]:
         """Of a group's sums for B, [rank, out], those of each linear layer, [its rank, its out]."""
         outputs = sums.split([linear.base.out_features for linear in self.linears], dim=1)
@@ -244,7 +254,7 @@ class ExtendedWeight:
 class LowRankSums:
     """Sums over tokens that the gradients of a group's A and B are made of, in fp32.
 
-    They are added up over parts of a batch, or put here by whoever has them.
+    Those for A are added up over parts of a batch; both may be put here by whoever has them.
 
     Args:
         norm: The weight w [in] of the RMSNorm before the group, if there is one: `add_a` is given that norm's input x,
@@ -265,7 +275,6 @@ class LowRankSums:
         self.wants_b = [any(adapter.lora_b.requires_grad for adapter in own) for own in adapters]
         self.a: Tensor | None = None
         self.b: Sequence[Tensor | None] = [None] * len(adapters)
-        self._product: Tensor | None = None
 
     def add_a(self, x: Tensor, grad_low: Tensor, rstd: Tensor | None = None) -> None:
         """Add a part's to `a`, if it is wanted.
@@ -281,16 +290,19 @@ class LowRankSums:
             grad_low = torch.mul(grad_low, rstd[:, None], out=grad_low.new_empty(grad_low.shape))
         self.a = low_rank_grad(grad_low, x, self.a)
 
-    def add_b(self, low: Tensor, grad: Tensor) -> None:
-        """Add a part's to `b`, if any is wanted.
+    def pair(self, grad_x: Tensor, weight: ExtendedWeight, low: Tensor | None) -> None:
+        """Put dY sB beside dY, and make `b`, as far as it is wanted. The group's first use of its gradient.
 
         Args:
-            low: The group's input times A^T, [tokens, rank].
-            grad: dY, [tokens, out].
+            grad_x: [tokens, out + rank]: dY, and room.
+            low: The group's input times A^T, [tokens, rank]; None for no adapters.
         """
+        if low is None or weight.up is None:
+            return
         if any(self.wants_b):
-            self._product = low_rank_grad(low, grad, self._product)
-            self.b = self.group.own_blocks(self._product)
+            self.b = self.group.own_blocks(low_rank_pair_(grad_x, weight.rows, weight.up, low, self.group.begins))
+        else:
+            fill_columns(grad_x, weight.rows, weight.up)
 
     def gradients(self) -> list[Tensor | None]:
         """One for each of the group's parameters."""

@@ -1,0 +1,110 @@
+"""Both low-rank products of a gradient in one pass over it, on a GPU at shapes of real models, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairwise import pairwise
+from torch import Tensor
+
+from fourfold.kernels.low_rank import low_rank_grad, new_extended
+from fourfold.kernels.low_rank_pair import low_rank_pair_, low_rank_pair_reference_
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
+# Widths, and the columns with which the second and the third layer begin.
+LAYERS: list[tuple[int, tuple[int, ...]]] = [(4096, ()), (6144, (4096, 5120)), (3072, (2048, 2560)), (2300, ())]
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    assert out.isfinite().all()
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def poison() -> None:
+    """Leaves NaN in the memory that the next allocations get, so that an element that is not written shows."""
+    buffers = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 26)]
+    del buffers
+
+
+def operands(
+    rows: int, width: int, rank: int, begins: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient with NaN behind it, up, low), strided as in the fused block; rank is of a layer."""
+    ranks = rank * (len(begins) + 1)
+    like = torch.empty(0, dtype=dtype, device="cuda")
+    extended = new_extended(like, rows, width, ranks).normal_()
+    extended[:, width:] = torch.nan
+    up = new_extended(like, width, 64, ranks).zero_()[:, 64:].T
+    for layer, (begin, end) in enumerate(zip((0, *begins), (*begins, width), strict=True)):
+        up[layer * rank : (layer + 1) * rank, begin:end].normal_()
+    return extended, up, new_extended(like, rows, 64, ranks).normal_()[:, 64:]
+
+
+def own(sums: Tensor, rank: int, begins: tuple[int, ...]) -> Tensor:
+    """What is wanted of sums [ranks, width]: for each column those of its own layer's ranks."""
+    ends = zip((0, *begins), (*begins, sums.shape[1]), strict=True)
+    return torch.cat([sums[i * rank : (i + 1) * rank, begin:end] for i, (begin, end) in enumerate(ends)], dim=1)
+
+
+def check(extended: Tensor, width: int, up: Tensor, low: Tensor, sums: Tensor, begins: tuple[int, ...]) -> None:
+    rank = len(up) // (len(begins) + 1)
+    gradient = extended[:, :width].double()
+    assert sums.dtype == torch.float32
+    assert relative_error(own(sums, rank, begins), own(low.double().T @ gradient, rank, begins)) < 1e-5
+    assert relative_error(extended[:, width:], gradient @ up.double().T) < TOLERANCE[extended.dtype]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "layers", "rank"),
+    pairwise([torch.bfloat16, torch.float16, torch.float32], [8192, 4099, 5000, 300], LAYERS, [16, 5, 32, 48]),
+)
+def test_the_operators_products_equal_float64(
+    dtype: torch.dtype, rows: int, layers: tuple[int, tuple[int, ...]], rank: int
+) -> None:
+    width, begins = layers
+    extended, up, low = operands(rows, width, rank, begins, dtype)
+    before = extended[:, :width].clone()
+    poison()
+    sums = low_rank_pair_(extended, width, up, low, begins)
+    check(extended, width, up, low, sums, begins)
+    assert torch.equal(extended[:, :width], before)
+    products = extended[:, width:].clone()
+    again = low_rank_pair_(extended, width, up, low, begins)
+    assert torch.equal(own(again, rank, begins), own(sums, rank, begins))
+    assert torch.equal(extended[:, width:], products)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows", "layers"),
+    pairwise(["WIDE", "NARROW", "SMALL"], [torch.bfloat16, torch.float16], [4096, 77, 1], LAYERS),
+)
+def test_each_tile_takes_any_rows(
+    name: str, dtype: torch.dtype, rows: int, layers: tuple[int, tuple[int, ...]]
+) -> None:
+    from fourfold.kernels import low_rank_pair_triton
+
+    if name == "WIDE" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this tile is Hopper's")
+    width, begins = layers
+    extended, up, low = operands(rows, width, 16, begins, dtype)
+    poison()
+    tile = getattr(low_rank_pair_triton, name)
+    check(extended, width, up, low, low_rank_pair_triton.low_rank_pair_(extended, width, up, low, begins, tile), begins)
+
+
+def test_rows_past_two_to_the_31_elements_are_addressed() -> None:
+    width, begins = 6144, (4096, 5120)
+    rows = (1 << 31) // width + 500
+    extended, up, low = operands(rows, width, 16, begins, torch.bfloat16)
+    sums = low_rank_pair_(extended, width, up, low, begins)
+    assert relative_error(own(sums, 16, begins), own(low_rank_grad(low, extended[:, :width]), 16, begins)) < 1e-4
+    last = extended[-100:].clone()
+    low_rank_pair_reference_(last, width, up, low[-100:], begins)
+    assert relative_error(extended[-100:, width:], last[:, width:]) < TOLERANCE[torch.bfloat16]

@@ -1,0 +1,48 @@
+"""The sums of a group's adapters on a GPU, at sizes at which a kernel makes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourfold.kernels.low_rank import new_extended
+from fourfold.models.linear_group import AdaptedLinear, Adapter, LinearGroup, LowRankSums
+
+pytestmark = pytest.mark.gpu
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (8, 8, 8), (16, 0, 16), (32, 32, 32), (16, 8, 3)], ids=str)
+def test_the_gradients_of_b_and_the_columns_beside_the_outputs_gradient_equal_float64(ranks: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    tokens, columns, dtype = 4099, 64, torch.bfloat16
+    linears = []
+    for rows, rank in zip((2048, 512, 512), ranks, strict=True):
+        a, b = (nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((rank, columns), (rows, rank)))
+        base = nn.Linear(columns, rows, bias=False, device="cuda", dtype=dtype)
+        linears.append(AdaptedLinear(base, (Adapter(a, b, 0.5),) if rank else ()))
+    group = LinearGroup(*linears)
+    weight = group.expand(dtype, torch.device("cuda"))
+    x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
+    assert weight.up is not None
+    assert weight.down is not None
+    low = x @ weight.down.T
+    grad_x = new_extended(x, tokens, weight.rows, group.rank).normal_()
+    grad_x[:, weight.rows :] = torch.nan
+    sums = LowRankSums(group)
+    sums.pair(grad_x, weight, low)
+    gradient = grad_x[:, : weight.rows].double()
+    assert relative_error(grad_x[:, weight.rows :], gradient @ weight.up.double().T) < 4e-3
+    row = rank_row = 0
+    for linear, own in zip(linears, sums.b, strict=True):
+        rows = linear.base.out_features
+        expected = low[:, rank_row : rank_row + linear.rank].double().T @ gradient[:, row : row + rows]
+        assert own is not None
+        assert own.shape == expected.shape
+        assert not linear.rank or relative_error(own, expected) < 1e-5
+        row, rank_row = row + rows, rank_row + linear.rank
