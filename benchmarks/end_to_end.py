@@ -74,9 +74,9 @@ QUICK_SYSTEMS = ("fourfold", "peft-bnb")
 # these models has a standard deviation of about 1.3 and comes out of 32 layers with a relative error of about 1%,
 # independent from token to token: 0.013 a token, and 3e-4 in the mean of 2,048 of them. This is six times that.
 FIRST_LOSS_BOUND = 2e-3
-# Later, all have gone the same way from the same A and B: what separates them is a share of how far they went. AdamW's first
-# steps move every element by about the learning rate, whatever its gradient's size, so that elements whose gradient is
-# no larger than its rounding error go either way; they contribute little, which is why the share is small.
+# Later, all have gone the same way from the same A and B: what separates them is a share of how far they went. AdamW's
+# first steps move every element by about the learning rate, whatever its gradient's size, so that elements whose
+# gradient is no larger than its rounding error go either way; they contribute little, which is why the share is small.
 LATER_LOSS_SHARE = 0.05
 
 

@@ -89,7 +89,7 @@ def test_no_tile_is_taken_within_which_a_layer_begins() -> None:
 
 
 def test_hopper_takes_the_widest_tile_that_ends_where_layers_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(kernels, "is_hopper", lambda _: True)
     device = torch.device("cpu")
     assert kernels.tile_for(6144, 16, (4096, 5120), device) is kernels.WIDE
     assert kernels.tile_for(6144, 17, (4096, 5120), device) is kernels.NARROW

@@ -95,7 +95,8 @@ def test_norm_of_a_sum_is_the_sum_and_its_norm(dtype: torch.dtype) -> None:
         assert relative_error(by_kernel, total) < TOLERANCE[dtype]
         assert copied is None or torch.equal(copied, by_kernel)
         assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
-        torch.testing.assert_close(rstd, expected_rstd, rtol=1e-3, atol=0)
+        # The interpreter cuts sums to bf16 off where a GPU rounds them.
+        torch.testing.assert_close(rstd, expected_rstd, rtol=5e-3 if dtype == torch.bfloat16 else 1e-3, atol=0)
 
 
 def test_rows_that_no_kernel_holds_are_refused() -> None:

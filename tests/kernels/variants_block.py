@@ -27,8 +27,11 @@ def _norm(width: int, element_size: int = 2) -> list[Variant]:
         **block,
     }
     backward = {"grad_ptr": pointer, "residual_ptr": pointer, "grad_stride": "i32", "residual_stride": "i32"}
+    plain = {"eps": "fp32", "addend_ptr": None, "copy_ptr": None, "addend_stride": "i32", "copy_stride": "i32"}
+    added = {**plain, "addend_ptr": pointer, "copy_ptr": pointer}
     return [
-        Variant(norm_triton.rms_norm_kernel, {**common, "eps": "fp32"}, options),
+        Variant(norm_triton.rms_norm_kernel, {**common, **plain}, options),
+        Variant(norm_triton.rms_norm_kernel, {**common, **added}, options),
         Variant(norm_triton.rms_norm_backward_kernel, {**common, **backward}, options),
     ]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tile", "cdiv", "next_power_of_2", "on_device"]
+__all__ = ["Tile", "cdiv", "is_hopper", "next_power_of_2", "on_device"]
 
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -38,3 +39,9 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU with the tensor cores that Triton feeds from shared memory asynchronously."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

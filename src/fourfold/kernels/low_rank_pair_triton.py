@@ -12,7 +12,6 @@ a block of columns is multiplied with its own layer's ranks only.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import cdiv, next_power_of_2, on_device
+from fourfold.kernels.launching import cdiv, is_hopper, next_power_of_2, on_device
 
 __all__ = ["Pass", "low_rank_pair_", "tile_for"]
 
@@ -157,14 +156,9 @@ def sum_pair_kernel(
             tl.store(out_at + 2 * R, total.to(dtype), mask)
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def tile_for(width: int, rank: int, begins: Sequence[int], device: torch.device) -> Pass | None:
     """For layers of this rank; None where one begins within a tile's columns."""
-    tile = NARROW if _is_hopper(device) else SMALL
+    tile = NARROW if is_hopper(device) else SMALL
     if tile is NARROW and rank <= WIDE_RANK and all(bound % WIDE.block_k == 0 for bound in (width, *begins)):
         return WIDE
     return tile if all(begin % tile.block_k == 0 for begin in begins) else None

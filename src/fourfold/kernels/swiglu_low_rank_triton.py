@@ -8,7 +8,6 @@ shares' sums are added up in an order of their own, so that the result is the sa
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import Tile, cdiv, next_power_of_2, on_device
+from fourfold.kernels.launching import Tile, cdiv, is_hopper, next_power_of_2, on_device
 from fourfold.kernels.low_rank import fill_columns, new_extended
 from fourfold.kernels.swiglu_triton import activation_and_slope
 
@@ -304,15 +303,10 @@ def swiglu_product(gate_up: Tensor, projection: Tensor, activation: str = "silu"
     return out
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _backward_pass(grad: Tensor, rank: int, activation: str) -> Pass:
     # GELU needs more registers.
     is_silu = activation == "silu"
-    if rank <= (32 if is_silu else 16) and len(grad) >= MANY_ROWS and _is_hopper(grad.device):
+    if rank <= (32 if is_silu else 16) and len(grad) >= MANY_ROWS and is_hopper(grad.device):
         return LONG
     return SHORT if rank <= 16 and is_silu else MANY_RANKS
 
