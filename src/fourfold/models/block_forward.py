@@ -35,12 +35,14 @@ def attend(normed_x: Tensor, weight: ExtendedWeight, block: Block) -> tuple[Tens
 
 
 def attention_output(attention: Tensor, low: Tensor | None, weight: ExtendedWeight) -> Tensor:
-    """attention Wo^T + low (sB)^T, rounded once but for the second product alone, which is small."""
-    if low is None or weight.up is None:
+    """attention Wo^T + low (sB)^T, rounded once."""
+    if low is None:
         return attention @ weight.base.T
-    # Onto the adapter's product: in the other order, what is small beside the rounded output would be lost. As columns
-    # beside the attention's output it would cost a copy of that.
-    return (low @ weight.up).addmm_(attention, weight.base.T)
+    # The copy is the price of one product: cuBLAS rounds a product before it adds what `addmm` is given.
+    extended = new_extended(attention, len(attention), weight.columns, low.shape[1])
+    extended[:, : weight.columns] = attention
+    extended[:, weight.columns :] = low
+    return extended @ weight.forward.T
 
 
 def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tensor, Saved]:
