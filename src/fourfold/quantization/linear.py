@@ -228,8 +228,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     All of it is one sum in fp32, rounded once. Were the low-rank product added to a 16-bit x W^T, a multiple of its
     unit in the last place, what is less than half of that would be lost: all that an adapter learns in its first
-    steps, since its B starts from zero. A matrix product can start its sums from one other term. Without a bias that is
-    the low-rank product; a bias takes its place, and low and B become columns beside x and W, at the cost of copies.
+    steps, since its B starts from zero. So low and B are columns beside x and W in one product, at the cost of copies;
+    to start the product from the low-rank one, as `addmm` does, is no help, since cuBLAS rounds before it adds.
     """
 
     @staticmethod
@@ -251,10 +251,9 @@ class _AdaptedLinear(torch.autograd.Function):
             up = _scaled(lora_b, scaling, flat.dtype)
             if after:
                 out = weight.linear(flat, bias).addmm_(flat_low, up.T)
-            elif bias is None:
-                out = (flat_low @ up.T).addmm_(flat, weight.dequantize(flat.dtype).T)
             else:
-                out = torch.addmm(bias, _beside(flat, flat_low), _beside(weight.dequantize(flat.dtype), up).T)
+                x_low, w_up = _beside(flat, flat_low), _beside(weight.dequantize(flat.dtype), up)
+                out = torch.nn.functional.linear(x_low, w_up, bias)
         return out.view(*input.shape[:-1], num_rows)
 
     @staticmethod
