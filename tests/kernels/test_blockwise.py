@@ -209,7 +209,7 @@ def test_native_takes_strided_inputs(native: NativeKernel) -> None:
         {"codebook": torch.zeros(16, dtype=torch.float64)},
         {"absmax": torch.zeros(0)},
         {"block_size": 0},
-        {"dtype": torch.float64},
+        {"dtype": torch.int32},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -218,6 +218,13 @@ def test_native_refuses_arrays_that_do_not_fit(native: NativeKernel, change: dic
     fitting = {"codes": codes, "codebook": codebook, "absmax": absmax, "block_size": 64, "shape": [64]}
     with pytest.raises(QuantizationError, match="do not fit"):
         native.dequantize_blockwise(**{**fitting, "dtype": torch.float32, **change})
+
+
+def test_native_gives_float64_the_products_that_it_gives_fp32(native: NativeKernel) -> None:
+    arguments = (*random_tensor(333, 32, 16), 32, [3, 111])
+    wide = native.dequantize_blockwise(*arguments, torch.float64)
+    assert torch.equal(wide, native.dequantize_blockwise(*arguments, torch.float32).double())
+    assert torch.equal(wide, blockwise.dequantize_blockwise_reference(*arguments, torch.float64))
 
 
 @pytest.mark.parametrize("codebook_size", [16, 256])
