@@ -27,7 +27,7 @@ def test_the_gradients_of_b_and_the_columns_beside_the_outputs_gradient_equal_fl
         base = nn.Linear(columns, rows, bias=False, device="cuda", dtype=dtype)
         linears.append(AdaptedLinear(base, (Adapter(a, b, 0.5),) if rank else ()))
     group = LinearGroup(*linears)
-    weight = group.expand(dtype, torch.device("cuda"))
+    weight = group.expand(torch.empty(0, dtype=dtype, device="cuda"))
     x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
     assert weight.up is not None
     assert weight.down is not None

@@ -48,6 +48,6 @@ def test_the_attention_outputs_adapter_is_not_lost_beside_the_output() -> None:
     weight = ExtendedWeight(torch.cat([data, torch.zeros(16, 80)]).bfloat16(), 64, 64)
     assert weight.up is not None
     delta = low.double() @ weight.up.double()
-    base = attention.double() @ weight.base.double().T
+    base = attention.double() @ weight.backward[: weight.rows].double().T
     moved = attention_output(attention, low, weight).double() - base
     assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=0.25)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
@@ -10,7 +9,7 @@ import logging
 import torch
 from torch import Tensor
 
-__all__ = ["MINIMUM_CAPABILITY", "launching_on", "say_once", "triton_refuses"]
+__all__ = ["MINIMUM_CAPABILITY", "say_once", "triton_refuses"]
 
 # Ampere: the first with bf16 on its tensor cores.
 MINIMUM_CAPABILITY = (8, 0)
@@ -32,14 +31,6 @@ def _refusal(device: torch.device) -> str | None:
         found, needed = (".".join(map(str, version)) for version in (capability, MINIMUM_CAPABILITY))
         return f"compute capability {found} is below {needed}"
     return None
-
-
-def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """A context in which Triton launches where `tensor` lies: it launches on the current device, whichever that is."""
-    device = tensor.get_device()
-    if device < 0 or device == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def say_once(logger: logging.Logger, message: str) -> None:

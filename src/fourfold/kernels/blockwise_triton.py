@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.availability import launching_on
+from fourfold.kernels.launching import on_device
 
 __all__ = [
     "EVEN",
@@ -310,7 +310,7 @@ def dequantize(
     code_map, nested_absmax, offset, nested_block_size = nested or (None, None, None, None)
     constants = geometry(codes, codebook, num_elements, block_size, nested)
     if is_even(codes, codebook, num_elements, block_size, nested_block_size):
-        with launching_on(codes):
+        with on_device(codes):
             dequantize_even_kernel[(num_elements // even_tile_size(),)](
                 *(out, codes, codebook, scales, code_map, nested_absmax, offset),
                 **{name: constants[name] for name in ("BLOCK_SHIFT", "NESTED_SHIFT", "LOOKUP")},
@@ -320,7 +320,7 @@ def dequantize(
             )
         return out
     programs = triton.cdiv(num_elements, WORDS * (32 // int(constants["BITS"])))
-    with launching_on(codes):
+    with on_device(codes):
         dequantize_kernel[(programs,)](
             *(out, num_elements, codes, codebook, scales, code_map, nested_absmax, offset),
             **constants,

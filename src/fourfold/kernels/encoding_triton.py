@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.availability import launching_on
+from fourfold.kernels.launching import on_device
 
 __all__ = ["TILE", "quantize"]
 
@@ -78,7 +78,7 @@ def quantize(flat: Tensor, thresholds: Tensor, order: Tensor, block_size: int) -
     absmax = torch.empty(triton.cdiv(num_elements, block_size), dtype=torch.float32, device=flat.device)
     if num_elements == 0:
         return codes, absmax
-    with launching_on(flat):
+    with on_device(flat):
         quantize_kernel[(triton.cdiv(num_elements, TILE),)](
             *(codes, absmax, flat.contiguous(), num_elements, thresholds, order),
             BITS=bits,

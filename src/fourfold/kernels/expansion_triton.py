@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.availability import launching_on
 from fourfold.kernels.blockwise_triton import WORDS, NestedParts, geometry, product_tile
+from fourfold.kernels.launching import on_device
 
 __all__ = ["expand_"]
 
@@ -137,7 +137,7 @@ def expand_(
     # A rank of 0 has no bytes to point at.
     a = lora_a.contiguous() if lora_a is not None and rank else None
     b = lora_b.contiguous() if lora_b is not None and rank else None
-    with launching_on(out):
+    with on_device(out):
         expand_kernel[(weight_programs + b_programs + a_programs,)](
             *(out, codes, codebook, scales, code_map, nested_absmax, offset, a, b, float(scaling)),
             *(num_columns, padded_ranks, stride, num_rows, row, total_rows, used_ranks, rank_row, rank),

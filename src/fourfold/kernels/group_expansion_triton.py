@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.availability import launching_on
 from fourfold.kernels.blockwise_triton import EVEN, even_tile_size, is_even, write_even_tile
-from fourfold.kernels.launching import cdiv
+from fourfold.kernels.launching import cdiv, on_device
 
 __all__ = ["MAX_MEMBERS", "expand_group_", "takes"]
 
@@ -224,7 +223,7 @@ def expand_group_(
     tile = even_tile_size()
     b_programs = cdiv(total_rows * padded_ranks, ADAPTER_TILE)
     adapter_programs = b_programs + cdiv(padded_ranks * num_columns, ADAPTER_TILE)
-    with launching_on(out):
+    with on_device(out):
         expand_group_kernel[(adapter_programs + total_rows * num_columns // tile,)](
             *(out, codebook, code_map, *codes, *none, *scales, *none, *nested, *none, *offset, *none),
             *(*a, *none, *b, *none, *scalings, *[0.0] * missing, *ranks, *[0] * missing),

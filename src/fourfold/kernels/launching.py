@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Tile", "cdiv", "is_hopper", "next_power_of_2", "on_device"]
+__all__ = ["Tile", "cdiv", "is_hopper", "next_power_of_2", "on_device", "rank_block"]
 
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -31,6 +31,11 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def rank_block(rank: int) -> int:
+    """The columns of a tile for `rank`: a tile of the tensor cores is full."""
+    return max(16, next_power_of_2(rank))
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

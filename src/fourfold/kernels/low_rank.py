@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fourfold.kernels.availability import triton_refuses
 
-__all__ = ["columns_refuse", "extend", "fill_columns", "low_rank_grad", "new_extended", "working_dtype"]
+__all__ = [
+    "beside",
+    "columns_refuse",
+    "extend",
+    "fill_columns",
+    "low_rank_grad",
+    "new_extended",
+    "with_room",
+    "working_dtype",
+]
 
 # Elements to which rows of extended tensors are aligned: 128 bytes of 16-bit numbers, the lines in which the GPU's
 # copies to shared memory are read. Rows of 4112 numbers make a matrix product 1.5 to 2% slower than rows of 4160.
@@ -50,6 +59,13 @@ def new_extended(like: Tensor, num_rows: int, width: int, rank: int) -> Tensor:
     return like.new_empty(num_rows, stride)[:, : width + rank]
 
 
+def with_room(x: Tensor, rank: int) -> Tensor:
+    """`x` [M, K] in new memory, [M, K + rank], with unwritten columns behind it; last stride 1."""
+    extended = new_extended(x, x.shape[0], x.shape[1], rank)
+    extended[:, : x.shape[1]] = x
+    return extended
+
+
 def fill_columns(extended: Tensor, width: int, projection: Tensor | None) -> None:
     """Writes columns `width:` of `extended` [M, width + R]: those before them times `projection.T`, [R, width]."""
     if projection is not None:
@@ -68,9 +84,15 @@ def extend(x: Tensor, projection: Tensor | None) -> Tensor:
     """
     if projection is None:
         return x.contiguous()
-    extended = new_extended(x, x.shape[0], x.shape[1], projection.shape[0])
-    extended[:, : x.shape[1]] = x
+    extended = with_room(x, projection.shape[0])
     fill_columns(extended, x.shape[1], projection)
+    return extended
+
+
+def beside(x: Tensor, low: Tensor) -> Tensor:
+    """`x` [M, K] with the columns `low` [M, R] behind it, in new memory, [M, K + R]; last stride 1."""
+    extended = with_room(x, low.shape[1])
+    extended[:, x.shape[1] :] = low
     return extended
 
 

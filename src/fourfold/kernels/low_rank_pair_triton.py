@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import cdiv, is_hopper, next_power_of_2, on_device
+from fourfold.kernels.launching import cdiv, is_hopper, on_device, rank_block
 
 __all__ = ["Pass", "low_rank_pair_", "tile_for"]
 
@@ -198,7 +198,7 @@ def low_rank_pair_(extended: Tensor, width: int, up: Tensor, low: Tensor, begins
             R=rank,
             SECOND=second,
             THIRD=third,
-            BLOCK_R=max(16, next_power_of_2(rank)),
+            BLOCK_R=rank_block(rank),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.availability import launching_on
 from fourfold.kernels.blockwise_triton import code_points
+from fourfold.kernels.launching import on_device
 
 __all__ = ["TILES", "Configuration", "Tile", "configuration", "matmul"]
 
@@ -234,7 +234,7 @@ def matmul(
     partial = out
     if splits > 1:
         partial = torch.empty([splits, num_rows, tile.block_m], dtype=torch.float32, device=x.device)
-    with launching_on(x):
+    with on_device(x):
         matmul_kernel[(triton.cdiv(num_rows, tile.row_warps * tile.block_n), splits)](
             *(partial, x, codes, codebook, scales, code_map, nested_absmax, offset, bias),
             *(num_inputs, num_rows, num_columns),

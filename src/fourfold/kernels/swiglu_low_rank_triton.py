@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import Tile, cdiv, is_hopper, next_power_of_2, on_device
+from fourfold.kernels.launching import Tile, cdiv, is_hopper, next_power_of_2, on_device, rank_block
 from fourfold.kernels.low_rank import fill_columns, new_extended
 from fourfold.kernels.swiglu_triton import activation_and_slope
 
@@ -255,11 +255,6 @@ def _sum_shares(out: Tensor, shares: Tensor, add: bool) -> None:
 def forward_stages(rank: int) -> int:
     """Tiles under way in the forward kernel: those of a large projection leave room for one less."""
     return 3 if rank <= 32 else 2
-
-
-def rank_block(rank: int) -> int:
-    """The columns of a tile for `rank`: a tile of the tensor cores is full."""
-    return max(16, next_power_of_2(rank))
 
 
 def _divide(size: int, count: int, block: int) -> tuple[int, int]:

@@ -69,10 +69,10 @@ def block_backward(
     weight = residual = None
     if mid is None:
         assert half is not None
-        weight = block.out.expand(x.dtype, x.device)
+        weight = block.out.expand(x)
         mid, residual = attention_output(half.attention, saved.low_out, weight), x
     grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, residual, saved, block)
-    weight = weight or block.out.expand(x.dtype, x.device)
+    weight = weight or block.out.expand(x)
     grad = grad_x[:, : x.shape[1]]
     grad_mid_x = new_extended(x, len(x), weight.rows, block.out.rank)
     grad_mid, grad_low = columns(grad_mid_x, weight.rows)
@@ -101,7 +101,7 @@ def block_backward(
 
 def _attention_half(x: Tensor, saved: Saved, block: Block) -> _AttentionHalf:
     """Out of what was kept; the rest is computed again."""
-    weight = block.qkv.expand(x.dtype, x.device)
+    weight = block.qkv.expand(x)
     if saved.qkv is not None and saved.low_qkv is not None and saved.rstd1 is not None:
         normed = _Normed(saved.rstd1, saved.low_qkv)
         qkv = saved.qkv
@@ -155,8 +155,8 @@ def _mlp_backward(
 
     `residual` is added to `mid`, in place.
     """
-    gate_up = block.gate_up.expand(mid.dtype, mid.device)
-    down = block.down.expand(mid.dtype, mid.device)
+    gate_up = block.gate_up.expand(mid)
+    down = block.down.expand(mid)
     sums = _MlpSums(block)
     sums.down.pair(grad_x, down, saved.low_down)
     kept, saved.gate_up_x = saved.gate_up_x, None

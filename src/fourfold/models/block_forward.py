@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank import beside, new_extended
 from fourfold.kernels.norm import add_rms_norm_, rms_norm
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import AttentionState, attention_forward
@@ -36,34 +36,30 @@ def attend(normed_x: Tensor, weight: ExtendedWeight, block: Block) -> tuple[Tens
 
 def attention_output(attention: Tensor, low: Tensor | None, weight: ExtendedWeight) -> Tensor:
     """attention Wo^T + low (sB)^T, rounded once."""
-    if low is None:
-        return attention @ weight.base.T
     # The copy is the price of one product: cuBLAS rounds a product before it adds what `addmm` is given.
-    extended = new_extended(attention, len(attention), weight.columns, low.shape[1])
-    extended[:, : weight.columns] = attention
-    extended[:, weight.columns :] = low
-    return extended @ weight.forward.T
+    attention_x = attention if low is None else beside(attention, low)
+    return attention_x @ weight.forward.T
 
 
 def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tensor, Saved]:
     """The block's output [tokens, hidden] for x [tokens, hidden], and what `keeps` names of what it is made of."""
     saved = Saved(x=x)
-    weight = block.qkv.expand(x.dtype, x.device)
+    weight = block.qkv.expand(x)
     normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
     qkv, rotated, attention, state = attend(normed_x, weight, block)
     if "qkv" in keeps:
         saved.qkv, saved.rstd1 = qkv, rstd
         saved.low_qkv = columns(normed_x, weight.columns)[1].contiguous()
     del normed_x, qkv, rotated
-    weight = block.out.expand(x.dtype, x.device)
+    weight = block.out.expand(x)
     saved.low_out = None if weight.down is None else attention @ weight.down.T
     mid = attention_output(attention, saved.low_out, weight)
     if "attention" in keeps:
         saved.attention, saved.state = attention, state
     del attention, state
 
-    weight = block.gate_up.expand(x.dtype, x.device)
-    down = block.down.expand(x.dtype, x.device)
+    weight = block.gate_up.expand(x)
+    down = block.down.expand(x)
     out = torch.empty_like(mid)
     normed_x, rstd = add_rms_norm_(x, mid, block.norm2, block.norm_eps, weight.down, copy=out)
     if "mid" in keeps:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank import with_room
 from fourfold.kernels.rotary import rotary, rotary_
 from fourfold.models.attention import AttentionState, Documents
 from fourfold.models.linear_group import LinearGroup
@@ -53,9 +53,7 @@ class GradientRoom:
             return left[:, : width + rank]
         if not rank:
             return grad.contiguous()
-        extended = new_extended(grad, num_rows, width, rank)
-        extended[:, :width] = grad
-        return extended
+        return with_room(grad, rank)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank import new_extended, with_room
 from fourfold.models.block_backward import block_backward
 from fourfold.models.block_forward import block_forward
 from fourfold.models.block_state import Block, Saved
@@ -237,9 +237,7 @@ def _with_room(shared: Tensor, width: int, rank: int) -> Tensor:
     """The shared gradient with room for as many low-rank columns; in its memory but for a layer of higher rank."""
     if shared.shape[1] >= width + rank:
         return shared[:, : width + rank]
-    extended = new_extended(shared, len(shared), width, rank)
-    extended[:, :width] = shared[:, :width]
-    return extended
+    return with_room(shared[:, :width], rank)
 
 
 def _tensors(saved: Saved) -> list[Tensor]:

@@ -155,10 +155,10 @@ class LinearGroup:
             ]
         )
 
-    def expand(self, dtype: torch.dtype, device: torch.device) -> ExtendedWeight:
-        """The extended weight, dequantized anew."""
+    def expand(self, x: Tensor) -> ExtendedWeight:
+        """The extended weight, dequantized anew, of the dtype and device of `x`."""
         rows, columns = self.out_features, self.in_features
-        out = new_extended(torch.empty(0, dtype=dtype, device=device), rows + self.rank, columns, self.rank)
+        out = new_extended(x, rows + self.rank, columns, self.rank)
         adapters = [_joined(linear.adapters) for linear in self.linears]
         quantized = [linear.base.quantized for linear in self.linears if isinstance(linear.base, QuantizedLinear)]
         if len(quantized) == len(self.linears) and are_alike(quantized):
@@ -234,11 +234,6 @@ class ExtendedWeight:
     def backward(self) -> Tensor:
         """[W; A], [rows + rank, columns]: dx = [dy, dy sB] @ backward."""
         return self.data[:, : self.columns]
-
-    @property
-    def base(self) -> Tensor:
-        """W alone, [rows, columns]."""
-        return self.data[: self.rows, : self.columns]
 
     @property
     def down(self) -> Tensor | None:

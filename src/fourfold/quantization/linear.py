@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.kernels.low_rank import low_rank_grad, new_extended, working_dtype
+from fourfold.kernels.low_rank import beside, low_rank_grad, working_dtype
 from fourfold.kernels.small_batch import MAX_ROWS
 from fourfold.quantization.formats import get_format
 from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized, state_key
@@ -252,7 +252,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if after:
                 out = weight.linear(flat, bias).addmm_(flat_low, up.T)
             else:
-                x_low, w_up = _beside(flat, flat_low), _beside(weight.dequantize(flat.dtype), up)
+                x_low, w_up = beside(flat, flat_low), beside(weight.dequantize(flat.dtype), up)
                 out = torch.nn.functional.linear(x_low, w_up, bias)
         return out.view(*input.shape[:-1], num_rows)
 
@@ -275,12 +275,3 @@ class _AdaptedLinear(torch.autograd.Function):
 def _scaled(lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """scaling * lora_b, rounded to `dtype` once."""
     return (lora_b.to(torch.promote_types(lora_b.dtype, working_dtype(dtype))) * scaling).to(dtype)
-
-
-def _beside(matrix: Tensor, columns: Tensor) -> Tensor:
-    """`columns` to the right of `matrix`."""
-    width = matrix.shape[1]
-    out = new_extended(matrix, matrix.shape[0], width, columns.shape[1])
-    out[:, :width] = matrix
-    out[:, width:] = columns
-    return out
