@@ -40,6 +40,7 @@ from fourfold.kernels import (
     encoding_triton,
     expansion_triton,
     group_expansion_triton,
+    low_rank_beside_triton,
     low_rank_pair_triton,
     norm_triton,
     rotary_triton,
@@ -182,6 +183,16 @@ def low_rank() -> None:
         )
 
 
+def low_rank_beside() -> None:
+    """Rows and columns that fill no tile."""
+    for rows, width, rank, tile in (
+        (33, 300, 5, low_rank_beside_triton.SHORT),
+        (77, 520, 48, low_rank_beside_triton.TALL),
+    ):
+        x, projection, extended = random(rows, width), random(rank, width), random(rows, width + rank)
+        low_rank_beside_triton.low_rank_beside(x, projection, extended, tile)
+
+
 def rotary() -> None:
     """Rotated wholly, in part and not at all; with norms of the heads and without; over the input and beside it."""
     for heads, head_dim, rotary_dim, has_norms in (
@@ -291,6 +302,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "few rows": few_rows,
     "norm": norm,
     "low rank": low_rank,
+    "low rank beside": low_rank_beside,
     "rotary": rotary,
     "swiglu": swiglu,
     "swiglu's sums": swiglu_sums,

@@ -1,9 +1,10 @@
-"""Launches of the passes that form a gradient's two low-rank products: o, down and qkv of Llama-3-8B and of 1B."""
+"""Launches of the passes that form low-rank products, of gradients and of the attention: Llama-3-8B and 1B."""
 
 from __future__ import annotations
 
 from compiling import Variant
 
+from fourfold.kernels import low_rank_beside_triton as beside
 from fourfold.kernels import low_rank_pair_triton as kernels
 
 
@@ -40,6 +41,17 @@ def _sums(tile: kernels.Pass, width: int, rank: int, begins: tuple[int, ...] = (
     return Variant(kernels.sum_pair_kernel, arguments, {"num_warps": 4}, unaligned=("num_rows",))
 
 
+def _beside(tile: beside.Pass, width: int, rank: int, pointer: str = "*bf16") -> Variant:
+    arguments = {
+        **dict.fromkeys(("x_ptr", "projection_ptr", "out_ptr", "low_ptr"), pointer),
+        **dict.fromkeys(("num_rows", "x_stride", "projection_stride", "out_stride"), "i32"),
+        **{"K": width, "R": rank, "BLOCK_R": max(16, 1 << (rank - 1).bit_length())},
+        **{"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
+    }
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return Variant(beside.low_rank_beside_kernel, arguments, options, unaligned=("num_rows",))
+
+
 _QKV, _SMALL_QKV = (6144, (4096, 5120)), (3072, (2048, 2560))
 
 VARIANTS = [
@@ -52,4 +64,6 @@ VARIANTS = [
     *(_pair(tile, 2300, 5, (), "*fp16") for tile in (kernels.NARROW, kernels.SMALL)),
     *(_sums(tile, width, 16, begins) for tile in (kernels.WIDE, kernels.SMALL) for width, begins in (_QKV, (4096, ()))),
     _sums(kernels.NARROW, _QKV[0], 32, _QKV[1]),
+    *(_beside(tile, 4096, rank) for tile in (beside.TALL, beside.SHORT) for rank in (16, 32)),
+    *(_beside(tile, 2300, 5, "*fp16") for tile in (beside.TALL, beside.SHORT)),
 ]

@@ -70,7 +70,7 @@ def block_backward(
     if mid is None:
         assert half is not None
         weight = block.out.expand(x)
-        mid, residual = attention_output(half.attention, saved.low_out, weight), x
+        mid, residual = attention_output(half.attention, weight)[0], x
     grad_normed, rstd2, mlp_grads = _mlp_backward(grad_x, mid, residual, saved, block)
     weight = weight or block.out.expand(x)
     grad = grad_x[:, : x.shape[1]]

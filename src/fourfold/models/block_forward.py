@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import beside, new_extended
+from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank_beside import low_rank_beside
 from fourfold.kernels.norm import add_rms_norm_, rms_norm
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import AttentionState, attention_forward
@@ -34,11 +35,13 @@ def attend(normed_x: Tensor, weight: ExtendedWeight, block: Block) -> tuple[Tens
     return kept, rotated, attention.view(len(normed_x), -1), state
 
 
-def attention_output(attention: Tensor, low: Tensor | None, weight: ExtendedWeight) -> Tensor:
-    """attention Wo^T + low (sB)^T, rounded once."""
+def attention_output(attention: Tensor, weight: ExtendedWeight) -> tuple[Tensor, Tensor | None]:
+    """attention Wo^T + low (sB)^T, rounded once, and low, the attention times A^T."""
+    if weight.down is None:
+        return attention @ weight.forward.T, None
     # The copy is the price of one product: cuBLAS rounds a product before it adds what `addmm` is given.
-    attention_x = attention if low is None else beside(attention, low)
-    return attention_x @ weight.forward.T
+    attention_x, low = low_rank_beside(attention, weight.down)
+    return attention_x @ weight.forward.T, low
 
 
 def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tensor, Saved]:
@@ -52,8 +55,7 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
         saved.low_qkv = columns(normed_x, weight.columns)[1].contiguous()
     del normed_x, qkv, rotated
     weight = block.out.expand(x)
-    saved.low_out = None if weight.down is None else attention @ weight.down.T
-    mid = attention_output(attention, saved.low_out, weight)
+    mid, saved.low_out = attention_output(attention, weight)
     if "attention" in keeps:
         saved.attention, saved.state = attention, state
     del attention, state

@@ -1,0 +1,109 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""A Triton kernel that copies an activation and multiplies it by a narrow matrix on its way.
+
+A program owns a block of rows and goes over all their columns, so that the order of a row's sum, and the result, is
+the same in each run and whatever other rows there are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.kernels.launching import cdiv, is_hopper, on_device, rank_block
+
+__all__ = ["Pass", "low_rank_beside", "pass_for"]
+
+
+class Pass(NamedTuple):
+    """How the kernel goes over an activation.
+
+    Attributes:
+        block_m, block_k: Rows and columns of a program's tile.
+        num_warps: Of a program.
+        num_stages: The tile that is worked on, and those being loaded meanwhile.
+    """
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# For many rows on Hopper, whose tensor cores multiply 64 at a time; for fewer, and for other GPUs, which have less
+# shared memory.
+TALL = Pass(64, 256, 8, 4)
+SHORT = Pass(16, 256, 4, 3)
+MANY_ROWS = 4096
+
+
+@triton.jit
+def low_rank_beside_kernel(
+    x_ptr,  # [M, K]
+    projection_ptr,  # [R, K]
+    out_ptr,  # [M, K + R]
+    low_ptr,  # [M, R]
+    num_rows,
+    x_stride,
+    projection_stride,
+    out_stride,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    row_mask, rank_mask = (first + rows < num_rows)[:, None], ranks < R
+    x_ptr += first * x_stride
+    out_ptr += first * out_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        mask = row_mask & (columns < K)[None, :]
+        x = tl.load(x_ptr + (rows[:, None] * x_stride + columns[None, :]), mask, 0.0)
+        projection_at = projection_ptr + ranks[:, None] * projection_stride + columns[None, :]
+        projection = tl.load(projection_at, rank_mask[:, None] & (columns < K)[None, :], 0.0)
+        tl.store(out_ptr + (rows[:, None] * out_stride + columns[None, :]), x, mask)
+        acc = tl.dot(x, tl.trans(projection), acc)
+    low = acc.to(out_ptr.dtype.element_ty)
+    mask = row_mask & rank_mask[None, :]
+    tl.store(out_ptr + (rows[:, None] * out_stride + K + ranks[None, :]), low, mask)
+    tl.store(low_ptr + first * R + (rows[:, None] * R + ranks[None, :]), low, mask)
+
+
+def pass_for(num_rows: int, device: torch.device) -> Pass:
+    """How the kernel goes over as many rows."""
+    return TALL if num_rows >= MANY_ROWS and is_hopper(device) else SHORT
+
+
+def low_rank_beside(x: Tensor, projection: Tensor, extended: Tensor, tile: Pass | None = None) -> tuple[Tensor, Tensor]:
+    """`low_rank_beside.low_rank_beside`, written to `extended`; the projection's last stride is 1."""
+    num_rows, width = x.shape
+    rank = len(projection)
+    tile = tile or pass_for(num_rows, x.device)
+    low = x.new_empty(num_rows, rank)
+    with on_device(x):
+        low_rank_beside_kernel[(cdiv(num_rows, tile.block_m),)](
+            x,
+            projection,
+            extended,
+            low,
+            num_rows,
+            x.stride(0),
+            projection.stride(0),
+            extended.stride(0),
+            K=width,
+            R=rank,
+            BLOCK_R=rank_block(rank),
+            BLOCK_M=tile.block_m,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return extended, low

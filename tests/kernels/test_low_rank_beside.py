@@ -1,0 +1,52 @@
+"""An activation and its low-rank product beside it: the operator and its kernel against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank_beside import low_rank_beside
+
+pytest.importorskip("triton")
+
+from fourfold.kernels import low_rank_beside_triton as kernels
+
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
+SHAPES = [(77, 256, 16), (130, 200, 5), (1, 128, 33), (64, 64, 64)]
+
+
+def operands(rows: int, width: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(activation, projection), both parts of larger tensors."""
+    return torch.randn(rows, width + 8).to(dtype)[:, :width], torch.randn(rank, width + 3).to(dtype)[:, 3:]
+
+
+def check(x: Tensor, projection: Tensor, extended: Tensor, low: Tensor) -> None:
+    width = x.shape[1]
+    product = x.double() @ projection.double().T
+    assert torch.equal(extended[:, :width], x)
+    assert torch.equal(extended[:, width:], low)
+    assert low.is_contiguous()
+    assert float((low.double() - product).norm() / product.norm()) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("tile", [kernels.Pass(16, 64, 4, 3), kernels.Pass(64, 128, 4, 2)])
+@pytest.mark.parametrize(("rows", "width", "rank"), SHAPES)
+def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, tile: kernels.Pass) -> None:
+    # fp16: the interpreter's products of bf16 are wrong.
+    x, projection = operands(rows, width, rank, torch.float16)
+    extended = new_extended(x, rows, width, rank).fill_(torch.nan)
+    check(x, projection, *kernels.low_rank_beside(x, projection, extended, tile))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "width", "rank"), SHAPES)
+def test_the_operator_keeps_the_product_twice(rows: int, width: int, rank: int, dtype: torch.dtype) -> None:
+    x, projection = operands(rows, width, rank, dtype)
+    check(x, projection, *low_rank_beside(x, projection))
+
+
+def test_the_operator_is_registered_as_pytorch_asks() -> None:
+    x, projection = operands(5, 24, 3, torch.float32)
+    torch.library.opcheck(torch.ops.fourfold.low_rank_beside.default, (x, projection))
