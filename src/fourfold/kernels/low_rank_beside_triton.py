@@ -36,7 +36,7 @@ class Pass(NamedTuple):
 
 # For many rows on Hopper, whose tensor cores multiply 64 at a time; for fewer, and for other GPUs, which have less
 # shared memory.
-TALL = Pass(64, 256, 8, 4)
+TALL = Pass(64, 256, 8, 3)
 SHORT = Pass(16, 256, 4, 3)
 MANY_ROWS = 4096
 
