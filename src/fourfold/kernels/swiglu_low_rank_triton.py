@@ -2,13 +2,12 @@
 """Triton kernels of swiglu.py that multiply by the adapters' matrices what they hold on the chip.
 
 The forward kernel's programs own rows and pass over all columns or a share of them, for the product is a sum over
-columns; the backward kernel's own columns and pass over a share of the rows, for its products are sums over tokens. The
-shares' sums are added up in an order of their own, so that the result is the same in each run.
+columns; the backward kernel's own columns and pass over a share of the rows, for its products are sums over tokens.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,32 +16,10 @@ from torch import Tensor
 
 from fourfold.kernels.launching import Tile, cdiv, is_hopper, next_power_of_2, on_device, rank_block
 from fourfold.kernels.low_rank import fill_columns, new_extended
+from fourfold.kernels.shares_triton import SUM_BLOCK, Pass, add_up, sum_shares
 from fourfold.kernels.swiglu_triton import activation_and_slope
 
-__all__ = ["LONG", "MANY_RANKS", "SHORT", "Pass", "swiglu_backward_sums_", "swiglu_product"]
-
-
-class Pass(NamedTuple):
-    """How the backward kernel goes over its matrices.
-
-    Attributes:
-        block_m, block_k: Rows and columns of a program's tile.
-        num_warps: Of a program.
-        num_stages: The tile that is worked on, and those being loaded meanwhile.
-        programs: As many as are under way at once on 132 multiprocessors. Fixed rather than asked of the GPU, so that
-            the order of the sums, and the result, is always the same.
-        max_registers: Of a thread; None for what the compiler takes.
-        wide_first: Whether sums are [columns, ranks], as suits the tensor cores of Hopper, whose products have at least
-            64 rows, or [ranks, columns], as suits those before, whose products have 16.
-    """
-
-    block_m: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    max_registers: int | None = None
-    wide_first: bool = False
+__all__ = ["LONG", "MANY_RANKS", "SHORT", "swiglu_backward_sums_", "swiglu_product"]
 
 
 # For many tokens on Hopper; for fewer, and for other GPUs; for ranks whose sums do not fit into those two's registers.
@@ -133,10 +110,20 @@ def _low_tile(low_ptr, row, rows, stride, mask, ranks, R: tl.constexpr):
 
 
 @triton.jit
-def _store_sum(sums_ptr, acc, columns, ranks, I: tl.constexpr, R: tl.constexpr, WIDE_FIRST: tl.constexpr):  # noqa: E741
+def _store_sum(
+    sums_ptr,
+    acc,
+    columns,
+    ranks,
+    I: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,
+    WIDE_FIRST: tl.constexpr,
+    BY_COLUMN: tl.constexpr,  # [I, R], as B's gradient is; else [R, I], as A's is
+):
     if not WIDE_FIRST:
         acc = tl.trans(acc)
-    tl.store(sums_ptr + columns[:, None] + ranks[None, :] * I, acc, (columns < I)[:, None] & (ranks < R)[None, :])
+    offsets = columns[:, None] * R + ranks[None, :] if BY_COLUMN else columns[:, None] + ranks[None, :] * I
+    tl.store(sums_ptr + offsets, acc, (columns < I)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
@@ -146,7 +133,7 @@ def swiglu_backward_sums_kernel(
     grad_ptr,  # [M, I]
     low_ptr,  # [M, GATE_RANK + UP_RANK]
     grad_low_ptr,  # [M, DOWN_RANK]
-    sums_ptr,  # fp32 [shares, GATE_RANK + UP_RANK + DOWN_RANK, I]
+    sums_ptr,  # fp32 [shares, (GATE_RANK + UP_RANK + DOWN_RANK) * I]: gate's and up's [I, rank], and down's [rank, I]
     num_rows,
     share_rows,  # of a program
     gate_up_stride,
@@ -209,47 +196,34 @@ def swiglu_backward_sums_kernel(
             down_sum = _sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
     sums_at = sums_ptr + share.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
     if GATE_RANK > 0:
-        _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST)
+        _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST, True)
     if UP_RANK > 0:
-        _store_sum(sums_at + GATE_RANK * I, up_sum, columns, up_ranks, I, UP_RANK, WIDE_FIRST)
+        _store_sum(sums_at + GATE_RANK * I, up_sum, columns, up_ranks, I, UP_RANK, WIDE_FIRST, True)
     if DOWN_RANK > 0:
-        _store_sum(sums_at + (GATE_RANK + UP_RANK) * I, down_sum, columns, down_ranks, I, DOWN_RANK, WIDE_FIRST)
+        sums_at += (GATE_RANK + UP_RANK) * I
+        _store_sum(sums_at, down_sum, columns, down_ranks, I, DOWN_RANK, WIDE_FIRST, False)
 
 
 @triton.jit
-def sum_shares_kernel(
-    out_ptr,  # [size / COLUMNS, COLUMNS]
+def sum_activation_shares_kernel(
+    out_ptr,  # fp32 [size]
     shares_ptr,  # fp32 [SHARES, size]
     size,
-    out_stride,
-    COLUMNS: tl.constexpr,
+    gate_size,
+    gate_up_size,
+    gate_scaling,
+    up_scaling,
     SHARES: tl.constexpr,
     ADD: tl.constexpr,  # to what out holds
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    shares_at = shares_ptr + index
-    total = tl.load(shares_at, mask, 0.0)
-    for _ in tl.static_range(1, SHARES):
-        shares_at += size
-        total += tl.load(shares_at, mask, 0.0)
-    out_at = out_ptr + (index // COLUMNS).to(tl.int64) * out_stride + index % COLUMNS
+    total = add_up(shares_ptr, index, mask, size, SHARES)
+    total *= tl.where(index < gate_size, gate_scaling, tl.where(index < gate_up_size, up_scaling, 1.0))
     if ADD:
-        total += tl.load(out_at, mask, 0.0)
-    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask)
-
-
-SUM_BLOCK = 1024
-
-
-def _sum_shares(out: Tensor, shares: Tensor, add: bool) -> None:
-    """The sum of fp32 [shares, rows, columns] over its first axis, to `out` or added to it; on the current device."""
-    count, rows, columns = shares.shape
-    size = rows * columns
-    sum_shares_kernel[(cdiv(size, SUM_BLOCK),)](
-        out, shares, size, out.stride(0), COLUMNS=columns, SHARES=count, ADD=add, BLOCK=SUM_BLOCK, num_warps=4
-    )
+        total += tl.load(out_ptr + index, mask, 0.0)
+    tl.store(out_ptr + index, total, mask)
 
 
 def forward_stages(rank: int) -> int:
@@ -294,7 +268,7 @@ def swiglu_product(gate_up: Tensor, projection: Tensor, activation: str = "silu"
             num_stages=forward_stages(rank),
         )
         if shares > 1:
-            _sum_shares(out[:, width:], product, add=False)
+            sum_shares(out[:, width:], product)
     return out
 
 
@@ -316,9 +290,10 @@ def swiglu_backward_sums_(
     add: bool,
     projection: Tensor | None = None,
     activation: str = "silu",
+    scalings: Sequence[float] = (1.0, 1.0),
     tile: Pass | None = None,
 ) -> None:
-    """`swiglu.swiglu_backward_sums_` for ranks up to 64, 16-bit tensors, and contiguous sums."""
+    """`swiglu.swiglu_backward_sums_` for ranks up to 64 and 16-bit tensors."""
     num_rows, width = grad.shape
     up_rank = 0 if low is None else low.shape[1] - gate_rank
     down_rank = 0 if grad_low is None else grad_low.shape[1]
@@ -330,9 +305,7 @@ def swiglu_backward_sums_(
         # A power of two, since sums of each number of shares are compiled anew.
         count = max(1, next_power_of_2(most + 1) // 2)
     share, shares = _divide(num_rows, count, tile.block_m)
-    parts = sums[None]
-    if add or shares > 1:
-        parts = torch.empty(shares, *sums.shape, dtype=torch.float32, device=grad.device)
+    parts = torch.empty(shares, len(sums), dtype=torch.float32, device=grad.device)
     with on_device(grad):
         swiglu_backward_sums_kernel[(column_blocks, shares)](
             gate_up_ext,
@@ -364,6 +337,16 @@ def swiglu_backward_sums_(
             num_stages=tile.num_stages,
             maxnreg=tile.max_registers,
         )
-        if add or shares > 1:
-            _sum_shares(sums, parts, add)
+        sum_activation_shares_kernel[(cdiv(len(sums), SUM_BLOCK),)](
+            sums,
+            parts,
+            len(sums),
+            gate_rank * width,
+            (gate_rank + up_rank) * width,
+            *scalings,
+            SHARES=shares,
+            ADD=add,
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )
     fill_columns(gate_up_ext, 2 * width, projection)
