@@ -108,7 +108,7 @@ def low_rank_pairs(tokens: int) -> Iterator[Row]:
         rank = 16 * (len(begins) + 1)
         extended = low_rank.new_extended(random(1), tokens, width, rank).normal_()
         up, low = random(width, rank).T, random(tokens, rank)
-        arguments = (extended, width, up, low, begins)
+        arguments = (extended, width, up, low, begins, [0.5] * (len(begins) + 1))
         for whose, function in (
             ("ours", low_rank_pair.low_rank_pair_),
             ("cuBLAS", low_rank_pair.low_rank_pair_reference_),

@@ -88,5 +88,5 @@ def test_a_gradient_gets_its_columns_whether_or_not_sums_are_wanted(trained: boo
     assert weight.up is not None
     torch.testing.assert_close(grad_x[:, 40:], grad_x[:, :40] @ weight.up.T)
     for own, ranks, rows in zip(sums.b, ((0, 3), (3, 3), (3, 5)), ((0, 24), (24, 32), (32, 40)), strict=True):
-        expected = low[:, slice(*ranks)].T @ grad_x[:, slice(*rows)]
+        expected = grad_x[:, slice(*rows)].T @ low[:, slice(*ranks)]
         assert own is None if not trained else torch.allclose(own, expected, atol=1e-5)

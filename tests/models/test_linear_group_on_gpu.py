@@ -41,7 +41,7 @@ def test_the_gradients_of_b_and_the_columns_beside_the_outputs_gradient_equal_fl
     row = rank_row = 0
     for linear, own in zip(linears, sums.b, strict=True):
         rows = linear.base.out_features
-        expected = low[:, rank_row : rank_row + linear.rank].double().T @ gradient[:, row : row + rows]
+        expected = gradient[:, row : row + rows].T @ low[:, rank_row : rank_row + linear.rank].double()
         assert own is not None
         assert own.shape == expected.shape
         assert not linear.rank or relative_error(own, expected) < 1e-5
