@@ -30,11 +30,11 @@ def strided(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "width", "rank"), [(77, 256, 16), (130, 200, 5), (1, 128, 33), (300, 300, 64)])
-@pytest.mark.parametrize("block_m", [32, 64])
-def test_the_kernels_sums_equal_float64(rows: int, width: int, rank: int, block_m: int) -> None:
+@pytest.mark.parametrize(("block_m", "wide_first"), [(32, False), (64, True)])
+def test_the_kernels_sums_equal_float64(rows: int, width: int, rank: int, block_m: int, wide_first: bool) -> None:
     # fp16: the interpreter's products of bf16 are wrong.
     x, grad_low = strided(rows, width, torch.float16), strided(rows, rank, torch.float16)
-    tile = Pass(block_m, 128, 4, 3, programs=8)
+    tile = Pass(block_m, 128, 4, 3, programs=8, wide_first=wide_first)
     sums = kernels.grad_a(grad_low, x, tile=tile)
     exact = grad_low.double().T @ x.double()
     assert sums.dtype == torch.float32

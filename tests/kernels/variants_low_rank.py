@@ -49,10 +49,11 @@ def _grad_a(tile: Pass, width: int, rank: int, *, is_normed: bool, pointer: str 
         **{"rstd_ptr": "*fp32" if is_normed else None, "sums_ptr": "*fp32"},
         **dict.fromkeys(("num_rows", "share_rows", "x_stride", "low_stride"), "i32"),
         **{"SHARE": 0, "K": width, "R": rank, "BLOCK_R": max(16, 1 << (rank - 1).bit_length())},
-        **{"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
+        **{"WIDE_FIRST": tile.wide_first, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return Variant(grad_a_triton.grad_a_kernel, arguments, options, unaligned=("num_rows",))
+    archs = (90,) if tile.wide_first else (80, 90)
+    return Variant(grad_a_triton.grad_a_kernel, arguments, options, unaligned=("num_rows",), archs=archs)
 
 
 def _shares(columns: int, shares: int, *, factors: bool, before: bool, out: str = "*fp32") -> Variant:

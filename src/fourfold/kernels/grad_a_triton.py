@@ -13,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, is_hopper, on_device, rank_block
-from fourfold.kernels.shares_triton import Pass, sum_shares
+from fourfold.kernels.shares_triton import Pass, sum_shares, sum_tile
 
 __all__ = ["NARROW", "SMALL", "WIDE", "grad_a", "tile_for"]
 
 # On Hopper, for the fewest ranks and for others: of twice the columns, a program's sums are twice as large. Other GPUs
 # have less shared memory.
-WIDE = Pass(64, 512, 8, 3, programs=132)
+WIDE = Pass(64, 512, 8, 3, programs=132, wide_first=True)
 WIDE_RANK = 16
-NARROW = Pass(64, 256, 8, 4, programs=132)
+NARROW = Pass(64, 256, 8, 4, programs=132, wide_first=True)
 SMALL = Pass(32, 256, 8, 3, programs=264)
 
 
@@ -38,6 +38,7 @@ def grad_a_kernel(
     SHARE: tl.constexpr,  # share_rows, or 0 where the compiler need not know them
     K: tl.constexpr,
     R: tl.constexpr,
+    WIDE_FIRST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,7 +47,7 @@ def grad_a_kernel(
     share = tl.program_id(1)
     ranks, rows = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_M)
     column_mask, rank_mask = columns < K, ranks < R
-    acc = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_K, BLOCK_R] if WIDE_FIRST else [BLOCK_R, BLOCK_K], tl.float32)
     x_offsets = rows[:, None] * x_stride + columns[None, :]
     low_offsets = rows[:, None] * low_stride + ranks[None, :]
     first = share * share_rows
@@ -58,9 +59,11 @@ def grad_a_kernel(
         if rstd_ptr is not None:
             rstd = tl.load(rstd_ptr + row + rows, row_mask, 0.0)
             low = (low.to(tl.float32) * rstd[:, None]).to(low_ptr.dtype.element_ty)
-        acc = tl.dot(tl.trans(x), low, acc)
-    sums_at = sums_ptr + share.to(tl.int64) * R * K + columns[:, None] + ranks[None, :] * K
-    tl.store(sums_at, acc, column_mask[:, None] & rank_mask[None, :])
+        acc = sum_tile(x, low, acc, WIDE_FIRST)
+    if WIDE_FIRST:
+        acc = tl.trans(acc)
+    sums_at = sums_ptr + share.to(tl.int64) * R * K + ranks[:, None] * K + columns[None, :]
+    tl.store(sums_at, acc, rank_mask[:, None] & column_mask[None, :])
 
 
 def tile_for(rank: int, device: torch.device) -> Pass:
@@ -104,6 +107,7 @@ def grad_a(
             SHARE=0 if x.is_cuda else share_rows,
             K=width,
             R=rank,
+            WIDE_FIRST=tile.wide_first,
             BLOCK_R=rank_block(rank),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,

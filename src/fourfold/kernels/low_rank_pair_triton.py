@@ -26,10 +26,10 @@ __all__ = ["NARROW", "SMALL", "WIDE", "low_rank_pair_", "tile_for"]
 
 # On Hopper: the wider the tile, the fewer parts of P there are to add up. With more than 16 ranks WIDE would take more
 # shared memory than there is. Other GPUs have less of it.
-WIDE = Pass(64, 512, 8, 3, programs=132)
+WIDE = Pass(64, 512, 8, 3, programs=132, wide_first=True)
 WIDE_RANK = 16
-NARROW = Pass(64, 256, 8, 3, programs=132)
-SMALL = Pass(32, 256, 4, 3, programs=264)
+NARROW = Pass(64, 256, 8, 3, programs=132, wide_first=True)
+SMALL = Pass(32, 256, 4, 3, programs=264, wide_first=True)
 SUM_BLOCK = 512
 
 

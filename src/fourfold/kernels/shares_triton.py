@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fourfold.kernels.launching import cdiv
 
-__all__ = ["SUM_BLOCK", "Pass", "add_up", "sum_shares"]
+__all__ = ["SUM_BLOCK", "Pass", "add_up", "sum_shares", "sum_tile"]
 
 
 class Pass(NamedTuple):
@@ -29,8 +29,7 @@ class Pass(NamedTuple):
             the order of the sums, and the result, is always the same.
         max_registers: Of a thread; None for what the compiler takes.
         wide_first: Whether sums are [columns, ranks], as suits the tensor cores of Hopper, whose products have at least
-            64 rows, or [ranks, columns], as suits those before, whose products have 16. Only the gated activation's
-            kernel asks.
+            64 rows, or [ranks, columns], as suits those before, whose products have 16.
     """
 
     block_m: int
@@ -43,6 +42,12 @@ class Pass(NamedTuple):
 
 
 SUM_BLOCK = 1024
+
+
+@triton.jit
+def sum_tile(wide, low, acc, WIDE_FIRST: tl.constexpr):
+    """acc + wide.T @ low, or its transpose."""
+    return tl.dot(tl.trans(wide), low, acc) if WIDE_FIRST else tl.dot(tl.trans(low), wide, acc)
 
 
 @triton.jit

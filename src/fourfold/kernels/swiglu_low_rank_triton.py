@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fourfold.kernels.launching import Tile, cdiv, is_hopper, next_power_of_2, on_device, rank_block
 from fourfold.kernels.low_rank import fill_columns, new_extended
-from fourfold.kernels.shares_triton import SUM_BLOCK, Pass, add_up, sum_shares
+from fourfold.kernels.shares_triton import SUM_BLOCK, Pass, add_up, sum_shares, sum_tile
 from fourfold.kernels.swiglu_triton import activation_and_slope
 
 __all__ = ["LONG", "MANY_RANKS", "SHORT", "swiglu_backward_sums_", "swiglu_product"]
@@ -95,12 +95,6 @@ def swiglu_product_kernel(
     product_rows = share.to(tl.int64) * num_rows + first + rows
     product_at = product_ptr + product_rows[:, None] * product_stride + ranks[None, :]
     tl.store(product_at, acc.to(product_ptr.dtype.element_ty), row_mask[:, None] & (ranks < R)[None, :])
-
-
-@triton.jit
-def _sum_tile(wide, low, acc, WIDE_FIRST: tl.constexpr):
-    """acc + wide.T @ low, or its transpose."""
-    return tl.dot(tl.trans(wide), low, acc) if WIDE_FIRST else tl.dot(tl.trans(low), wide, acc)
 
 
 @triton.jit
@@ -187,13 +181,13 @@ def swiglu_backward_sums_kernel(
         tl.store(out_at + I, dup, mask)
         if GATE_RANK > 0:
             low = _low_tile(low_ptr, row, rows, low_stride, row_mask, gate_ranks, GATE_RANK)
-            gate_sum = _sum_tile(dgate, low, gate_sum, WIDE_FIRST)
+            gate_sum = sum_tile(dgate, low, gate_sum, WIDE_FIRST)
         if UP_RANK > 0:
             low = _low_tile(low_ptr + GATE_RANK, row, rows, low_stride, row_mask, up_ranks, UP_RANK)
-            up_sum = _sum_tile(dup, low, up_sum, WIDE_FIRST)
+            up_sum = sum_tile(dup, low, up_sum, WIDE_FIRST)
         if DOWN_RANK > 0:
             low = _low_tile(grad_low_ptr, row, rows, grad_low_stride, row_mask, down_ranks, DOWN_RANK)
-            down_sum = _sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
+            down_sum = sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
     sums_at = sums_ptr + share.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
     if GATE_RANK > 0:
         _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST, True)
