@@ -38,7 +38,7 @@ def _sums(tile: Pass, width: int, rank: int, begins: tuple[int, ...] = ()) -> Va
         **dict.fromkeys(("first_scaling", "second_scaling", "third_scaling"), "fp32"),
         **{"extended_ptr": "*bf16", "N": width, "R": rank, "SECOND": second, "THIRD": third},
         **{"COLUMN_BLOCKS": blocks, "SHARES": max(1, tile.programs // blocks), "BLOCK_K": tile.block_k},
-        "BLOCK": kernels.SUM_BLOCK,
+        "BLOCK": shares_triton.SUM_BLOCK,
     }
     return Variant(kernels.sum_pair_kernel, arguments, {"num_warps": 4}, unaligned=("num_rows",))
 

@@ -7,7 +7,7 @@ from typing import Any
 from compiling import Variant
 
 from fourfold.kernels import swiglu_low_rank_triton as kernels
-from fourfold.kernels.shares_triton import SUM_BLOCK, Pass
+from fourfold.kernels.shares_triton import Pass
 
 
 def _forward(width: int, rank: int, gelu: bool = False) -> Variant:
@@ -42,13 +42,15 @@ def _backward(tile: Pass, width: int, ranks: tuple[int, int, int], gelu: bool = 
     return Variant(kernels.swiglu_backward_sums_kernel, arguments, options)
 
 
-def _sum(shares: int, add: bool) -> Variant:
+def _sum(width: int, ranks: tuple[int, int, int], shares: int, add: bool) -> Variant:
+    names = ("GATE", "UP", "DOWN")
     arguments = {
-        **{"out_ptr": "*fp32", "shares_ptr": "*fp32", "gate_scaling": "fp32", "up_scaling": "fp32"},
-        **dict.fromkeys(("size", "gate_size", "gate_up_size"), "i32"),
-        **{"SHARES": shares, "ADD": add, "BLOCK": SUM_BLOCK},
+        **{"out_ptr": "*fp32", "shares_ptr": "*fp32", "gate_scaling": "fp32", "up_scaling": "fp32", "I": width},
+        **{f"{name}_RANK": rank for name, rank in zip(names, ranks, strict=True)},
+        **{f"BLOCK_{name}": kernels.rank_block(rank) for name, rank in zip(names, ranks, strict=True)},
+        **{"SHARES": shares, "ADD": add, "BLOCK": kernels.SUM_COLUMNS},
     }
-    return Variant(kernels.sum_activation_shares_kernel, arguments, {"num_warps": 4})
+    return Variant(kernels.sum_columns_kernel, arguments, {"num_warps": 4})
 
 
 _THIRDS = ((16, 16, 16), (8, 8, 8), (16, 0, 16), (0, 0, 16))
@@ -65,5 +67,7 @@ VARIANTS = [
     *(_backward(tile, 1536, (16, 16, 16)) for tile in (kernels.LONG, kernels.SHORT)),
     _backward(kernels.LONG, 14336, (32, 32, 32)),
     *(_backward(kernels.MANY_RANKS, 14336, (rank, rank, rank)) for rank in (32, 64)),
-    *(_sum(shares, add) for shares, add in ((1, False), (4, False), (7, False), (4, True), (14, True))),
+    *(_sum(14336, (16, 16, 16), shares, add) for shares, add in ((1, False), (4, False), (7, False), (4, True))),
+    _sum(14336, (64, 64, 64), 14, True),
+    _sum(14336, (8, 0, 5), 4, False),
 ]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, is_hopper, on_device, rank_block
-from fourfold.kernels.shares_triton import Pass, add_up
+from fourfold.kernels.shares_triton import SUM_BLOCK, Pass, add_up
 
 __all__ = ["NARROW", "SMALL", "WIDE", "low_rank_pair_", "tile_for"]
 
@@ -30,7 +30,6 @@ WIDE = Pass(64, 512, 8, 3, programs=132, wide_first=True)
 WIDE_RANK = 16
 NARROW = Pass(64, 256, 8, 3, programs=132, wide_first=True)
 SMALL = Pass(32, 256, 4, 3, programs=264, wide_first=True)
-SUM_BLOCK = 512
 
 
 @triton.jit

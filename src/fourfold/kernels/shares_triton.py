@@ -41,7 +41,7 @@ class Pass(NamedTuple):
     wide_first: bool = False
 
 
-SUM_BLOCK = 1024
+SUM_BLOCK = 512
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fourfold.kernels.launching import Tile, cdiv, is_hopper, next_power_of_2, on_device, rank_block
 from fourfold.kernels.low_rank import fill_columns, new_extended
-from fourfold.kernels.shares_triton import SUM_BLOCK, Pass, add_up, sum_shares, sum_tile
+from fourfold.kernels.shares_triton import Pass, add_up, sum_shares, sum_tile
 from fourfold.kernels.swiglu_triton import activation_and_slope
 
 __all__ = ["LONG", "MANY_RANKS", "SHORT", "swiglu_backward_sums_", "swiglu_product"]
@@ -104,20 +104,10 @@ def _low_tile(low_ptr, row, rows, stride, mask, ranks, R: tl.constexpr):
 
 
 @triton.jit
-def _store_sum(
-    sums_ptr,
-    acc,
-    columns,
-    ranks,
-    I: tl.constexpr,  # noqa: E741
-    R: tl.constexpr,
-    WIDE_FIRST: tl.constexpr,
-    BY_COLUMN: tl.constexpr,  # [I, R], as B's gradient is; else [R, I], as A's is
-):
+def _store_sum(sums_ptr, acc, columns, ranks, I: tl.constexpr, R: tl.constexpr, WIDE_FIRST: tl.constexpr):  # noqa: E741
     if not WIDE_FIRST:
         acc = tl.trans(acc)
-    offsets = columns[:, None] * R + ranks[None, :] if BY_COLUMN else columns[:, None] + ranks[None, :] * I
-    tl.store(sums_ptr + offsets, acc, (columns < I)[:, None] & (ranks < R)[None, :])
+    tl.store(sums_ptr + columns[:, None] + ranks[None, :] * I, acc, (columns < I)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
@@ -127,7 +117,7 @@ def swiglu_backward_sums_kernel(
     grad_ptr,  # [M, I]
     low_ptr,  # [M, GATE_RANK + UP_RANK]
     grad_low_ptr,  # [M, DOWN_RANK]
-    sums_ptr,  # fp32 [shares, (GATE_RANK + UP_RANK + DOWN_RANK) * I]: gate's and up's [I, rank], and down's [rank, I]
+    sums_ptr,  # fp32 [shares, GATE_RANK + UP_RANK + DOWN_RANK, I]
     num_rows,
     share_rows,  # of a program
     gate_up_stride,
@@ -190,34 +180,74 @@ def swiglu_backward_sums_kernel(
             down_sum = sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
     sums_at = sums_ptr + share.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
     if GATE_RANK > 0:
-        _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST, True)
+        _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST)
     if UP_RANK > 0:
-        _store_sum(sums_at + GATE_RANK * I, up_sum, columns, up_ranks, I, UP_RANK, WIDE_FIRST, True)
+        _store_sum(sums_at + GATE_RANK * I, up_sum, columns, up_ranks, I, UP_RANK, WIDE_FIRST)
     if DOWN_RANK > 0:
-        sums_at += (GATE_RANK + UP_RANK) * I
-        _store_sum(sums_at, down_sum, columns, down_ranks, I, DOWN_RANK, WIDE_FIRST, False)
+        _store_sum(sums_at + (GATE_RANK + UP_RANK) * I, down_sum, columns, down_ranks, I, DOWN_RANK, WIDE_FIRST)
 
 
 @triton.jit
-def sum_activation_shares_kernel(
-    out_ptr,  # fp32 [size]
-    shares_ptr,  # fp32 [SHARES, size]
+def _sum_columns(
+    out_ptr,
+    shares_ptr,
     size,
-    gate_size,
-    gate_up_size,
+    columns,
+    scaling,
+    I: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SHARES: tl.constexpr,
+    ADD: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):
+    ranks = tl.arange(0, BLOCK_R)
+    mask = (ranks < R)[:, None] & (columns < I)[None, :]
+    index = ranks[:, None] * I + columns[None, :]
+    total = add_up(shares_ptr, index, mask, size, SHARES) * scaling
+    out_at = out_ptr + (ranks[:, None] + columns[None, :] * R if BY_COLUMN else index)
+    if ADD:
+        total += tl.load(out_at, mask, 0.0)
+    tl.store(out_at, total, mask)
+
+
+@triton.jit
+def sum_columns_kernel(
+    out_ptr,  # fp32: gate's and up's [I, rank], as B's gradient is, and down's [rank, I], as A's is
+    shares_ptr,  # fp32 [SHARES, GATE_RANK + UP_RANK + DOWN_RANK, I]
     gate_scaling,
     up_scaling,
+    I: tl.constexpr,  # noqa: E741
+    GATE_RANK: tl.constexpr,
+    UP_RANK: tl.constexpr,
+    DOWN_RANK: tl.constexpr,
+    BLOCK_GATE: tl.constexpr,
+    BLOCK_UP: tl.constexpr,
+    BLOCK_DOWN: tl.constexpr,
     SHARES: tl.constexpr,
     ADD: tl.constexpr,  # to what out holds
     BLOCK: tl.constexpr,
 ):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    total = add_up(shares_ptr, index, mask, size, SHARES)
-    total *= tl.where(index < gate_size, gate_scaling, tl.where(index < gate_up_size, up_scaling, 1.0))
-    if ADD:
-        total += tl.load(out_ptr + index, mask, 0.0)
-    tl.store(out_ptr + index, total, mask)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(1)
+    size: tl.constexpr = (GATE_RANK + UP_RANK + DOWN_RANK) * I
+    if which == 0:
+        if GATE_RANK > 0:
+            _sum_columns(out_ptr, shares_ptr, size, columns, gate_scaling, I, GATE_RANK, BLOCK_GATE, SHARES, ADD, True)
+    elif which == 1:
+        if UP_RANK > 0:
+            up: tl.constexpr = GATE_RANK * I
+            _sum_columns(
+                out_ptr + up, shares_ptr + up, size, columns, up_scaling, I, UP_RANK, BLOCK_UP, SHARES, ADD, True
+            )
+    elif DOWN_RANK > 0:
+        down: tl.constexpr = (GATE_RANK + UP_RANK) * I
+        _sum_columns(
+            out_ptr + down, shares_ptr + down, size, columns, 1.0, I, DOWN_RANK, BLOCK_DOWN, SHARES, ADD, False
+        )
+
+
+SUM_COLUMNS = 64
 
 
 def forward_stages(rank: int) -> int:
@@ -331,16 +361,20 @@ def swiglu_backward_sums_(
             num_stages=tile.num_stages,
             maxnreg=tile.max_registers,
         )
-        sum_activation_shares_kernel[(cdiv(len(sums), SUM_BLOCK),)](
+        sum_columns_kernel[(cdiv(width, SUM_COLUMNS), 3)](
             sums,
             parts,
-            len(sums),
-            gate_rank * width,
-            (gate_rank + up_rank) * width,
             *scalings,
+            I=width,
+            GATE_RANK=gate_rank,
+            UP_RANK=up_rank,
+            DOWN_RANK=down_rank,
+            BLOCK_GATE=rank_block(gate_rank),
+            BLOCK_UP=rank_block(up_rank),
+            BLOCK_DOWN=rank_block(down_rank),
             SHARES=shares,
             ADD=add,
-            BLOCK=SUM_BLOCK,
+            BLOCK=SUM_COLUMNS,
             num_warps=4,
         )
     fill_columns(gate_up_ext, 2 * width, projection)
