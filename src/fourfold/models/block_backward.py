@@ -201,7 +201,7 @@ class _MlpSums:
             block.down.used_ranks if self.down.wants_a else 0,
         )
         self._width = block.down.in_features
-        # What is not wanted is not summed, so that all of it are gradients.
+        # What is not wanted is not summed: the sums are gradients, all of them, unless a layer has two adapters.
         self.gate_up.b_are_gradients = self.gate_up.wants_single_b
         self._sums: Tensor | None = None
 
@@ -229,6 +229,6 @@ class _MlpSums:
         """Of the parameters of gate and up, then of down."""
         if self._sums is not None:
             *self.gate_up.b, sums_down = split_activation_sums(self._sums, self._width, *self._ranks)
-            # A gradient is a view of it, and would keep the sums of gate and up alive.
+            # Where those of gate and up are no gradients, a gradient that is a view would keep them alive.
             self.down.a = sums_down if self.gate_up.b_are_gradients else sums_down.clone()
         return [*self.gate_up.gradients(), *self.down.gradients()]

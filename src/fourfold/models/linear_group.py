@@ -197,18 +197,18 @@ class LinearGroup:
         for linear, own_b in zip(self.linears, sums_b, strict=True):
             own_column = 0
             for adapter in linear.adapters:
-                grad_a = grad_b = None
+                of_a = of_b = None
                 if adapter.lora_a.requires_grad:
                     assert sums_a is not None
-                    grad_a = sums_a[rank_row : rank_row + adapter.rank]
+                    of_a = sums_a[rank_row : rank_row + adapter.rank]
                 if adapter.lora_b.requires_grad:
                     assert own_b is not None
-                    grad_b = own_b
+                    of_b = own_b
                     if not are_gradients:
                         own = own_b[:, own_column : own_column + adapter.rank]
                         # Into memory of its own: a view would keep the whole sum alive.
-                        grad_b = torch.mul(own, adapter.scaling, out=own.new_empty(own.shape))
-                grads += [grad_a, grad_b]
+                        of_b = torch.mul(own, adapter.scaling, out=own.new_empty(own.shape))
+                grads += [of_a, of_b]
                 rank_row += adapter.rank
                 own_column += adapter.rank
         return grads
