@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from compiling import Variant
 
-from fourfold.kernels import grad_a_triton, shares_triton
 from fourfold.kernels import low_rank_pair_triton as kernels
-from fourfold.kernels.shares_triton import Pass
 
 
-def _layers(tile: Pass, width: int, begins: tuple[int, ...]) -> tuple[int, int, int]:
+def _layers(tile: kernels.Pass, width: int, begins: tuple[int, ...]) -> tuple[int, int, int]:
     """Column blocks, and those with which the second and third layer begin."""
     blocks = -(-width // tile.block_k)
     second, third = (*(begin // tile.block_k for begin in begins), blocks, blocks)[:2]
     return blocks, second, third
 
 
-def _pair(tile: Pass, width: int, rank: int, begins: tuple[int, ...] = (), pointer: str = "*bf16") -> Variant:
+def _pair(tile: kernels.Pass, width: int, rank: int, begins: tuple[int, ...] = (), pointer: str = "*bf16") -> Variant:
     _, second, third = _layers(tile, width, begins)
     arguments = {
         **dict.fromkeys(("wide_ptr", "up_ptr", "low_ptr"), pointer),
@@ -30,7 +28,7 @@ def _pair(tile: Pass, width: int, rank: int, begins: tuple[int, ...] = (), point
     return Variant(kernels.low_rank_pair_kernel, arguments, options, unaligned=("num_rows",))
 
 
-def _sums(tile: Pass, width: int, rank: int, begins: tuple[int, ...] = ()) -> Variant:
+def _sums(tile: kernels.Pass, width: int, rank: int, begins: tuple[int, ...] = ()) -> Variant:
     blocks, second, third = _layers(tile, width, begins)
     arguments = {
         **dict.fromkeys(("products_ptr", "out_ptr", "sums_ptr"), "*fp32"),
@@ -38,31 +36,9 @@ def _sums(tile: Pass, width: int, rank: int, begins: tuple[int, ...] = ()) -> Va
         **dict.fromkeys(("first_scaling", "second_scaling", "third_scaling"), "fp32"),
         **{"extended_ptr": "*bf16", "N": width, "R": rank, "SECOND": second, "THIRD": third},
         **{"COLUMN_BLOCKS": blocks, "SHARES": max(1, tile.programs // blocks), "BLOCK_K": tile.block_k},
-        "BLOCK": shares_triton.SUM_BLOCK,
+        "BLOCK": kernels.SUM_BLOCK,
     }
     return Variant(kernels.sum_pair_kernel, arguments, {"num_warps": 4}, unaligned=("num_rows",))
-
-
-def _grad_a(tile: Pass, width: int, rank: int, *, is_normed: bool, pointer: str = "*bf16") -> Variant:
-    arguments = {
-        **dict.fromkeys(("x_ptr", "low_ptr"), pointer),
-        **{"rstd_ptr": "*fp32" if is_normed else None, "sums_ptr": "*fp32"},
-        **dict.fromkeys(("num_rows", "share_rows", "x_stride", "low_stride"), "i32"),
-        **{"SHARE": 0, "K": width, "R": rank, "BLOCK_R": max(16, 1 << (rank - 1).bit_length())},
-        **{"WIDE_FIRST": tile.wide_first, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
-    }
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    archs = (90,) if tile.wide_first else (80, 90)
-    return Variant(grad_a_triton.grad_a_kernel, arguments, options, unaligned=("num_rows",), archs=archs)
-
-
-def _shares(columns: int, shares: int, *, factors: bool, before: bool, out: str = "*fp32") -> Variant:
-    arguments = {
-        **{"out_ptr": out, "shares_ptr": "*fp32", "factors_ptr": "*bf16" if factors else None},
-        **{"before_ptr": "*fp32" if before else None, "size": "i32", "out_stride": "i32"},
-        **{"COLUMNS": columns, "SHARES": shares, "BLOCK": shares_triton.SUM_BLOCK},
-    }
-    return Variant(shares_triton.sum_shares_kernel, arguments, {"num_warps": 4})
 
 
 _QKV, _SMALL_QKV = (6144, (4096, 5120)), (3072, (2048, 2560))
@@ -77,14 +53,4 @@ VARIANTS = [
     *(_pair(tile, 2300, 5, (), "*fp16") for tile in (kernels.NARROW, kernels.SMALL)),
     *(_sums(tile, width, 16, begins) for tile in (kernels.WIDE, kernels.SMALL) for width, begins in (_QKV, (4096, ()))),
     _sums(kernels.NARROW, _QKV[0], 32, _QKV[1]),
-    *(_grad_a(grad_a_triton.WIDE, 4096, 16, is_normed=is_normed) for is_normed in (False, True)),
-    _grad_a(grad_a_triton.WIDE, 2300, 5, is_normed=True, pointer="*fp16"),
-    *(
-        _grad_a(tile, 4096, rank, is_normed=rank != 16)
-        for tile in (grad_a_triton.NARROW, grad_a_triton.SMALL)
-        for rank in (16, 32, 48, 64)
-    ),
-    *(_shares(4096, 16, factors=factors, before=before) for factors, before in ((False, False), (True, False))),
-    _shares(4096, 8, factors=True, before=True),
-    _shares(16, 2, factors=False, before=False, out="*bf16"),
 ]
