@@ -28,7 +28,7 @@ from liger_kernel.ops import rope as liger_rope
 from liger_kernel.ops import swiglu as liger_swiglu
 from torch import Tensor
 
-from fourfold.kernels import low_rank, low_rank_pair, norm, rotary, swiglu
+from fourfold.kernels import grad_a, low_rank, low_rank_pair, norm, rotary, swiglu
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -108,12 +108,23 @@ def low_rank_pairs(tokens: int) -> Iterator[Row]:
         rank = 16 * (len(begins) + 1)
         extended = low_rank.new_extended(random(1), tokens, width, rank).normal_()
         up, low = random(width, rank).T, random(tokens, rank)
-        arguments = (extended, width, up, low, begins)
+        arguments = (extended, width, up, low, begins, [0.5] * (len(begins) + 1))
         for whose, function in (
             ("ours", low_rank_pair.low_rank_pair_),
             ("cuBLAS", low_rank_pair.low_rank_pair_reference_),
         ):
             yield f"low_rank_pair_ {width}", whose, 2 * tokens * width, functools.partial(function, *arguments)
+
+
+def gradients_of_a(tokens: int) -> Iterator[Row]:
+    """Of o, whose input is as it is, and of gate and up, and q, k and v, whose input is a norm's output."""
+    x, weight = random(tokens, HIDDEN), random(HIDDEN)
+    rstd = torch.rand(tokens, device="cuda") + 0.5
+    for rank in (16, 32, 48):
+        grad_low = low_rank.new_extended(random(1), tokens, HIDDEN, rank).normal_()[:, HIDDEN:]
+        arguments = (grad_low, x) if rank == 16 else (grad_low, x, rstd, weight)
+        for whose, function in (("ours", grad_a.grad_a), ("cuBLAS", grad_a.grad_a_reference)):
+            yield f"grad_a {rank}", whose, 2 * tokens * HIDDEN, functools.partial(function, *arguments)
 
 
 def rotations(tokens: int) -> Iterator[Row]:
@@ -141,7 +152,7 @@ def rotations(tokens: int) -> Iterator[Row]:
     yield "rotary_backward", "Liger (q, k)", rotated, lambda: liger_rope.rope_backward(q, k, cos[None], sin[None])
 
 
-FAMILIES = (norms, activations, activations_with_adapters, low_rank_pairs, rotations)
+FAMILIES = (norms, activations, activations_with_adapters, low_rank_pairs, gradients_of_a, rotations)
 
 
 def main() -> None:

@@ -32,12 +32,14 @@ class Variant:
         arguments: Name -> Triton's type ("*bf16", "i32", "fp32"), or a constant: None, a stride of 1, a constexpr.
         options: num_warps, num_stages, enable_fp_fusion.
         unaligned: Arguments that are not divisible by 16; all other pointers and integers are taken to be.
+        archs: The GPUs that it is launched on.
     """
 
     kernel: Any
     arguments: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     unaligned: tuple[str, ...] = ()
+    archs: tuple[int, ...] = (80, 90)
 
 
 def compile_variant(variant: Variant, arch: int) -> tuple[str, int]:
@@ -84,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     for arch in parser.parse_args().arch:
-        for variant in variants():
+        for variant in (each for each in variants() if arch in each.archs):
             name, spilled = compile_variant(variant, arch)
             print(f"sm_{arch} spilled {spilled:5d}  {name}")
 

@@ -39,6 +39,7 @@ from fourfold.kernels import (
     cross_entropy_triton,
     encoding_triton,
     expansion_triton,
+    grad_a_triton,
     group_expansion_triton,
     low_rank_beside_triton,
     low_rank_pair_triton,
@@ -179,8 +180,11 @@ def low_rank() -> None:
         ranks = rank * (len(begins) + 1)
         extended = random(rows, width + ranks)
         low_rank_pair_triton.low_rank_pair_(
-            extended, width, random(width, ranks).t(), random(rows, ranks), begins, tile
+            extended, width, random(width, ranks).t(), random(rows, ranks), begins, [0.3] * (len(begins) + 1), tile
         )
+        x, grad_low, rstd = random(rows, width), random(rows, ranks), random(rows, dtype=torch.float32)
+        sums = grad_a_triton.grad_a(grad_low, x, tile=grad_a_triton.SMALL)
+        grad_a_triton.grad_a(grad_low, x, rstd, random(width), sums, grad_a_triton.SMALL)
 
 
 def low_rank_beside() -> None:
@@ -230,7 +234,7 @@ def swiglu_sums() -> None:
         gate, up, down = ranks
         low, grad_low = (random(rows, rank) if rank else None for rank in (gate + up, down))
         width = 33
-        sums = torch.zeros(sum(ranks), width, device=DEVICE)
+        sums = torch.zeros(sum(ranks) * width, device=DEVICE)
         arguments = (random(rows, 2 * width), random(rows, width), low, gate, grad_low, sums)
         for add in (False, True):
             swiglu_low_rank_triton.swiglu_backward_sums_(*arguments, add, tile=tile)

@@ -114,27 +114,28 @@ def test_swiglu_backward(dtype: torch.dtype, shape: tuple[int, int], rank: int, 
 def test_swiglu_backward_sums(
     dtype: torch.dtype, shape: tuple[int, int], ranks: tuple[int, int, int], activation: str
 ) -> None:
-    (rows, width), (gate, up, down) = shape, ranks
+    (rows, width), (gate, up, down), scalings = shape, ranks, (0.3, 5.7)
     extended, grad = strided(rows, 2 * width + 16, dtype), strided(rows, width, dtype)
     extended[:, 2 * width :] = torch.nan
     low, grad_low = (strided(rows, rank, dtype) if rank else None for rank in (gate + up, down))
     projection = projection_of(16, 2 * width, dtype)
     exact, exact_y = extended.double(), grad.double()
     exact_sums = swiglu.swiglu_backward_sums_(
-        exact, exact_y, *double(low), gate, *double(grad_low), *double(projection), activation
+        exact, exact_y, *double(low), gate, *double(grad_low), *double(projection), activation, scalings
     )
     again = extended.clone(), grad.clone()
-    sums = swiglu.swiglu_backward_sums_(extended, grad, low, gate, grad_low, projection, activation)
+    sums = swiglu.swiglu_backward_sums_(extended, grad, low, gate, grad_low, projection, activation, scalings)
     assert sums.dtype == torch.float32
     check_extended(extended, exact, 2 * width, dtype)
     assert relative_error(sums, exact_sums) < max(2 * TOLERANCE[dtype], 1e-5)
     if low is not None:
         # They are the products of what was rounded, in fp32.
-        products = low.double().T @ extended[:, : 2 * width].double()
-        own = torch.cat([products[:gate, :width], products[gate:, width:]])
-        assert relative_error(sums[: gate + up], own) < 2e-5
+        products = extended[:, : 2 * width].double().T @ low.double()
+        own = torch.cat([scalings[0] * products[:width, :gate], scalings[1] * products[width:, gate:]], dim=1)
+        of_gate, of_up, _ = swiglu.split_activation_sums(sums, width, *ranks)
+        assert relative_error(torch.cat([of_gate, of_up], dim=1), own) < 2e-5
     twice = sums.clone()
-    swiglu.swiglu_backward_sums_(*again, low, gate, grad_low, projection, activation, out=twice)
+    swiglu.swiglu_backward_sums_(*again, low, gate, grad_low, projection, activation, scalings, out=twice)
     assert torch.equal(again[0], extended)
     assert relative_error(twice, 2 * exact_sums) < max(2 * TOLERANCE[dtype], 1e-5)
 

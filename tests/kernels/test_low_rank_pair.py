@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from fourfold.kernels import low_rank_pair_triton as kernels
 
+# No powers of two.
+SCALINGS = (0.3, 5.7, 1.1)
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
 
 
@@ -34,10 +36,16 @@ def operands(
     return extended, up, torch.randn(rows, 40 + ranks).to(dtype)[:, 40:]
 
 
-def own(sums: Tensor, rank: int, begins: tuple[int, ...]) -> Tensor:
-    """What is wanted of sums [ranks, width]: for each column those of its own layer's ranks."""
-    ends = zip((0, *begins), (*begins, sums.shape[1]), strict=True)
-    return torch.cat([sums[i * rank : (i + 1) * rank, begin:end] for i, (begin, end) in enumerate(ends)], dim=1)
+def gradients(gradient: Tensor, low: Tensor, begins: tuple[int, ...]) -> Tensor:
+    """What the sums are [width, rank], in float64: for each column those with its own layer's ranks."""
+    width, rank = gradient.shape[1], low.shape[1] // (len(begins) + 1)
+    ends = zip((0, *begins), (*begins, width), strict=True)
+    return torch.cat(
+        [
+            scaling * gradient[:, begin:end].double().T @ low[:, i * rank : (i + 1) * rank].double()
+            for i, ((begin, end), scaling) in enumerate(zip(ends, SCALINGS, strict=False))
+        ]
+    )
 
 
 SHAPES: list[tuple[int, int, int, tuple[int, ...]]] = [
@@ -58,10 +66,11 @@ def test_the_kernels_products_equal_float64(
     extended, up, low = operands(rows, width, rank, begins, torch.float16)
     gradient = extended[:, :width].double()
     tile = kernels.Pass(block_m, 128, 4, 3, programs=8)
-    sums = kernels.low_rank_pair_(extended, width, up, low, begins, tile)
+    sums = kernels.low_rank_pair_(extended, width, up, low, begins, SCALINGS[: len(begins) + 1], tile)
     products = gradient @ up.double().T
-    assert sums.shape == (len(up), width)
-    assert relative_error(own(sums, rank, begins), own(low.double().T @ gradient, rank, begins)) < 1e-6
+    assert sums.shape == (width, rank)
+    assert sums.is_contiguous()
+    assert relative_error(sums, gradients(gradient, low, begins)) < 1e-6
     assert relative_error(extended[:, width:], products) < TOLERANCE[torch.float16]
     assert torch.equal(extended[:, :width].double(), gradient)
 
@@ -73,10 +82,11 @@ def test_the_operator_fills_the_columns_and_sums_in_fp32(
 ) -> None:
     extended, up, low = operands(rows, width, rank, begins, dtype)
     gradient = extended[:, :width].double()
-    sums = low_rank_pair_(extended, width, up, low, begins)
+    sums = low_rank_pair_(extended, width, up, low, begins, SCALINGS[: len(begins) + 1])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert sums.dtype == wide
-    assert relative_error(sums, low.double().T @ gradient) < TOLERANCE[wide]
+    assert sums.is_contiguous()
+    assert relative_error(sums, gradients(gradient, low, begins)) < TOLERANCE[wide]
     assert relative_error(extended[:, width:], gradient @ up.double().T) < TOLERANCE[dtype]
     assert torch.equal(extended[:, :width].double(), gradient)
 
@@ -100,7 +110,7 @@ def test_hopper_takes_the_widest_tile_that_ends_where_layers_do(monkeypatch: pyt
 
 @pytest.mark.parametrize("begins", [(), (16, 32)])
 def test_the_operator_passes_opcheck(begins: tuple[int, ...]) -> None:
-    arguments = (torch.randn(4, 54), 48, torch.randn(6, 48), torch.randn(4, 6), begins)
+    arguments = (torch.randn(4, 54), 48, torch.randn(6, 48), torch.randn(4, 6), begins, SCALINGS[: len(begins) + 1])
     torch.library.opcheck(
         torch.ops.fourfold.low_rank_pair_.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -7,11 +7,13 @@ import torch
 from pairwise import pairwise
 from torch import Tensor
 
-from fourfold.kernels.low_rank import low_rank_grad, new_extended
+from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.low_rank_pair import low_rank_pair_, low_rank_pair_reference_
 
 pytestmark = pytest.mark.gpu
 
+# No powers of two.
+SCALINGS = (0.3, 5.7, 1.1)
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
 # Widths, and the columns with which the second and the third layer begin.
 LAYERS: list[tuple[int, tuple[int, ...]]] = [(4096, ()), (6144, (4096, 5120)), (3072, (2048, 2560)), (2300, ())]
@@ -42,17 +44,24 @@ def operands(
     return extended, up, new_extended(like, rows, 64, ranks).normal_()[:, 64:]
 
 
-def own(sums: Tensor, rank: int, begins: tuple[int, ...]) -> Tensor:
-    """What is wanted of sums [ranks, width]: for each column those of its own layer's ranks."""
-    ends = zip((0, *begins), (*begins, sums.shape[1]), strict=True)
-    return torch.cat([sums[i * rank : (i + 1) * rank, begin:end] for i, (begin, end) in enumerate(ends)], dim=1)
+def gradients(gradient: Tensor, low: Tensor, begins: tuple[int, ...]) -> Tensor:
+    """What the sums are [width, rank], in float64: for each column those with its own layer's ranks."""
+    width, rank = gradient.shape[1], low.shape[1] // (len(begins) + 1)
+    ends = zip((0, *begins), (*begins, width), strict=True)
+    return torch.cat(
+        [
+            scaling * gradient[:, begin:end].double().T @ low[:, i * rank : (i + 1) * rank].double()
+            for i, ((begin, end), scaling) in enumerate(zip(ends, SCALINGS, strict=False))
+        ]
+    )
 
 
 def check(extended: Tensor, width: int, up: Tensor, low: Tensor, sums: Tensor, begins: tuple[int, ...]) -> None:
-    rank = len(up) // (len(begins) + 1)
     gradient = extended[:, :width].double()
     assert sums.dtype == torch.float32
-    assert relative_error(own(sums, rank, begins), own(low.double().T @ gradient, rank, begins)) < 1e-5
+    assert sums.shape == (width, len(up) // (len(begins) + 1))
+    assert sums.is_contiguous()
+    assert relative_error(sums, gradients(gradient, low, begins)) < 1e-5
     assert relative_error(extended[:, width:], gradient @ up.double().T) < TOLERANCE[extended.dtype]
 
 
@@ -72,12 +81,13 @@ def test_the_operators_products_equal_float64(
     extended, up, low = operands(rows, width, rank, begins, dtype)
     before = extended[:, :width].clone()
     poison()
-    sums = low_rank_pair_(extended, width, up, low, begins)
+    scalings = SCALINGS[: len(begins) + 1]
+    sums = low_rank_pair_(extended, width, up, low, begins, scalings)
     check(extended, width, up, low, sums, begins)
     assert torch.equal(extended[:, :width], before)
     products = extended[:, width:].clone()
-    again = low_rank_pair_(extended, width, up, low, begins)
-    assert torch.equal(own(again, rank, begins), own(sums, rank, begins))
+    again = low_rank_pair_(extended, width, up, low, begins, scalings)
+    assert torch.equal(again, sums)
     assert torch.equal(extended[:, width:], products)
 
 
@@ -96,15 +106,18 @@ def test_each_tile_takes_any_rows(
     extended, up, low = operands(rows, width, 16, begins, dtype)
     poison()
     tile = getattr(low_rank_pair_triton, name)
-    check(extended, width, up, low, low_rank_pair_triton.low_rank_pair_(extended, width, up, low, begins, tile), begins)
+    scalings = SCALINGS[: len(begins) + 1]
+    sums = low_rank_pair_triton.low_rank_pair_(extended, width, up, low, begins, scalings, tile)
+    check(extended, width, up, low, sums, begins)
 
 
 def test_rows_past_two_to_the_31_elements_are_addressed() -> None:
     width, begins = 6144, (4096, 5120)
     rows = (1 << 31) // width + 500
     extended, up, low = operands(rows, width, 16, begins, torch.bfloat16)
-    sums = low_rank_pair_(extended, width, up, low, begins)
-    assert relative_error(own(sums, 16, begins), own(low_rank_grad(low, extended[:, :width]), 16, begins)) < 1e-4
+    sums = low_rank_pair_(extended, width, up, low, begins, SCALINGS)
     last = extended[-100:].clone()
-    low_rank_pair_reference_(last, width, up, low[-100:], begins)
+    low_rank_pair_reference_(last, width, up, low[-100:], begins, SCALINGS)
     assert relative_error(extended[-100:, width:], last[:, width:]) < TOLERANCE[torch.bfloat16]
+    expected = low_rank_pair_reference_(extended, width, up, low, begins, SCALINGS)
+    assert relative_error(sums, expected) < 1e-4

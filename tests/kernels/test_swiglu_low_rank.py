@@ -18,6 +18,8 @@ from fourfold.kernels import swiglu_low_rank_triton as kernels
 TILES = {"short": kernels.SHORT, "long": kernels.LONG, "many ranks": kernels.MANY_RANKS}
 # fp16: the interpreter's products of bf16 are wrong.
 TOLERANCE = 1e-3
+# No powers of two.
+SCALINGS = (0.3, 5.7)
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -86,20 +88,21 @@ def test_sums_and_gradients_equal_the_reference(
     inputs = Inputs.random(*shape, ranks, torch.float16)
     projection = strided(sum(ranks), 2 * width)
     exact, again = inputs.copy(torch.float64), inputs.copy(torch.float16)
-    exact_sums = torch.empty(sum(ranks), width, dtype=torch.float64)
-    swiglu.swiglu_backward_sums_reference_(*exact, exact_sums, False, projection.double(), activation)
-    sums = torch.full((sum(ranks), width), torch.nan)
-    kernels.swiglu_backward_sums_(*inputs, sums, False, projection, activation, TILES[tile])
+    exact_sums = torch.empty(sum(ranks) * width, dtype=torch.float64)
+    swiglu.swiglu_backward_sums_reference_(*exact, exact_sums, False, projection.double(), activation, SCALINGS)
+    sums = torch.full((sum(ranks) * width,), torch.nan)
+    kernels.swiglu_backward_sums_(*inputs, sums, False, projection, activation, SCALINGS, TILES[tile])
     assert relative_error(inputs.gate_up_ext, exact.gate_up_ext) < TOLERANCE
     assert relative_error(sums, exact_sums) < TOLERANCE
     # They are the products, in fp32, of what was rounded.
     if exact.low is not None:
         gate_rank, gate_up = ranks[0], inputs.gate_up_ext[:, : 2 * width].double()
-        products = exact.low.T @ gate_up
-        own = torch.cat([products[:gate_rank, :width], products[gate_rank:, width:]])
-        assert relative_error(sums[: len(own)], own) < 2e-6
+        products = gate_up.T @ exact.low
+        own = torch.cat([SCALINGS[0] * products[:width, :gate_rank], SCALINGS[1] * products[width:, gate_rank:]], dim=1)
+        of_gate, of_up, _ = swiglu.split_activation_sums(sums, width, *ranks)
+        assert relative_error(torch.cat([of_gate, of_up], dim=1), own) < 2e-6
     # Added to what is there; the same in each run.
-    kernels.swiglu_backward_sums_(*again, sums.mul_(2), True, projection, activation, TILES[tile])
+    kernels.swiglu_backward_sums_(*again, sums.mul_(2), True, projection, activation, SCALINGS, TILES[tile])
     assert torch.equal(again.gate_up_ext, inputs.gate_up_ext)
     assert relative_error(sums, 3 * exact_sums) < TOLERANCE
 
@@ -113,23 +116,24 @@ def test_the_operator_sums_what_the_gradients_are(dtype: torch.dtype, ranks: tup
     projection = strided(sum(ranks), 2 * width, dtype)
     swiglu.swiglu_backward_(plain.gate_up_ext, plain.grad, projection)
     gate = ranks[0]
-    blocks = []
-    if inputs.low is not None:
-        products = low_rank_grad(inputs.low, plain.gate_up_ext[:, : 2 * width])
-        blocks += [products[:gate, :width], products[gate:, width:]]
-    if inputs.grad_low is not None:
-        blocks.append(low_rank_grad(inputs.grad_low, plain.grad))
-    sums = swiglu.swiglu_backward_sums_(*inputs, projection)
+    sums = swiglu.swiglu_backward_sums_(*inputs, projection, scalings=SCALINGS)
     assert torch.equal(inputs.gate_up_ext, plain.gate_up_ext)
-    torch.testing.assert_close(sums, torch.cat(blocks))
+    of_gate, of_up, of_down = swiglu.split_activation_sums(sums, width, *ranks)
+    if inputs.low is not None:
+        products = low_rank_grad(plain.gate_up_ext[:, : 2 * width], inputs.low)
+        torch.testing.assert_close(of_gate, SCALINGS[0] * products[:width, :gate])
+        torch.testing.assert_close(of_up, SCALINGS[1] * products[width:, gate:])
+    if inputs.grad_low is not None:
+        torch.testing.assert_close(of_down, low_rank_grad(inputs.grad_low, plain.grad))
     twice = sums.clone()
-    assert swiglu.swiglu_backward_sums_(*again, projection, out=twice) is twice
+    assert swiglu.swiglu_backward_sums_(*again, projection, scalings=SCALINGS, out=twice) is twice
     torch.testing.assert_close(twice, 2 * sums)
 
 
 def test_the_operator_passes_opcheck() -> None:
-    low, sums = torch.randn(4, 3), torch.randn(6, 32)
-    arguments = (torch.randn(4, 80), torch.randn(4, 32), low, 2, low.clone(), sums, True, torch.randn(16, 64))
+    low, sums, projection = torch.randn(4, 3), torch.randn(6 * 32), torch.randn(16, 64)
+    inputs = (torch.randn(4, 80), torch.randn(4, 32), low, 2, low.clone())
+    arguments = (*inputs, sums, True, projection, "silu", SCALINGS)
     torch.library.opcheck(
         torch.ops.fourfold.swiglu_backward_sums_.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -34,6 +34,7 @@ def _sums(tile: kernels.Pass, width: int, rank: int, begins: tuple[int, ...] = (
     arguments = {
         **dict.fromkeys(("products_ptr", "out_ptr", "sums_ptr"), "*fp32"),
         **dict.fromkeys(("num_rows", "extended_stride"), "i32"),
+        **dict.fromkeys(("first_scaling", "second_scaling", "third_scaling"), "fp32"),
         **{"extended_ptr": "*bf16", "N": width, "R": rank, "SECOND": second, "THIRD": third},
         **{"COLUMN_BLOCKS": blocks, "SHARES": max(1, tile.programs // blocks), "BLOCK_K": tile.block_k},
         "BLOCK": kernels.SUM_BLOCK,

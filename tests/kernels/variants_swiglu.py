@@ -7,6 +7,7 @@ from typing import Any
 from compiling import Variant
 
 from fourfold.kernels import swiglu_low_rank_triton as kernels
+from fourfold.kernels.shares_triton import Pass
 
 
 def _forward(width: int, rank: int, gelu: bool = False) -> Variant:
@@ -23,7 +24,7 @@ def _forward(width: int, rank: int, gelu: bool = False) -> Variant:
     return Variant(kernels.swiglu_product_kernel, arguments, options)
 
 
-def _backward(tile: kernels.Pass, width: int, ranks: tuple[int, int, int], gelu: bool = False) -> Variant:
+def _backward(tile: Pass, width: int, ranks: tuple[int, int, int], gelu: bool = False) -> Variant:
     names = ("GATE", "UP", "DOWN")
     arguments: dict[str, Any] = {
         **dict.fromkeys(("gate_up_ptr", "out_ptr", "grad_ptr"), "*bf16"),
@@ -41,12 +42,15 @@ def _backward(tile: kernels.Pass, width: int, ranks: tuple[int, int, int], gelu:
     return Variant(kernels.swiglu_backward_sums_kernel, arguments, options)
 
 
-def _sum(columns: int, shares: int, add: bool, out: str = "*fp32") -> Variant:
+def _sum(width: int, ranks: tuple[int, int, int], shares: int, add: bool) -> Variant:
+    names = ("GATE", "UP", "DOWN")
     arguments = {
-        **{"out_ptr": out, "shares_ptr": "*fp32", "size": "i32", "out_stride": "i32"},
-        **{"COLUMNS": columns, "SHARES": shares, "ADD": add, "BLOCK": kernels.SUM_BLOCK},
+        **{"out_ptr": "*fp32", "shares_ptr": "*fp32", "gate_scaling": "fp32", "up_scaling": "fp32", "I": width},
+        **{f"{name}_RANK": rank for name, rank in zip(names, ranks, strict=True)},
+        **{f"BLOCK_{name}": kernels.rank_block(rank) for name, rank in zip(names, ranks, strict=True)},
+        **{"SHARES": shares, "ADD": add, "BLOCK": kernels.SUM_COLUMNS},
     }
-    return Variant(kernels.sum_shares_kernel, arguments, {"num_warps": 4})
+    return Variant(kernels.sum_columns_kernel, arguments, {"num_warps": 4})
 
 
 _THIRDS = ((16, 16, 16), (8, 8, 8), (16, 0, 16), (0, 0, 16))
@@ -63,6 +67,7 @@ VARIANTS = [
     *(_backward(tile, 1536, (16, 16, 16)) for tile in (kernels.LONG, kernels.SHORT)),
     _backward(kernels.LONG, 14336, (32, 32, 32)),
     *(_backward(kernels.MANY_RANKS, 14336, (rank, rank, rank)) for rank in (32, 64)),
-    *(_sum(14336, shares, add) for shares, add in ((4, False), (7, False), (4, True), (14, True))),
-    _sum(16, 2, False, out="*bf16"),
+    *(_sum(14336, (16, 16, 16), shares, add) for shares, add in ((1, False), (4, False), (7, False), (4, True))),
+    _sum(14336, (64, 64, 64), 14, True),
+    _sum(14336, (8, 0, 5), 4, False),
 ]

@@ -88,5 +88,68 @@ def test_a_gradient_gets_its_columns_whether_or_not_sums_are_wanted(trained: boo
     assert weight.up is not None
     torch.testing.assert_close(grad_x[:, 40:], grad_x[:, :40] @ weight.up.T)
     for own, ranks, rows in zip(sums.b, ((0, 3), (3, 3), (3, 5)), ((0, 24), (24, 32), (32, 40)), strict=True):
-        expected = low[:, slice(*ranks)].T @ grad_x[:, slice(*rows)]
+        expected = grad_x[:, slice(*rows)].T @ low[:, slice(*ranks)]
         assert own is None if not trained else torch.allclose(own, expected, atol=1e-5)
+
+
+# Of each layer its adapters' ranks, and whose B is trained; the fused sums are the gradients in the first two.
+ADAPTERS: list[tuple[tuple[tuple[int, ...], ...], tuple[bool, ...], bool]] = [
+    (((16,), (16,), (16,)), (True, True, True), True),
+    (((32,),), (True,), True),
+    (((16,), (16,), (16,)), (True, False, True), False),
+    (((16,), (10, 6), (16,)), (True, True, True), False),
+    (((5, 11),), (True,), False),
+    (((8,), (8,), (8,)), (True, True, True), False),
+    (((8,), (), (3, 1)), (True, True, True), False),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("ranks", "trained", "are_gradients"), ADAPTERS, ids=str)
+def test_gradients_are_contiguous_and_equal_float64(
+    ranks: tuple[tuple[int, ...], ...], trained: tuple[bool, ...], are_gradients: bool
+) -> None:
+    torch.manual_seed(0)
+    made = []
+    for rows, own, is_trained in zip(ROWS, ranks, trained, strict=False):
+        adapters = []
+        for index, rank in enumerate(own):
+            a = nn.Parameter(torch.randn(rank, COLUMNS))
+            b = nn.Parameter(torch.randn(rows, rank), requires_grad=is_trained)
+            adapters.append(Adapter(a, b, 0.3 + rows + index))
+        made.append(AdaptedLinear(nn.Linear(COLUMNS, rows, bias=False), tuple(adapters)))
+    group = LinearGroup(*made)
+    weight = group.expand(torch.empty(0))
+    assert weight.down is not None
+    x, norm = torch.randn(7, COLUMNS), torch.randn(COLUMNS)
+    rstd = torch.rsqrt(x.square().mean(dim=1))
+    normed = x.double() * rstd[:, None] * norm
+    low = (normed @ weight.down.double().T).float()
+    grad_x = torch.randn(7, weight.rows + group.rank)
+    gradient = grad_x[:, : weight.rows].double()
+    sums = LowRankSums(group, norm)
+    sums.pair(grad_x, weight, low)
+    sums.add_a(x[:3], grad_x[:3, weight.rows :], rstd[:3])
+    sums.add_a(x[3:], grad_x[3:, weight.rows :], rstd[3:])
+    assert sums.b_are_gradients == are_gradients
+    grads = iter(sums.gradients())
+    row = 0
+    for linear, is_trained in zip(made, trained, strict=True):
+        rows = linear.base.out_features
+        own = gradient[:, row : row + rows]
+        for adapter in linear.adapters:
+            grad_a, grad_b = next(grads), next(grads)
+            back = adapter.scaling * own @ adapter.lora_b.double()
+            torch.testing.assert_close(grad_a, (back.T @ normed).float(), rtol=1e-4, atol=1e-2)
+            if is_trained:
+                assert grad_b is not None
+                assert grad_b.is_contiguous()
+                forth = normed @ adapter.lora_a.double().T
+                expected = adapter.scaling * own.T @ forth
+                torch.testing.assert_close(grad_b, expected.float(), rtol=1e-4, atol=1e-2)
+                wanted = rows * adapter.rank if not are_gradients else weight.rows * linear.rank
+                assert grad_b.untyped_storage().nbytes() == 4 * wanted
+            else:
+                assert grad_b is None
+        row += rows
+    assert next(grads, None) is None

@@ -2,9 +2,8 @@
 """Triton kernels that read a gradient once for both of its low-rank products.
 
 With Q [M, N] the gradient of a group of linear layers' outputs, these are P = Q @ up.T, a sum over columns, and
-S = low.T @ Q, a sum over rows. A program owns a block of columns and a share of the rows: it adds up its part of S in
-registers, and stores its part of P of each tile of rows. A second kernel adds up both kinds of parts, in an order of
-their own, so that the result is the same in each run.
+S = Q.T @ low, a sum over rows. A program owns a block of columns and a share of the rows: it adds up its part of S in
+registers, and stores its part of P of each tile of rows. A second kernel adds up both kinds of parts.
 
 Where a group has several layers, each has ranks of its own, and `up` is zero between one's columns and another's ranks:
 a block of columns is multiplied with its own layer's ranks only.
@@ -13,7 +12,6 @@ a block of columns is multiplied with its own layer's ranks only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,35 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import cdiv, is_hopper, on_device, rank_block
+from fourfold.kernels.shares_triton import SUM_BLOCK, Pass, add_up
 
-__all__ = ["Pass", "low_rank_pair_", "tile_for"]
-
-
-class Pass(NamedTuple):
-    """How the kernel goes over a gradient.
-
-    Attributes:
-        block_m, block_k: Rows and columns of a program's tile.
-        num_warps: Of a program.
-        num_stages: The tile that is worked on, and those being loaded meanwhile.
-        programs: As many as are under way at once on 132 multiprocessors. Fixed rather than asked of the GPU, so that
-            the order of the sums, and the result, is always the same.
-    """
-
-    block_m: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    programs: int
+__all__ = ["NARROW", "SMALL", "WIDE", "low_rank_pair_", "tile_for"]
 
 
 # On Hopper: the wider the tile, the fewer parts of P there are to add up. With more than 16 ranks WIDE would take more
 # shared memory than there is. Other GPUs have less of it.
-WIDE = Pass(64, 512, 8, 3, programs=132)
+WIDE = Pass(64, 512, 8, 3, programs=132, wide_first=True)
 WIDE_RANK = 16
-NARROW = Pass(64, 256, 8, 3, programs=132)
-SMALL = Pass(32, 256, 4, 3, programs=264)
-SUM_BLOCK = 512
+NARROW = Pass(64, 256, 8, 3, programs=132, wide_first=True)
+SMALL = Pass(32, 256, 4, 3, programs=264, wide_first=True)
 
 
 @triton.jit
@@ -58,7 +38,7 @@ def low_rank_pair_kernel(
     up_ptr,  # [LAYERS * R, N]
     low_ptr,  # [M, LAYERS * R]
     products_ptr,  # fp32 [column blocks, M, R]: parts of P
-    sums_ptr,  # fp32 [shares, R, N]: parts of S
+    sums_ptr,  # fp32 [shares, N, R]: parts of S
     num_rows,
     share_rows,  # of a program
     wide_stride,
@@ -99,29 +79,21 @@ def low_rank_pair_kernel(
         products_at = products_ptr + row * R + product_offsets
         product_mask = row_mask & rank_mask[None, :]
         tl.store(products_at, product, product_mask)
-    sums_at = sums_ptr + share.to(tl.int64) * R * N + columns[:, None] + ranks[None, :] * N
+    sums_at = sums_ptr + share.to(tl.int64) * N * R + columns[:, None] * R + ranks[None, :]
     tl.store(sums_at, acc, column_mask[:, None] & rank_mask[None, :])
-
-
-@triton.jit
-def _add_up(parts_ptr, index, mask, size, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """Elements `index` of parts FIRST to LAST of fp32 [parts, size]."""
-    parts_at = parts_ptr + FIRST * size.to(tl.int64) + index
-    total = tl.load(parts_at, mask, 0.0)
-    for _ in tl.static_range(FIRST + 1, LAST):
-        parts_at += size
-        total += tl.load(parts_at, mask, 0.0)
-    return total
 
 
 @triton.jit
 def sum_pair_kernel(
     extended_ptr,  # [M, LAYERS * R]: P
     products_ptr,  # fp32 [COLUMN_BLOCKS, M, R]
-    out_ptr,  # fp32 [LAYERS * R, N]: S, of which each layer's ranks get its own columns
-    sums_ptr,  # fp32 [SHARES, R, N]
+    out_ptr,  # fp32 [N, R]: S, each layer's rows times its scaling
+    sums_ptr,  # fp32 [SHARES, N, R]
     num_rows,
     extended_stride,
+    first_scaling,
+    second_scaling,
+    third_scaling,
     N: tl.constexpr,
     R: tl.constexpr,
     SECOND: tl.constexpr,
@@ -136,23 +108,23 @@ def sum_pair_kernel(
     if program < sum_blocks:
         index = program * BLOCK + tl.arange(0, BLOCK)
         mask = index < N * R
-        total = _add_up(sums_ptr, index, mask, tl.full([], N * R, tl.int32), 0, SHARES)
-        block = index % N // BLOCK_K
-        layer = (block >= SECOND).to(tl.int32) + (block >= THIRD).to(tl.int32)
-        tl.store(out_ptr + layer * (N * R) + index, total, mask)
+        total = add_up(sums_ptr, index, mask, N * R, SHARES)
+        block = index // R // BLOCK_K
+        later = tl.where(block < THIRD, second_scaling, third_scaling)
+        tl.store(out_ptr + index, total * tl.where(block < SECOND, first_scaling, later), mask)
     else:
         index = (program - sum_blocks) * BLOCK + tl.arange(0, BLOCK)
         size = num_rows * R
         mask = index < size
         out_at = extended_ptr + (index // R).to(tl.int64) * extended_stride + index % R
         dtype: tl.constexpr = extended_ptr.dtype.element_ty
-        total = _add_up(products_ptr, index, mask, size, 0, SECOND)
+        total = add_up(products_ptr, index, mask, size, SECOND)
         tl.store(out_at, total.to(dtype), mask)
         if SECOND < COLUMN_BLOCKS:
-            total = _add_up(products_ptr, index, mask, size, SECOND, THIRD)
+            total = add_up(products_ptr + SECOND * size.to(tl.int64), index, mask, size, THIRD - SECOND)
             tl.store(out_at + R, total.to(dtype), mask)
         if THIRD < COLUMN_BLOCKS:
-            total = _add_up(products_ptr, index, mask, size, THIRD, COLUMN_BLOCKS)
+            total = add_up(products_ptr + THIRD * size.to(tl.int64), index, mask, size, COLUMN_BLOCKS - THIRD)
             tl.store(out_at + 2 * R, total.to(dtype), mask)
 
 
@@ -164,7 +136,15 @@ def tile_for(width: int, rank: int, begins: Sequence[int], device: torch.device)
     return tile if all(begin % tile.block_k == 0 for begin in begins) else None
 
 
-def low_rank_pair_(extended: Tensor, width: int, up: Tensor, low: Tensor, begins: Sequence[int], tile: Pass) -> Tensor:
+def low_rank_pair_(
+    extended: Tensor,
+    width: int,
+    up: Tensor,
+    low: Tensor,
+    begins: Sequence[int],
+    scalings: Sequence[float],
+    tile: Pass,
+) -> Tensor:
     """`low_rank_pair.low_rank_pair_`; layers begin with multiples of the tile's columns.
 
     The number of shares follows from the width alone, so that no number of rows compiles a kernel of its own.
@@ -177,8 +157,8 @@ def low_rank_pair_(extended: Tensor, width: int, up: Tensor, low: Tensor, begins
     # Whole tiles. The last shares may be empty: their sums are zeros.
     share_rows = cdiv(cdiv(num_rows, shares), tile.block_m) * tile.block_m
     products = torch.empty(blocks, num_rows, rank, dtype=torch.float32, device=extended.device)
-    parts = torch.empty(shares, rank, width, dtype=torch.float32, device=extended.device)
-    sums = torch.empty(layers * rank, width, dtype=torch.float32, device=extended.device)
+    parts = torch.empty(shares, width, rank, dtype=torch.float32, device=extended.device)
+    sums = torch.empty(width, rank, dtype=torch.float32, device=extended.device)
     with on_device(extended):
         low_rank_pair_kernel[(blocks, shares)](
             extended,
@@ -211,6 +191,7 @@ def low_rank_pair_(extended: Tensor, width: int, up: Tensor, low: Tensor, begins
             parts,
             num_rows,
             extended.stride(0),
+            *(*scalings, 1.0, 1.0)[:3],
             N=width,
             R=rank,
             SECOND=second,

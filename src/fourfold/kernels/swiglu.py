@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ from fourfold.kernels.low_rank import columns_refuse, extend, fill_columns, low_
 
 __all__ = [
     "ACTIVATIONS",
+    "split_activation_sums",
     "swiglu",
     "swiglu_backward_",
     "swiglu_backward_reference_",
@@ -48,7 +50,7 @@ torch.library.define(
 torch.library.define(
     "fourfold::swiglu_backward_sums_",
     "(Tensor(a!) gate_up_ext, Tensor(b!) grad, Tensor? low, int gate_rank, Tensor? grad_low, Tensor(c!) sums,"
-    ' bool add, Tensor? projection=None, str activation="silu") -> ()',
+    " bool add, Tensor? projection, str activation, float[] scalings) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _forward_op = torch.ops.fourfold.swiglu.default
@@ -150,13 +152,16 @@ def swiglu_backward_sums_(
     grad_low: Tensor | None,
     projection: Tensor | None = None,
     activation: str = "silu",
+    scalings: Sequence[float] = (1.0, 1.0),
     out: Tensor | None = None,
 ) -> Tensor:
     """`swiglu_backward_`, and sums over the tokens of what it computes: the gradients of LoRA matrices.
 
     The products are those of the rounded results, accumulated in fp32:
 
-        sums <- [low[:, :gate_rank].T @ dgate; low[:, gate_rank:].T @ dup; grad_low.T @ y]
+        dgate.T @ low[:, :gate_rank] * scalings[0]    [I, gate_rank]
+        dup.T @ low[:, gate_rank:] * scalings[1]      [I, R1 - gate_rank]
+        grad_low.T @ y                                [R2, I]
 
     Args:
         gate_up_ext: [M, 2I + R], as in `swiglu_backward_`, and left like there.
@@ -166,17 +171,25 @@ def swiglu_backward_sums_(
         grad_low: [M, R2], the gradient of down's output times its sB, likewise.
         projection: [R, 2I], any strides, or None for R = 0.
         activation: One of ACTIVATIONS.
+        scalings: Of gate's adapter, and up's.
         out: What this returned for other tokens: the sums are added to it in place.
 
     Returns:
-        Contiguous fp32 [R1 + R2, I] (float64 for float64 inputs): `out` where it is given.
+        fp32 [(R1 + R2) * I] (float64 for float64 inputs), one sum after the other, each contiguous; see
+        `split_activation_sums`. It is `out` where that is given.
     """
     sums = out
     if sums is None:
         rank = sum(columns.shape[1] for columns in (low, grad_low) if columns is not None)
-        sums = grad.new_empty(rank, grad.shape[1], dtype=working_dtype(grad.dtype))
-    _sums_op(gate_up_ext, grad, low, gate_rank, grad_low, sums, out is not None, projection, activation)
+        sums = grad.new_empty(rank * grad.shape[1], dtype=working_dtype(grad.dtype))
+    _sums_op(gate_up_ext, grad, low, gate_rank, grad_low, sums, out is not None, projection, activation, scalings)
     return sums
+
+
+def split_activation_sums(sums: Tensor, width: int, gate: int, up: int, down: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [width, gate], [width, up] and [down, width] of what `swiglu_backward_sums_` returned for these ranks."""
+    of_gate, of_up, of_down = sums.split([gate * width, up * width, down * width])
+    return of_gate.view(width, gate), of_up.view(width, up), of_down.view(down, width)
 
 
 def swiglu_backward_sums_reference_(
@@ -189,22 +202,24 @@ def swiglu_backward_sums_reference_(
     add: bool,
     projection: Tensor | None = None,
     activation: str = "silu",
+    scalings: Sequence[float] = (1.0, 1.0),
 ) -> None:
     """What `swiglu_backward_sums_` writes to `sums`, or adds to them, out of the results of `swiglu_backward_`."""
     swiglu_backward_(gate_up_ext, grad, projection, activation)
     width = grad.shape[1]
-    products = [] if grad_low is None else [(grad_low, grad)]
+    up_rank = 0 if low is None else low.shape[1] - gate_rank
+    down_rank = 0 if grad_low is None else grad_low.shape[1]
+    gate_sums, up_sums, down_sums = split_activation_sums(sums, width, gate_rank, up_rank, down_rank)
+    if not add:
+        sums.zero_()
     if low is not None:
-        dgate, dup = gate_up_ext[:, :width], gate_up_ext[:, width : 2 * width]
-        products = [(low[:, :gate_rank], dgate), (low[:, gate_rank:], dup), *products]
-    row = 0
-    for narrow, wide in products:
-        rows = sums[row : row + narrow.shape[1]]
-        if add:
-            low_rank_grad(narrow, wide, rows)
-        else:
-            rows.copy_(low_rank_grad(narrow, wide))
-        row += narrow.shape[1]
+        for own, grad_own, own_low, scaling in (
+            (gate_sums, gate_up_ext[:, :width], low[:, :gate_rank], scalings[0]),
+            (up_sums, gate_up_ext[:, width : 2 * width], low[:, gate_rank:], scalings[1]),
+        ):
+            own.add_(low_rank_grad(grad_own, own_low), alpha=scaling)
+    if grad_low is not None:
+        low_rank_grad(grad_low, grad, down_sums)
 
 
 def _refusal(activation: str, *tensors: Tensor | None) -> str | None:
@@ -254,10 +269,11 @@ def _sums_cuda(
     grad_low: Tensor | None,
     sums: Tensor,
     add: bool,
-    projection: Tensor | None = None,
-    activation: str = "silu",
+    projection: Tensor | None,
+    activation: str,
+    scalings: Sequence[float],
 ) -> None:
-    arguments = (gate_up_ext, grad, low, gate_rank, grad_low, sums, add, projection, activation)
+    arguments = (gate_up_ext, grad, low, gate_rank, grad_low, sums, add, projection, activation, scalings)
     ranks = (
         0 if low is None else max(gate_rank, low.shape[1] - gate_rank),
         0 if grad_low is None else grad_low.shape[1],
@@ -297,8 +313,9 @@ def _sums_fake(
     _grad_low: Tensor | None,
     _sums: Tensor,
     _add: bool,
-    _projection: Tensor | None = None,
-    _activation: str = "silu",
+    _projection: Tensor | None,
+    _activation: str,
+    _scalings: Sequence[float],
 ) -> None:
     return None
 

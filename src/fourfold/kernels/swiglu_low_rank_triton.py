@@ -2,13 +2,12 @@
 """Triton kernels of swiglu.py that multiply by the adapters' matrices what they hold on the chip.
 
 The forward kernel's programs own rows and pass over all columns or a share of them, for the product is a sum over
-columns; the backward kernel's own columns and pass over a share of the rows, for its products are sums over tokens. The
-shares' sums are added up in an order of their own, so that the result is the same in each run.
+columns; the backward kernel's own columns and pass over a share of the rows, for its products are sums over tokens.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,32 +16,10 @@ from torch import Tensor
 
 from fourfold.kernels.launching import Tile, cdiv, is_hopper, next_power_of_2, on_device, rank_block
 from fourfold.kernels.low_rank import fill_columns, new_extended
+from fourfold.kernels.shares_triton import Pass, add_up, sum_shares, sum_tile
 from fourfold.kernels.swiglu_triton import activation_and_slope
 
-__all__ = ["LONG", "MANY_RANKS", "SHORT", "Pass", "swiglu_backward_sums_", "swiglu_product"]
-
-
-class Pass(NamedTuple):
-    """How the backward kernel goes over its matrices.
-
-    Attributes:
-        block_m, block_k: Rows and columns of a program's tile.
-        num_warps: Of a program.
-        num_stages: The tile that is worked on, and those being loaded meanwhile.
-        programs: As many as are under way at once on 132 multiprocessors. Fixed rather than asked of the GPU, so that
-            the order of the sums, and the result, is always the same.
-        max_registers: Of a thread; None for what the compiler takes.
-        wide_first: Whether sums are [columns, ranks], as suits the tensor cores of Hopper, whose products have at least
-            64 rows, or [ranks, columns], as suits those before, whose products have 16.
-    """
-
-    block_m: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    max_registers: int | None = None
-    wide_first: bool = False
+__all__ = ["LONG", "MANY_RANKS", "SHORT", "swiglu_backward_sums_", "swiglu_product"]
 
 
 # For many tokens on Hopper; for fewer, and for other GPUs; for ranks whose sums do not fit into those two's registers.
@@ -121,12 +98,6 @@ def swiglu_product_kernel(
 
 
 @triton.jit
-def _sum_tile(wide, low, acc, WIDE_FIRST: tl.constexpr):
-    """acc + wide.T @ low, or its transpose."""
-    return tl.dot(tl.trans(wide), low, acc) if WIDE_FIRST else tl.dot(tl.trans(low), wide, acc)
-
-
-@triton.jit
 def _low_tile(low_ptr, row, rows, stride, mask, ranks, R: tl.constexpr):
     low_at = low_ptr + row * stride + (rows[:, None] * stride + ranks[None, :])
     return tl.load(low_at, mask & (ranks < R)[None, :], 0.0)
@@ -200,13 +171,13 @@ def swiglu_backward_sums_kernel(
         tl.store(out_at + I, dup, mask)
         if GATE_RANK > 0:
             low = _low_tile(low_ptr, row, rows, low_stride, row_mask, gate_ranks, GATE_RANK)
-            gate_sum = _sum_tile(dgate, low, gate_sum, WIDE_FIRST)
+            gate_sum = sum_tile(dgate, low, gate_sum, WIDE_FIRST)
         if UP_RANK > 0:
             low = _low_tile(low_ptr + GATE_RANK, row, rows, low_stride, row_mask, up_ranks, UP_RANK)
-            up_sum = _sum_tile(dup, low, up_sum, WIDE_FIRST)
+            up_sum = sum_tile(dup, low, up_sum, WIDE_FIRST)
         if DOWN_RANK > 0:
             low = _low_tile(grad_low_ptr, row, rows, grad_low_stride, row_mask, down_ranks, DOWN_RANK)
-            down_sum = _sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
+            down_sum = sum_tile(_settled((value * up).to(dtype)), low, down_sum, WIDE_FIRST)
     sums_at = sums_ptr + share.to(tl.int64) * (GATE_RANK + UP_RANK + DOWN_RANK) * I
     if GATE_RANK > 0:
         _store_sum(sums_at, gate_sum, columns, gate_ranks, I, GATE_RANK, WIDE_FIRST)
@@ -217,39 +188,66 @@ def swiglu_backward_sums_kernel(
 
 
 @triton.jit
-def sum_shares_kernel(
-    out_ptr,  # [size / COLUMNS, COLUMNS]
-    shares_ptr,  # fp32 [SHARES, size]
+def _sum_columns(
+    out_ptr,
+    shares_ptr,
     size,
-    out_stride,
-    COLUMNS: tl.constexpr,
+    columns,
+    scaling,
+    I: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SHARES: tl.constexpr,
+    ADD: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):
+    ranks = tl.arange(0, BLOCK_R)
+    mask = (ranks < R)[:, None] & (columns < I)[None, :]
+    index = ranks[:, None] * I + columns[None, :]
+    total = add_up(shares_ptr, index, mask, size, SHARES) * scaling
+    out_at = out_ptr + (ranks[:, None] + columns[None, :] * R if BY_COLUMN else index)
+    if ADD:
+        total += tl.load(out_at, mask, 0.0)
+    tl.store(out_at, total, mask)
+
+
+@triton.jit
+def sum_columns_kernel(
+    out_ptr,  # fp32: gate's and up's [I, rank], as B's gradient is, and down's [rank, I], as A's is
+    shares_ptr,  # fp32 [SHARES, GATE_RANK + UP_RANK + DOWN_RANK, I]
+    gate_scaling,
+    up_scaling,
+    I: tl.constexpr,  # noqa: E741
+    GATE_RANK: tl.constexpr,
+    UP_RANK: tl.constexpr,
+    DOWN_RANK: tl.constexpr,
+    BLOCK_GATE: tl.constexpr,
+    BLOCK_UP: tl.constexpr,
+    BLOCK_DOWN: tl.constexpr,
     SHARES: tl.constexpr,
     ADD: tl.constexpr,  # to what out holds
     BLOCK: tl.constexpr,
 ):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    shares_at = shares_ptr + index
-    total = tl.load(shares_at, mask, 0.0)
-    for _ in tl.static_range(1, SHARES):
-        shares_at += size
-        total += tl.load(shares_at, mask, 0.0)
-    out_at = out_ptr + (index // COLUMNS).to(tl.int64) * out_stride + index % COLUMNS
-    if ADD:
-        total += tl.load(out_at, mask, 0.0)
-    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(1)
+    size: tl.constexpr = (GATE_RANK + UP_RANK + DOWN_RANK) * I
+    if which == 0:
+        if GATE_RANK > 0:
+            _sum_columns(out_ptr, shares_ptr, size, columns, gate_scaling, I, GATE_RANK, BLOCK_GATE, SHARES, ADD, True)
+    elif which == 1:
+        if UP_RANK > 0:
+            up: tl.constexpr = GATE_RANK * I
+            _sum_columns(
+                out_ptr + up, shares_ptr + up, size, columns, up_scaling, I, UP_RANK, BLOCK_UP, SHARES, ADD, True
+            )
+    elif DOWN_RANK > 0:
+        down: tl.constexpr = (GATE_RANK + UP_RANK) * I
+        _sum_columns(
+            out_ptr + down, shares_ptr + down, size, columns, 1.0, I, DOWN_RANK, BLOCK_DOWN, SHARES, ADD, False
+        )
 
 
-SUM_BLOCK = 1024
-
-
-def _sum_shares(out: Tensor, shares: Tensor, add: bool) -> None:
-    """The sum of fp32 [shares, rows, columns] over its first axis, to `out` or added to it; on the current device."""
-    count, rows, columns = shares.shape
-    size = rows * columns
-    sum_shares_kernel[(cdiv(size, SUM_BLOCK),)](
-        out, shares, size, out.stride(0), COLUMNS=columns, SHARES=count, ADD=add, BLOCK=SUM_BLOCK, num_warps=4
-    )
+SUM_COLUMNS = 64
 
 
 def forward_stages(rank: int) -> int:
@@ -294,7 +292,7 @@ def swiglu_product(gate_up: Tensor, projection: Tensor, activation: str = "silu"
             num_stages=forward_stages(rank),
         )
         if shares > 1:
-            _sum_shares(out[:, width:], product, add=False)
+            sum_shares(out[:, width:], product)
     return out
 
 
@@ -316,9 +314,10 @@ def swiglu_backward_sums_(
     add: bool,
     projection: Tensor | None = None,
     activation: str = "silu",
+    scalings: Sequence[float] = (1.0, 1.0),
     tile: Pass | None = None,
 ) -> None:
-    """`swiglu.swiglu_backward_sums_` for ranks up to 64, 16-bit tensors, and contiguous sums."""
+    """`swiglu.swiglu_backward_sums_` for ranks up to 64 and 16-bit tensors."""
     num_rows, width = grad.shape
     up_rank = 0 if low is None else low.shape[1] - gate_rank
     down_rank = 0 if grad_low is None else grad_low.shape[1]
@@ -330,9 +329,7 @@ def swiglu_backward_sums_(
         # A power of two, since sums of each number of shares are compiled anew.
         count = max(1, next_power_of_2(most + 1) // 2)
     share, shares = _divide(num_rows, count, tile.block_m)
-    parts = sums[None]
-    if add or shares > 1:
-        parts = torch.empty(shares, *sums.shape, dtype=torch.float32, device=grad.device)
+    parts = torch.empty(shares, len(sums), dtype=torch.float32, device=grad.device)
     with on_device(grad):
         swiglu_backward_sums_kernel[(column_blocks, shares)](
             gate_up_ext,
@@ -364,6 +361,20 @@ def swiglu_backward_sums_(
             num_stages=tile.num_stages,
             maxnreg=tile.max_registers,
         )
-        if add or shares > 1:
-            _sum_shares(sums, parts, add)
+        sum_columns_kernel[(cdiv(width, SUM_COLUMNS), 3)](
+            sums,
+            parts,
+            *scalings,
+            I=width,
+            GATE_RANK=gate_rank,
+            UP_RANK=up_rank,
+            DOWN_RANK=down_rank,
+            BLOCK_GATE=rank_block(gate_rank),
+            BLOCK_UP=rank_block(up_rank),
+            BLOCK_DOWN=rank_block(down_rank),
+            SHARES=shares,
+            ADD=add,
+            BLOCK=SUM_COLUMNS,
+            num_warps=4,
+        )
     fill_columns(gate_up_ext, 2 * width, projection)

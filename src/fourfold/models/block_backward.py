@@ -10,7 +10,7 @@ from torch import Tensor
 from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.norm import add_rms_norm_, rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary_backward
-from fourfold.kernels.swiglu import swiglu_backward_, swiglu_backward_sums_
+from fourfold.kernels.swiglu import split_activation_sums, swiglu_backward_, swiglu_backward_sums_
 from fourfold.models.attention import AttentionState, attention_backward
 from fourfold.models.block_forward import attend, attention_output
 from fourfold.models.block_state import Block, Saved, columns, parts
@@ -200,6 +200,9 @@ class _MlpSums:
             up if wants_up else 0,
             block.down.used_ranks if self.down.wants_a else 0,
         )
+        self._width = block.down.in_features
+        # What is not wanted is not summed: the sums are gradients, all of them, unless a layer has two adapters.
+        self.gate_up.b_are_gradients = self.gate_up.wants_single_b
         self._sums: Tensor | None = None
 
     def activate(
@@ -217,14 +220,15 @@ class _MlpSums:
         gate, up, down = self._ranks
         own = low[:, self._columns] if gate + up else None
         own_grad = grad_low[:, :down] if down else None
+        scalings = self.gate_up.scalings if self.gate_up.b_are_gradients else (1.0, 1.0)
         self._sums = swiglu_backward_sums_(
-            gate_up_x, grad_act, own, gate, own_grad, projection, self.activation, out=self._sums
+            gate_up_x, grad_act, own, gate, own_grad, projection, self.activation, scalings, out=self._sums
         )
 
     def gradients(self) -> list[Tensor | None]:
         """Of the parameters of gate and up, then of down."""
         if self._sums is not None:
-            *self.gate_up.b, sums_down = self._sums.split(self._ranks)
-            # A gradient is a view of it, and would keep the sums of gate and up alive.
-            self.down.a = sums_down.clone()
+            *self.gate_up.b, sums_down = split_activation_sums(self._sums, self._width, *self._ranks)
+            # Where those of gate and up are no gradients, a gradient that is a view would keep them alive.
+            self.down.a = sums_down if self.gate_up.b_are_gradients else sums_down.clone()
         return [*self.gate_up.gradients(), *self.down.gradients()]

@@ -22,7 +22,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
-from fourfold.kernels.low_rank import fill_columns, low_rank_grad, new_extended
+from fourfold.kernels.grad_a import grad_a
+from fourfold.kernels.low_rank import fill_columns, new_extended
 from fourfold.kernels.low_rank_pair import low_rank_pair_
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.tensor import are_alike, expand_alike_
@@ -187,33 +188,29 @@ class LinearGroup:
             return ()
         return tuple(itertools.accumulate(linear.base.out_features for linear in self.linears[:-1]))
 
-    def own_blocks(self, sums: Tensor) -> list[Tensor]:
-        """Of a group's sums for B, [rank, out], those of each linear layer, [its rank, its out]."""
-        outputs = sums.split([linear.base.out_features for linear in self.linears], dim=1)
-        ranks = [linear.rank for linear in self.linears]
-        starts = itertools.accumulate(ranks, initial=0)
-        return [block[start : start + rank] for block, start, rank in zip(outputs, starts, ranks, strict=False)]
-
-    def gradients(self, sums_a: Tensor | None, sums_b: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gradients(
+        self, sums_a: Tensor | None, sums_b: Sequence[Tensor | None], *, are_gradients: bool
+    ) -> list[Tensor | None]:
         """Gradients of `parameters`, in fp32; None where none is asked for. See LowRankSums for the arguments."""
         grads: list[Tensor | None] = []
         rank_row = 0
         for linear, own_b in zip(self.linears, sums_b, strict=True):
-            own_row = 0
+            own_column = 0
             for adapter in linear.adapters:
-                ranks = slice(rank_row, rank_row + adapter.rank)
-                grad_a = grad_b = None
+                of_a = of_b = None
                 if adapter.lora_a.requires_grad:
                     assert sums_a is not None
-                    grad_a = sums_a[ranks]
+                    of_a = sums_a[rank_row : rank_row + adapter.rank]
                 if adapter.lora_b.requires_grad:
                     assert own_b is not None
-                    block = own_b[own_row : own_row + adapter.rank].T
-                    # Into memory of its own, in the parameter's order: a view would keep the whole sum alive.
-                    grad_b = torch.mul(block, adapter.scaling, out=block.new_empty(block.shape))
-                grads += [grad_a, grad_b]
+                    of_b = own_b
+                    if not are_gradients:
+                        own = own_b[:, own_column : own_column + adapter.rank]
+                        # Into memory of its own: a view would keep the whole sum alive.
+                        of_b = torch.mul(own, adapter.scaling, out=own.new_empty(own.shape))
+                grads += [of_a, of_b]
                 rank_row += adapter.rank
-                own_row += adapter.rank
+                own_column += adapter.rank
         return grads
 
 
@@ -257,19 +254,29 @@ class LowRankSums:
 
     Attributes:
         a: [rank, in], for all A of the group over each other; None as long as there is none.
-        b: [its rank, its out] for each linear layer of the group, or None.
+        b: [its out, its rank] for each linear layer of the group, or None; may be views.
+        b_are_gradients: Whether those of `b` are the gradients, contiguous and times the scaling, and whatever else is
+            in the memory that they are views of is a gradient, too.
         wants_a: Whether an A of the group needs a gradient.
         wants_b: Whether a B does, for each linear layer.
+        scalings: Of each linear layer that has one adapter, else 1.
     """
 
     def __init__(self, group: LinearGroup, norm: Tensor | None = None) -> None:
         self.group = group
         self.norm = norm
-        adapters = [linear.adapters for linear in group.linears]
-        self.wants_a = any(adapter.lora_a.requires_grad for own in adapters for adapter in own)
-        self.wants_b = [any(adapter.lora_b.requires_grad for adapter in own) for own in adapters]
+        self._adapters = [linear.adapters for linear in group.linears]
+        self.wants_a = any(adapter.lora_a.requires_grad for own in self._adapters for adapter in own)
+        self.wants_b = [any(adapter.lora_b.requires_grad for adapter in own) for own in self._adapters]
+        self.scalings = [own[0].scaling if len(own) == 1 else 1.0 for own in self._adapters]
         self.a: Tensor | None = None
-        self.b: Sequence[Tensor | None] = [None] * len(adapters)
+        self.b: Sequence[Tensor | None] = [None] * len(self._adapters)
+        self.b_are_gradients = False
+
+    @property
+    def wants_single_b(self) -> bool:
+        """Whether no layer with a B that needs a gradient has a second adapter."""
+        return all(len(own) == 1 for own, wants in zip(self._adapters, self.wants_b, strict=True) if wants)
 
     def add_a(self, x: Tensor, grad_low: Tensor, rstd: Tensor | None = None) -> None:
         """Add a part's to `a`, if it is wanted.
@@ -279,11 +286,8 @@ class LowRankSums:
             grad_low: dY sB, [tokens, rank].
             rstd: fp32 [tokens], of the norm.
         """
-        if not self.wants_a:
-            return
-        if rstd is not None:
-            grad_low = torch.mul(grad_low, rstd[:, None], out=grad_low.new_empty(grad_low.shape))
-        self.a = low_rank_grad(grad_low, x, self.a)
+        if self.wants_a:
+            self.a = grad_a(grad_low, x, rstd, self.norm, self.a)
 
     def pair(self, grad_x: Tensor, weight: ExtendedWeight, low: Tensor | None) -> None:
         """Put dY sB beside dY, and make `b`, as far as it is wanted. The group's first use of its gradient.
@@ -294,16 +298,26 @@ class LowRankSums:
         """
         if low is None or weight.up is None:
             return
-        if any(self.wants_b):
-            self.b = self.group.own_blocks(low_rank_pair_(grad_x, weight.rows, weight.up, low, self.group.begins))
-        else:
+        if not any(self.wants_b):
             fill_columns(grad_x, weight.rows, weight.up)
+            return
+        group, begins = self.group, self.group.begins
+        is_even = len(begins) + 1 == len(group.linears) and group.used_ranks == group.rank
+        self.b_are_gradients = is_even and all(self.wants_b) and self.wants_single_b
+        scalings = self.scalings if self.b_are_gradients else [1.0] * (len(begins) + 1)
+        sums = low_rank_pair_(grad_x, weight.rows, weight.up, low, begins, scalings)
+        outputs = sums.split([linear.base.out_features for linear in group.linears])
+        if is_even:
+            self.b = outputs
+        else:
+            ranks = [linear.rank for linear in group.linears]
+            starts = itertools.accumulate(ranks, initial=0)
+            own = zip(outputs, starts, ranks, strict=False)
+            self.b = [block[:, start : start + rank] for block, start, rank in own]
 
     def gradients(self) -> list[Tensor | None]:
         """One for each of the group's parameters."""
-        if self.a is not None and self.norm is not None:
-            self.a *= self.norm
-        return self.group.gradients(self.a, self.b)
+        return self.group.gradients(self.a, self.b, are_gradients=self.b_are_gradients)
 
 
 def _joined(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None, float]:
