@@ -28,7 +28,7 @@ from liger_kernel.ops import rope as liger_rope
 from liger_kernel.ops import swiglu as liger_swiglu
 from torch import Tensor
 
-from fourfold.kernels import grad_a, low_rank, low_rank_pair, norm, rotary, swiglu
+from fourfold.kernels import grad_a, low_rank, low_rank_beside, low_rank_pair, norm, rotary, swiglu
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -127,6 +127,16 @@ def gradients_of_a(tokens: int) -> Iterator[Row]:
             yield f"grad_a {rank}", whose, 2 * tokens * HIDDEN, functools.partial(function, *arguments)
 
 
+def attention_beside(tokens: int) -> Iterator[Row]:
+    """The attention's output beside its product with o's A, of rank 16."""
+    x, projection = random(tokens, HIDDEN), random(16, HIDDEN)
+    for whose, function in (
+        ("ours", low_rank_beside.low_rank_beside),
+        ("PyTorch", low_rank_beside.low_rank_beside_reference),
+    ):
+        yield "low_rank_beside", whose, 2 * 2 * tokens * HIDDEN, functools.partial(function, x, projection)
+
+
 def rotations(tokens: int) -> Iterator[Row]:
     size = 2 * tokens * QKV
     qkv = random(tokens, QKV)
@@ -152,7 +162,7 @@ def rotations(tokens: int) -> Iterator[Row]:
     yield "rotary_backward", "Liger (q, k)", rotated, lambda: liger_rope.rope_backward(q, k, cos[None], sin[None])
 
 
-FAMILIES = (norms, activations, activations_with_adapters, low_rank_pairs, gradients_of_a, rotations)
+FAMILIES = (norms, activations, activations_with_adapters, low_rank_pairs, gradients_of_a, attention_beside, rotations)
 
 
 def main() -> None:
