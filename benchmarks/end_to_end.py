@@ -58,6 +58,8 @@ class Setting:
 SETTINGS = {
     "8b-4x2048-recompute": Setting("8b", 4, 2048, "selective_offload"),
     "8b-4x2048": Setting("8b", 4, 2048, "none"),
+    "8b-4x2048-mlp": Setting("8b", 4, 2048, "mlp"),
+    "8b-4x2048-selective": Setting("8b", 4, 2048, "selective"),
     "8b-4x2048-full": Setting("8b", 4, 2048, "full"),
     "8b-1x2048-recompute": Setting("8b", 1, 2048, "selective"),
     "8b-1x32768-recompute": Setting("8b", 1, 32768, "mlp_offload"),
