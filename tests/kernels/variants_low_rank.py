@@ -50,7 +50,8 @@ def _beside(tile: beside.Pass, width: int, rank: int, pointer: str = "*bf16") ->
         **{"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return Variant(beside.low_rank_beside_kernel, arguments, options, unaligned=("num_rows",))
+    archs = (90,) if tile is beside.TALL else (80, 90)
+    return Variant(beside.low_rank_beside_kernel, arguments, options, unaligned=("num_rows",), archs=archs)
 
 
 _QKV, _SMALL_QKV = (6144, (4096, 5120)), (3072, (2048, 2560))

@@ -17,7 +17,8 @@ __all__ = ["rms_norm", "rms_norm_backward", "tile_for"]
 def tile_for(width: int) -> Tile:
     """The tile of a norm over rows of `width`."""
     block_k = next_power_of_2(width)
-    return Tile(1, block_k, max(1, min(block_k // 512, 16)))
+    # Threads of sixteen warps have half as many registers as those of eight.
+    return Tile(1, block_k, 16 if block_k > 8192 else max(1, min(block_k // 512, 8)))
 
 
 @triton.jit
