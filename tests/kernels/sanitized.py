@@ -166,10 +166,9 @@ def few_rows() -> None:
 def norm() -> None:
     for rows, width, rank in ((7, 72, 16), (3, 4099, 0)):
         x, grad, weight = random(rows, width), random(rows, width), random(width)
-        projection = random(rank, width) if rank else None
-        rstd = norm_triton.rms_norm(x, weight, 1e-6, projection)[1]
+        rstd = norm_triton.rms_norm(x, weight, 1e-6, rank)[1]
         residual_grad = random(rows, width) if rank else None
-        norm_triton.rms_norm(x, weight, 1e-6, None, random(rows, width), torch.empty_like(x) if rank else None)
+        norm_triton.rms_norm(x, weight, 1e-6, 0, random(rows, width), torch.empty_like(x) if rank else None)
         norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, torch.empty_like(x))
 
 
@@ -194,7 +193,9 @@ def low_rank_beside() -> None:
         (77, 520, 48, low_rank_beside_triton.TALL),
     ):
         x, projection, extended = random(rows, width), random(rank, width), random(rows, width + rank)
-        low_rank_beside_triton.low_rank_beside(x, projection, extended, tile)
+        for in_place in (False, True):
+            low_rank_beside_triton.low_rank_beside(x, projection, extended, tile, in_place=in_place)
+            x = extended[:, :width]
 
 
 def rotary() -> None:

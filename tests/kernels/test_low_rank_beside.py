@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.low_rank import new_extended
-from fourfold.kernels.low_rank_beside import low_rank_beside
+from fourfold.kernels.low_rank_beside import fill_low_rank_, low_rank_beside
 
 pytest.importorskip("triton")
 
@@ -37,16 +37,26 @@ def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, ti
     # fp16: the interpreter's products of bf16 are wrong.
     x, projection = operands(rows, width, rank, torch.float16)
     extended = new_extended(x, rows, width, rank).fill_(torch.nan)
-    check(x, projection, *kernels.low_rank_beside(x, projection, extended, tile))
+    check(x, projection, extended, kernels.low_rank_beside(x, projection, extended, tile))
+    extended[:, width:] = torch.nan
+    low = kernels.low_rank_beside(extended[:, :width], projection, extended, tile, in_place=True)
+    check(x, projection, extended, low)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "width", "rank"), SHAPES)
 def test_the_operator_keeps_the_product_twice(rows: int, width: int, rank: int, dtype: torch.dtype) -> None:
     x, projection = operands(rows, width, rank, dtype)
-    check(x, projection, *low_rank_beside(x, projection))
+    extended, low = low_rank_beside(x, projection)
+    check(x, projection, extended, low)
+    extended[:, width:] = torch.nan
+    again = fill_low_rank_(extended, width, projection)
+    check(x, projection, extended, again)
+    assert torch.equal(again, low)
 
 
-def test_the_operator_is_registered_as_pytorch_asks() -> None:
+def test_the_operators_are_registered_as_pytorch_asks() -> None:
     x, projection = operands(5, 24, 3, torch.float32)
     torch.library.opcheck(torch.ops.fourfold.low_rank_beside.default, (x, projection))
+    extended = torch.randn(5, 27)
+    torch.library.opcheck(torch.ops.fourfold.fill_low_rank_.default, (extended, 24, projection))
