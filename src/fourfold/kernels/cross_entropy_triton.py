@@ -57,7 +57,7 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     first = tl.full([LANES], 2147483647, tl.int32)
     for tile in range(TILES):
         at = tile * (LANES * WIDTH) + lanes
-        x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
         new = tl.maximum(greatest, tl.max(x, axis=1))
         total = total * tl.exp2((greatest - new) * _LOG2_E) + tl.sum(tl.exp2((x - new[:, None]) * _LOG2_E), axis=1)
         greatest = new
@@ -74,10 +74,13 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
         # From the end to the start: what was read last is what the cache still holds.
         for step in range(TILES):
             at = (TILES - 1 - step) * (LANES * WIDTH) + lanes
-            x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
+            x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf"), eviction_policy="evict_first")
+            x = x.to(tl.float32)
             slope = tl.exp2((x - maximum) * _LOG2_E) * scale
             slope = tl.where(at == target, slope - 1.0, slope)
-            tl.store(logits_ptr + at, slope.to(logits_ptr.dtype.element_ty), mask=at < VOCAB)
+            # What is written leaves the cache first: else it would push out rows that wait for their second reading.
+            slope = slope.to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + at, slope, mask=at < VOCAB, eviction_policy="evict_first")
 
 
 def cross_entropy_triton(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
