@@ -18,6 +18,7 @@ def _tiled(tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
 
 def _norm(width: int, element_size: int = 2) -> list[Variant]:
     block, options = _tiled(norm_triton.tile_for(width))
+    _, backward_options = _tiled(norm_triton.tile_for(width, backward=True))
     pointer = _TRITON_TYPE[element_size]
     common: dict[str, Any] = {
         **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), pointer),
@@ -32,7 +33,7 @@ def _norm(width: int, element_size: int = 2) -> list[Variant]:
     return [
         Variant(norm_triton.rms_norm_kernel, {**common, **plain}, options),
         Variant(norm_triton.rms_norm_kernel, {**common, **added}, options),
-        Variant(norm_triton.rms_norm_backward_kernel, {**common, **backward}, options),
+        Variant(norm_triton.rms_norm_backward_kernel, {**common, **backward}, backward_options),
     ]
 
 
