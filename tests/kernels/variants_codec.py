@@ -102,7 +102,7 @@ def matmul(
 def add(dtype: str, block_m: int, splits: int) -> Variant:
     pointers = {"out_ptr": dtype, "partial_ptr": "*fp32", "bias_ptr": dtype}
     integers = {"num_inputs": "i32", "num_rows": "i32"}
-    constants = {"BLOCK_M": block_m, "BLOCK_N": 32, "SPLITS": splits}
+    constants = {"BLOCK_M": block_m, "BLOCK_N": 32, "SPLITS": splits, "EARLY": False}
     return Variant(sum_kernel, {**pointers, **integers, **constants}, {"num_warps": 4}, unaligned=("num_inputs",))
 
 

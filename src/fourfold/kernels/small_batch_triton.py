@@ -27,7 +27,7 @@ from torch import Tensor
 from fourfold.kernels.blockwise_triton import code_points
 from fourfold.kernels.launching import on_device
 
-__all__ = ["TILES", "Configuration", "Tile", "configuration", "matmul"]
+__all__ = ["TILES", "Configuration", "Tile", "configuration", "matmul", "sum_splits"]
 
 
 @triton.jit
@@ -145,11 +145,17 @@ def sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    """The sum over the first axis of fp32 [SPLITS, num_rows, BLOCK_M], with the bias, as [num_inputs, num_rows]."""
+    """The sum over the first axis of fp32 [SPLITS, num_rows, BLOCK_M], with the bias, as [num_inputs, num_rows].
+
+    EARLY: Launched before what it sums is there, and waits for it.
+    """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     mask = (row < num_rows)[:, None] & (m[None, :] < num_inputs)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     total = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
     for split in tl.static_range(SPLITS):
         place = (split * num_rows + row)[:, None] * BLOCK_M + m[None, :]
@@ -210,6 +216,31 @@ def configuration(num_inputs: int, num_rows: int, num_columns: int) -> Configura
     return Configuration(tile, column_warps, triton.cdiv(total, column_warps * steps), steps)
 
 
+def sum_splits(
+    out: Tensor, partial: Tensor, bias: Tensor | None, num_inputs: int, block_n: int = 32, early: bool = False
+) -> None:
+    """Writes the sum of what programs made that share the columns.
+
+    Args:
+        out: [num_inputs, num_rows].
+        partial: fp32 [splits, num_rows, block_m].
+        bias: [num_rows] or None.
+        num_inputs: Rows of `out`, at most block_m.
+        block_n: Columns of `out` that a program sums, a power of two.
+        early: Launch it before the launch before it has ended, which must let it (programmatic dependent launch).
+    """
+    splits, num_rows, block_m = partial.shape
+    sum_kernel[(triton.cdiv(num_rows, block_n),)](
+        *(out, partial, bias, num_inputs, num_rows),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        SPLITS=splits,
+        EARLY=early,
+        num_warps=4,
+        launch_pdl=early,
+    )
+
+
 def matmul(
     x: Tensor,
     codes: Tensor,
@@ -255,11 +286,5 @@ def matmul(
             enable_fp_fusion=False,
         )
         if splits > 1:
-            sum_kernel[(triton.cdiv(num_rows, 32),)](
-                *(out, partial, bias, num_inputs, num_rows),
-                BLOCK_M=tile.block_m,
-                BLOCK_N=32,
-                SPLITS=splits,
-                num_warps=4,
-            )
+            sum_splits(out, partial, bias, num_inputs)
     return out
