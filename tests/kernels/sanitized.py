@@ -45,6 +45,7 @@ from fourfold.kernels import (
     low_rank_pair_triton,
     norm_triton,
     rotary_triton,
+    small_batch_hopper_triton,
     small_batch_triton,
     swiglu_low_rank_triton,
     swiglu_triton,
@@ -161,6 +162,16 @@ def few_rows() -> None:
         parts = (scales, None, None, None) if nested is None else (scales, *nested[:3])
         sizes = (weight.block_size, 1 if nested is None else nested.block_size, rows)
         small_batch_triton.matmul(random(inputs, columns), weight.codes, weight.codebook, *parts, *sizes, random(rows))
+
+
+def few_rows_on_hopper() -> None:
+    """Every tile, not full; the last tile of W short; columns shared among programs, and not."""
+    for inputs, rows, columns, double_quant in ((13, 41, 256, True), (31, 131, 768, False), (63, 37, 2048, True)):
+        weight, scales, nested = quantized((rows, columns), double_quant=double_quant)
+        parts = (scales, None, None, None) if nested is None else (scales, *nested[:3])
+        sizes = (weight.block_size, 1 if nested is None else nested.block_size, rows)
+        arguments = (random(inputs, columns), weight.codes, weight.codebook, *parts, *sizes, random(rows))
+        small_batch_hopper_triton.matmul(*arguments)
 
 
 def norm() -> None:
@@ -304,6 +315,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "expand": expand,
     "expand groups": expand_groups,
     "few rows": few_rows,
+    "few rows on Hopper": few_rows_on_hopper,
     "norm": norm,
     "low rank": low_rank,
     "low rank beside": low_rank_beside,

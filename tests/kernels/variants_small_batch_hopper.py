@@ -40,7 +40,7 @@ def add(dtype: str, block_m: int, block_n: int, splits: int) -> Variant:
 
 
 VARIANTS = [
-    *(product(block_m, 8, "*bf16", NESTED, None, True) for block_m in (8, 16, 32, 64)),
+    *(product(block_m, 8, "*bf16", NESTED, None, True) for block_m in (16, 32, 64)),
     product(64, 2, "*bf16", NESTED, None, True),
     product(64, 1, "*bf16", NESTED, None, True),
     product(32, 7, "*fp16", PLAIN, None, True),

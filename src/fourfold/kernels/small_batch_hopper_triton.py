@@ -39,7 +39,8 @@ __all__ = ["MIN_INPUTS", "MIN_ROWS", "Shares", "matmul", "shares", "takes"]
 # Fewer rows of x are multiplied faster by `small_batch_triton`, as are those of a W with fewer rows.
 MIN_INPUTS = 9
 MIN_ROWS = 512
-MIN_BLOCK_M = 8
+# With eight, Triton would not use wgmma.
+MIN_BLOCK_M = 16
 WARPS = 8
 # Of W, to a program.
 ROWS = 16 * WARPS
@@ -78,16 +79,6 @@ def pack_kernel(
     tl.store(packed_ptr.to(tl.pointer_type(tl.int32)) + pair, x)
 
 
-@triton.jit
-def factors_of_scale(
-    scale: tl.tensor, element: tl.tensor, code_map_ptr: tl.tensor, nested_absmax_ptr: tl.tensor, SHIFT: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """What the scale of the block of `element` is the product of, apart from the offset; it alone if it is fp32."""
-    if code_map_ptr is None:
-        return scale, scale
-    return tl.load(code_map_ptr + scale.to(tl.int32)), tl.load(nested_absmax_ptr + (element >> SHIFT))
-
-
 # One kernel for all numbers of rows that share a tile.
 @triton.jit(do_not_specialize=["num_inputs"])
 def product_kernel(
@@ -117,6 +108,8 @@ def product_kernel(
     """
     ROWS: tl.constexpr = 16 * WARPS
     SHIFT: tl.constexpr = 6 + NESTED_SHIFT
+    # A value carried unchanged over two passes of the loop would keep Triton from running copies ahead.
+    AHEAD: tl.constexpr = 1 if code_map_ptr is None else 2
     dtype = packed_ptr.dtype.element_ty
     q = tl.arange(0, 4)[:, None, None, None]
     r = tl.arange(0, 8)[None, :, None, None]
@@ -139,23 +132,24 @@ def product_kernel(
     # Each lane of a quad has a block of its own.
     element = row_start + q * 64
     own = element + first * 256
-    value, nested_absmax = factors_of_scale(
-        tl.load(scales_ptr + (own >> 6)), own, code_map_ptr, nested_absmax_ptr, SHIFT
-    )
-    own = element + tl.minimum(first + 1, last) * 256
     scale = tl.load(scales_ptr + (own >> 6))
     if code_map_ptr is not None:
         offset = tl.load(offset_ptr)
+        point = tl.load(code_map_ptr + scale.to(tl.int32))
+        nested_absmax = tl.load(nested_absmax_ptr + (own >> SHIFT))
+        own = element + tl.minimum(first + 1, last) * 256
+        scale = tl.load(scales_ptr + (own >> 6))
     if EARLY:
         tl.extra.cuda.gdc_wait()
     for step in range(SPANS):
         span = first + step
-        absmax = value
+        absmax = scale
         if code_map_ptr is not None:
             # Two roundings: fused multiply-adds must be off.
-            absmax = value * nested_absmax + offset
-        value, nested_absmax = factors_of_scale(scale, own, code_map_ptr, nested_absmax_ptr, SHIFT)
-        own = element + tl.minimum(span + 2, last) * 256
+            absmax = point * nested_absmax + offset
+            point = tl.load(code_map_ptr + scale.to(tl.int32))
+            nested_absmax = tl.load(nested_absmax_ptr + (own >> SHIFT))
+        own = element + tl.minimum(span + AHEAD, last) * 256
         scale = tl.load(scales_ptr + (own >> 6))
         after = tl.minimum(span + 1, last) * 32
         for half in tl.static_range(2):
