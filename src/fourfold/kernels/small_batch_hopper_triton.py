@@ -1,11 +1,11 @@
 """The product of `small_batch` for Hopper's tensor cores in Triton: more than eight rows of x, blocks of 64.
 
-Those tensor cores (wgmma) read one operand from shared memory by themselves, asynchronously. That is x here, so that all
-warps of a program share one copy of it and no instruction of theirs is spent on it. The other operand, W, is decoded in
-the very registers in which it is wanted, as in `small_batch_triton`: in a product out^T += W x^T over 16 columns, lane
+Those tensor cores (wgmma) read one operand from shared memory by themselves, asynchronously. That is x here: all warps
+of a program share one copy of it, and none spends an instruction on reading it. The other operand, W, is decoded in the
+very registers in which it is wanted, as in `small_batch_triton`: in a product out^T += W x^T over 16 columns, lane
 4 r + q of a warp holds of rows r and r + 8 of its 16 rows of W the columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. The order
-of the columns in a sum is free, so that the lane reads four whole words of codes, 32 columns that are neighbours in
-memory, and what it decodes of them is its operand of two products of 64 columns.
+of the columns in a sum is free, so the lane reads four whole words of codes, 32 columns that are neighbours in memory,
+and what it decodes of them is its part of two products over 64 columns.
 
 x is brought into that order of the columns first, by a launch of its own: as it stands, a column's neighbours in the
 operand are not its neighbours in memory, and only sixteen bytes that are can be copied into shared memory at once and
@@ -196,7 +196,7 @@ class Shares(NamedTuple):
 def shares(num_rows: int, num_columns: int) -> Shares:
     """How a product is shared out: as many programs as fit the GPU at once, and as few columns past the end as may be.
 
-    The four linears of an 8B model as measured: 14336 x 4096 in 2, 4096 x 14336 in 8, 4096 x 4096 in 8, 6144 x 4096 in 4.
+    It shares 14336 x 4096 in two, 4096 x 14336 and 4096 x 4096 in eight, 6144 x 4096 in four, as measured best.
     """
     total = cdiv(num_columns, SPAN)
     spans = cdiv(total, max(1, PROGRAMS // cdiv(num_rows, ROWS)))
