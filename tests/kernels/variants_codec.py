@@ -11,7 +11,8 @@ from fourfold.kernels.blockwise_triton import EVEN, WORDS, dequantize_even_kerne
 from fourfold.kernels.encoding_triton import TILE, quantize_kernel
 from fourfold.kernels.expansion_triton import ADAPTER_TILE, expand_kernel
 from fourfold.kernels.group_expansion_triton import expand_group_kernel
-from fourfold.kernels.small_batch_triton import TILES, Tile, matmul_kernel, sum_kernel
+from fourfold.kernels.small_batch_tiles import TILES, Tile
+from fourfold.kernels.small_batch_triton import matmul_kernel, pack_kernel, sum_kernel
 
 NESTED = {"scales_ptr": "*u8", "code_map_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "offset_ptr": "*fp32"}
 PLAIN = {"scales_ptr": "*fp32", "code_map_ptr": None, "nested_absmax_ptr": None, "offset_ptr": None}
@@ -85,25 +86,47 @@ def quantize(dtype: str, bits: int, block_size: int) -> Variant:
     return Variant(quantize_kernel, arguments, {"num_warps": 8, "enable_fp_fusion": False})
 
 
+def archs(early: bool) -> tuple[int, ...]:
+    return (90,) if early else (80,)
+
+
 def matmul(
-    tile: Tile, column_warps: int, dtype: str, scales: dict[str, Any], bias: str | None, is_even: bool, is_split: bool
+    tile: Tile,
+    dtype: str,
+    scales: dict[str, Any],
+    early: bool,
+    bias: str | None = None,
+    block_shift: int = 6,
+    is_quad: bool = True,
+    is_even: bool = True,
 ) -> Variant:
+    # Columns are shared among programs by the last tile for so many rows of x only.
+    is_split = tile is [other for other in TILES if other.block_m == tile.block_m][-1]
     arguments = {
         **{"out_ptr": "*fp32" if is_split else dtype, "x_ptr": dtype, **CODES, **scales, "bias_ptr": bias},
         **dict.fromkeys(["num_inputs", "num_rows", "num_columns"], "i32"),
-        **{"BLOCK_SHIFT": 6, "NESTED_SHIFT": 8, "LOOKUP": "shuffle"},
+        **{"BLOCK_SHIFT": block_shift, "NESTED_SHIFT": 8, "LOOKUP": "shuffle"},
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WORDS": tile.words, "STEPS": 8},
-        **{"ROW_WARPS": tile.row_warps, "COLUMN_WARPS": column_warps, "IS_EVEN": is_even, "IS_SPLIT": is_split},
+        **{"ROW_WARPS": tile.row_warps, "COLUMN_WARPS": tile.column_warps, "IS_QUAD": is_quad},
+        **{"IS_PACKED": tile.is_packed, "IS_EVEN": is_even, "IS_SPLIT": is_split, "EARLY": early},
     }
-    options = {"num_warps": tile.row_warps * column_warps, "num_stages": 1, "enable_fp_fusion": False}
-    return Variant(matmul_kernel, arguments, options, unaligned=("num_inputs",))
+    options = {"num_warps": tile.row_warps * tile.column_warps, "num_stages": 1, "enable_fp_fusion": False}
+    return Variant(matmul_kernel, arguments, options, unaligned=("num_inputs",), archs=archs(early))
 
 
-def add(dtype: str, block_m: int, splits: int) -> Variant:
+def pack(dtype: str, block_m: int, words: int, early: bool) -> Variant:
+    arguments = {"out_ptr": dtype, "x_ptr": dtype, "num_inputs": "i32", "num_columns": "i32"}
+    constants = {"CHUNKS": 64, "BLOCK_M": block_m, "WORDS": words, "EARLY": early}
+    options = {"num_warps": 2}
+    return Variant(pack_kernel, {**arguments, **constants}, options, unaligned=("num_inputs",), archs=archs(early))
+
+
+def add(dtype: str, block_m: int, block_n: int, splits: int, early: bool) -> Variant:
     pointers = {"out_ptr": dtype, "partial_ptr": "*fp32", "bias_ptr": dtype}
     integers = {"num_inputs": "i32", "num_rows": "i32"}
-    constants = {"BLOCK_M": block_m, "BLOCK_N": 32, "SPLITS": splits}
-    return Variant(sum_kernel, {**pointers, **integers, **constants}, {"num_warps": 4}, unaligned=("num_inputs",))
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": splits, "EARLY": early}
+    arguments = {**pointers, **integers, **constants}
+    return Variant(sum_kernel, arguments, {"num_warps": 4}, unaligned=("num_inputs",), archs=archs(early))
 
 
 VARIANTS = [
@@ -126,9 +149,9 @@ VARIANTS = [
     quantize("*bf16", 4, 64),
     quantize("*fp32", 4, 4096),
     quantize("*fp16", 8, 64),
-    *(matmul(tile, tile.warps // tile.row_warps, "*bf16", NESTED, None, True, True) for tile in TILES),
-    *(matmul(tile, tile.warps // tile.row_warps, "*fp16", PLAIN, "*fp16", False, False) for tile in TILES),
-    *(matmul(tile, 4, "*bf16", NESTED, None, True, False) for tile in TILES[:2]),
-    add("*bf16", 16, 9),
-    add("*bf16", 64, 4),
+    *(matmul(tile, "*bf16", NESTED, early) for tile in TILES for early in (False, True)),
+    *(matmul(tile, "*fp16", PLAIN, early, "*fp16", 7, is_even=False) for tile in TILES for early in (False, True)),
+    *(matmul(tile, "*bf16", NESTED, early, None, 8, is_quad=False) for tile in TILES for early in (False, True)),
+    *(pack("*bf16", *sizes, early) for sizes in ((16, 4), (64, 2)) for early in (False, True)),
+    *(add("*bf16", *sizes, early) for sizes in ((16, 8, 2), (64, 32, 2), (64, 8, 8)) for early in (False, True)),
 ]
