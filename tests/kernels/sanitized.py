@@ -45,6 +45,7 @@ from fourfold.kernels import (
     low_rank_pair_triton,
     norm_triton,
     rotary_triton,
+    small_batch_tiles,
     small_batch_triton,
     swiglu_low_rank_triton,
     swiglu_triton,
@@ -148,19 +149,24 @@ def expand_groups() -> None:
 
 
 def few_rows() -> None:
-    """Every tile, none of them full; columns shared among warps, and in the last two among programs."""
-    for inputs, rows, columns, double_quant in (
-        (1, 75, 64, True),
-        (13, 41, 320, False),
-        (31, 131, 192, True),
-        (63, 37, 192, False),
-        (7, 21, 8192, True),
-        (33, 41, 1088, False),
+    """Every tile, none of them full; columns shared among warps, and in some among programs; scales, too, or not."""
+    for tile, inputs, rows, columns, block_size in (
+        (0, 1, 75, 64, 64),
+        (1, 7, 21, 8192, 64),
+        (2, 13, 41, 320, 64),
+        (3, 11, 37, 4160, 128),
+        (4, 31, 131, 192, 64),
+        (5, 17, 133, 2112, 64),
+        (6, 33, 41, 1088, 128),
+        (6, 63, 37, 2048, 128),
     ):
-        weight, scales, nested = quantized((rows, columns), double_quant=double_quant)
+        weight, scales, nested = quantized((rows, columns), block_size=block_size, double_quant=inputs % 4 == 3)
         parts = (scales, None, None, None) if nested is None else (scales, *nested[:3])
         sizes = (weight.block_size, 1 if nested is None else nested.block_size, rows)
-        small_batch_triton.matmul(random(inputs, columns), weight.codes, weight.codebook, *parts, *sizes, random(rows))
+        small_batch_triton.matmul(
+            *(random(inputs, columns), weight.codes, weight.codebook, *parts, *sizes, random(rows)),
+            small_batch_tiles.TILES[tile],
+        )
 
 
 def norm() -> None:

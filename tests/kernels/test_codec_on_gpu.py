@@ -205,13 +205,14 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-# All numbers of inputs that share a tile share its kernel; the last are too many for one.
+# All numbers of inputs that share a tile share its kernel; the last are too many for one. The first shape takes other
+# tiles than the rest.
 @pytest.mark.parametrize(
     ("inputs_of_a_tile", "shape", "options", "dtype"),
     pairwise(
         [(1, 5, 8), (9, 16), (17, 32), (33, 64), (65,)],
-        [(4096, 4096), (1000, 576), (72, 14336), (300, 1088), (64, 64)],
-        [("nf4", 64, True), ("fp4", 128, False)],
+        [(9000, 576), (4096, 4096), (1000, 576), (72, 14336), (300, 1088), (64, 64)],
+        [("nf4", 64, True), ("fp4", 128, False), ("nf4", 256, False)],
         [torch.float16, torch.bfloat16],
     ),
 )
@@ -234,6 +235,45 @@ def test_few_rows_are_multiplied_no_further_from_float64_than_by_the_dense_produ
         bound = 1.05 * error(nn.functional.linear(x, weight, linear.bias), exact) + 1e-6
         assert error(ours, exact) <= bound, f"{inputs} inputs"
         assert torch.equal(ours, again), f"{inputs} inputs"
+
+
+@pytest.mark.parametrize("inputs", [1, 16, 64])
+def test_few_rows_are_multiplied_with_the_weights_of_dequantize(inputs: int) -> None:
+    weight = quantized_on_cpu((1024, 4096)).to("cuda")
+    columns = torch.randperm(4096, device="cuda")[:inputs]
+    x = torch.nn.functional.one_hot(columns, 4096).bfloat16()
+    assert torch.equal(weight.linear(x), weight.dequantize(torch.bfloat16)[:, columns].T)
+
+
+# Launches overlap, and what one call frees the next one writes: none may read what is not yet, or no longer, there.
+@pytest.mark.parametrize("inputs", [8, 16, 32, 64])
+@pytest.mark.parametrize("shape", [(1024, 4096), (9216, 512)])
+def test_products_in_close_succession_are_those_of_calls_that_wait_for_each_other(
+    inputs: int, shape: tuple[int, int]
+) -> None:
+    weight = quantized_on_cpu(shape).to("cuda")
+    batches = [torch.randn(inputs, shape[1], device="cuda", dtype=torch.bfloat16) for _ in range(20)]
+    expected = []
+    for x in batches:
+        expected.append(weight.linear(x))
+        torch.cuda.synchronize()
+    for _ in range(5):
+        assert all(map(torch.equal, [weight.linear(x.clone()) for x in batches], expected))
+
+
+@pytest.mark.parametrize("inputs", [8, 16, 64])
+def test_few_rows_are_multiplied_in_a_cuda_graph(inputs: int) -> None:
+    weight = quantized_on_cpu((512, 4096)).to("cuda")
+    x = torch.randn(inputs, 4096, device="cuda", dtype=torch.bfloat16)
+    weight.linear(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = weight.linear(x)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(ours, weight.linear(x))
 
 
 def test_the_gradient_of_few_rows_is_that_of_the_dense_layer() -> None:

@@ -106,7 +106,7 @@ def matmul(
         **{"out_ptr": "*fp32" if is_split else dtype, "x_ptr": dtype, **CODES, **scales, "bias_ptr": bias},
         **dict.fromkeys(["num_inputs", "num_rows", "num_columns"], "i32"),
         **{"BLOCK_SHIFT": block_shift, "NESTED_SHIFT": 8, "LOOKUP": "shuffle"},
-        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WORDS": tile.words, "STEPS": 8},
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WORDS": tile.words, "STEPS": 16},
         **{"ROW_WARPS": tile.row_warps, "COLUMN_WARPS": tile.column_warps, "IS_QUAD": is_quad},
         **{"IS_PACKED": tile.is_packed, "IS_EVEN": is_even, "IS_SPLIT": is_split, "EARLY": early},
     }
