@@ -6,9 +6,10 @@ holds of rows r and r + 8 of W, and of row r of x, the columns 2 q, 2 q + 1, 2 q
 columns in a sum is free, so those four are made to be neighbours in memory: the lane reads whole words of codes, eight
 columns each, and the sixteen bytes of x that belong to such a word.
 
-Tiles are spelled [4 (q), 8 (r), WARPS, rows / 8, ...] because Triton deals elements to the lanes, then to the warps, in
-the order of the dimensions: what is loaded then is the operand already, and no layout is converted. Shapes are changed
-by `reshape` and not by `[..., None]` because only that lets Triton carry a load's layout on.
+Tiles have one dimension for [rows / 8, WARPS, 8 (r), 4 (q)] and one for what a lane loads at once: Triton deals the
+elements of a dimension to the lanes, then to the warps, so that what is loaded is the operand already, and no layout is
+converted. In which order it deals several dimensions depends on its version. Shapes are changed by `reshape` and not by
+`[..., None]` because only that lets Triton carry a load's layout on.
 
 The four lanes that share a row of W, a quad, go through a span of four blocks together: each decodes the scale of one
 block, and hands it to the others when its turn comes. More than eight rows of x are first brought into the order in
@@ -34,10 +35,17 @@ __all__ = ["matmul"]
 
 
 @triton.jit
+def places(ROWS: tl.constexpr, WARPS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """q, r, the warp and the block of 8 rows of all [ROWS / 8, WARPS, 8 (r), 4 (q)], each in one dimension."""
+    place = tl.arange(0, 4 * ROWS * WARPS)
+    return place % 4, place // 4 % 8, place // 32 % WARPS, place // (32 * WARPS)
+
+
+@triton.jit
 def operand(tile: tl.tensor, ROWS: tl.constexpr, WARPS: tl.constexpr) -> tl.tensor:
-    """[4, 8, WARPS, ROWS / 8, 8] as [WARPS, ROWS, 32], each lane's columns where the tensor cores look for them."""
-    parted = tile.reshape(4, 8, WARPS, ROWS // 8, 2, 2, 2)
-    return parted.permute(2, 3, 1, 4, 5, 0, 6).reshape(WARPS, ROWS, 32)
+    """[places, 8] as [WARPS, ROWS, 32], each lane's columns where the tensor cores look for them."""
+    parted = tile.reshape(ROWS // 8, WARPS, 8, 4, 2, 2, 2)
+    return parted.permute(1, 0, 2, 4, 5, 3, 6).reshape(WARPS, ROWS, 32)
 
 
 @triton.jit
@@ -133,32 +141,32 @@ def matmul_kernel(
     SPAN: tl.constexpr = SPAN_STEPS * COLUMNS
     LAST_SPAN: tl.constexpr = STEPS * COLUMNS - SPAN
     dtype = x_ptr.dtype.element_ty
-    q = tl.arange(0, 4)[:, None, None, None]
-    r = tl.arange(0, 8)[None, :, None, None]
-    warp = tl.arange(0, WARPS)[None, None, :, None]
+    PLACES: tl.constexpr = 4 * BLOCK_N * WARPS
+    q, r, warp, block = places(BLOCK_N, WARPS)
     first = (tl.program_id(1) * COLUMN_WARPS + warp // ROW_WARPS) * (STEPS * COLUMNS)
     start = first + q * (8 * WORDS)
     # Rows that are not there are read as the last one, which is cheaper than a mask: their sums are never stored.
-    row_warp = tl.program_id(0) * ROW_WARPS + warp % ROW_WARPS
-    n = row_warp * BLOCK_N + tl.arange(0, BLOCK_N // 8)[None, None, None, :] * 8 + r
+    n = (tl.program_id(0) * ROW_WARPS + warp % ROW_WARPS) * BLOCK_N + block * 8 + r
     row_start = tl.minimum(n, num_rows - 1) * num_columns
-    m_block = tl.arange(0, BLOCK_M // 8)[None, None, None, :]
+    x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
+    x_first = (tl.program_id(1) * COLUMN_WARPS + x_warp // ROW_WARPS) * (STEPS * COLUMNS)
+    x_start = x_first + x_q * (8 * WORDS)
     if IS_PACKED:
-        x_place = first * BLOCK_M + m_block * 256 + r * 32 + q * 8
+        x_place = x_first * BLOCK_M + x_block * 256 + x_r * 32 + x_q * 8
     else:
-        x_place = tl.minimum(m_block * 8 + r, num_inputs - 1) * num_columns + start
+        x_place = tl.minimum(x_block * 8 + x_r, num_inputs - 1) * num_columns + x_start
     # From one step, and one word, to the next.
     X_STEP: tl.constexpr = COLUMNS * BLOCK_M if IS_PACKED else COLUMNS
     X_WORD: tl.constexpr = 32 * BLOCK_M if IS_PACKED else 8
     # Rounded to what they are multiples of anyway, so that Triton knows it and loads sixteen bytes at once.
-    x_ptrs = x_ptr + ((x_place // 8 * 8)[:, :, :, :, None] + tl.arange(0, 8))
-    word = ((row_start + start) // (8 * WORDS) * WORDS)[:, :, :, :, None] + tl.arange(0, WORDS)
+    x_ptrs = x_ptr + ((x_place // 8 * 8)[:, None] + tl.arange(0, 8)[None, :])
+    word = ((row_start + start) // (8 * WORDS) * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
     word_ptrs = codes_ptr.to(tl.pointer_type(tl.int32)) + word
-    shift = (tl.arange(0, 8) ^ 1) * 4
+    shift = (tl.arange(0, 8)[None, :] ^ 1) * 4
     total = tl.full([WARPS, BLOCK_N, BLOCK_M], 0.0, tl.float32)
     # Codes are loaded a step ahead. They are read once, and leave the L1 cache to x.
     inside = (start < num_columns) | IS_EVEN
-    words = tl.load(word_ptrs, mask=inside[:, :, :, :, None], other=0, eviction_policy="evict_first")
+    words = tl.load(word_ptrs, mask=inside[:, None], other=0, eviction_policy="evict_first")
     # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
     own = first + (q << BLOCK_SHIFT) if IS_QUAD else start
     own_element = row_start + own
@@ -188,28 +196,28 @@ def matmul_kernel(
             ahead = tl.minimum(step * COLUMNS + 2 * SPAN, LAST_SPAN)
             own_inside = (own + ahead < num_columns) | IS_EVEN
             scale = tl.load(scales_ptr + ((own_element + ahead) >> BLOCK_SHIFT), mask=own_inside, other=0)
-        # [4, 8, WARPS, BLOCK_N / 8]
         factor = absmax
         if IS_QUAD:
             holder = ((step * COLUMNS + q * (8 * WORDS)) >> BLOCK_SHIFT) % 4
-            factor = tl.gather(absmax, holder.broadcast_to(4, 8, WARPS, BLOCK_N // 8), 0)
-        factor = factor.reshape(4, 8, WARPS, BLOCK_N // 8, 1)
+            quads = absmax.reshape(PLACES // 4, 4)
+            factor = tl.gather(quads, holder.reshape(PLACES // 4, 4), 1)
+        factor = factor.reshape(PLACES, 1)
         if WORDS == 4:
-            even, odd = tl.split(words.reshape(4, 8, WARPS, BLOCK_N // 8, 2, 2))
+            even, odd = tl.split(words.reshape(PLACES, 2, 2))
             word0, word2 = tl.split(even)
             word1, word3 = tl.split(odd)
         else:
             word0, word1 = tl.split(words)
             word2, word3 = word0, word1
-        x_inside = inside | IS_PACKED
+        x_inside = (x_start + step * COLUMNS < num_columns) | IS_EVEN | IS_PACKED
         column = tl.minimum(step + 1, STEPS - 1) * COLUMNS
         inside = (start + column < num_columns) | IS_EVEN
-        words = tl.load(word_ptrs + column // 8, mask=inside[:, :, :, :, None], other=0, eviction_policy="evict_first")
+        words = tl.load(word_ptrs + column // 8, mask=inside[:, None], other=0, eviction_policy="evict_first")
         for i in tl.static_range(WORDS):
             held = word0 if i == 0 else word1 if i == 1 else word2 if i == 2 else word3
-            code = held.reshape(4, 8, WARPS, BLOCK_N // 8, 1) >> shift
+            code = held.reshape(PLACES, 1) >> shift
             weight = (code_points(code, codebook_ptr, BITS=4, LOOKUP=LOOKUP) * factor).to(dtype)
-            x = tl.load(x_ptrs + (step * X_STEP + i * X_WORD), mask=x_inside[:, :, :, :, None], other=0.0)
+            x = tl.load(x_ptrs + (step * X_STEP + i * X_WORD), mask=x_inside[:, None], other=0.0)
             right = operand(x, BLOCK_M, WARPS).permute(0, 2, 1)
             total = tl.dot(operand(weight, BLOCK_N, WARPS), right, total)
     if EARLY:
