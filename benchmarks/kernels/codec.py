@@ -36,7 +36,7 @@ from fourfold.quantization.tensor import QuantizedTensor, expand_alike_, quantiz
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]
 # Linears of Llama-3-8B that share their input, as rows of each and columns.
 GROUPS = {"q, k, v": ([4096, 1024, 1024], 4096), "gate, up": ([14336, 14336], 4096)}
-BATCHES = [1, 8, 16, 32, 48, 64]
+BATCHES = [1, 4, 8, 16, 32, 48, 64]
 REPEATS = 5
 CALLS = 20
 RANK = 16

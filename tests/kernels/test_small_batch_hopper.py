@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from few_rows import error, parts
 
-from fourfold.quantization.scales import NestedScales
-from fourfold.quantization.tensor import QuantizedTensor, quantize
+from fourfold.quantization.tensor import quantize
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 from fourfold.kernels import small_batch_hopper_triton as kernels
-
-
-def parts(weight: QuantizedTensor) -> tuple[object, ...]:
-    """The arguments of `matmul_4bit` between x and the bias."""
-    scales = weight.scales
-    if isinstance(scales, NestedScales):
-        nested = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
-        return (weight.codes, weight.codebook, *nested, weight.block_size, scales.nested_block_size, weight.shape[0])
-    return (weight.codes, weight.codebook, scales.absmax, None, None, None, weight.block_size, 1, weight.shape[0])
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
 
 
 # Every tile; a row of W more than two programs have, and fewer than one has. In the third the columns are shared among

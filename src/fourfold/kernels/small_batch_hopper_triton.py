@@ -1,24 +1,15 @@
-"""The product of `small_batch` for Hopper's tensor cores in Triton: more than eight rows of x, blocks of 64.
+"""The product of `small_batch` in Triton for Hopper's tensor cores: more than eight rows of x, blocks of 64.
 
-Those tensor cores (wgmma) read one operand from shared memory by themselves, asynchronously. That is x here: all warps
-of a program share one copy of it, and none spends an instruction on reading it. The other operand, W, is decoded in the
-very registers in which it is wanted, as in `small_batch_triton`: in a product out^T += W x^T over 16 columns, lane
-4 r + q of a warp holds of rows r and r + 8 of its 16 rows of W the columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. The order
-of the columns in a sum is free, so the lane reads four whole words of codes, 32 columns that are neighbours in memory,
-and what it decodes of them is its part of two products over 64 columns.
+What goes for all its kernels is told in `small_batch_parts_triton`. Hopper's tensor cores (wgmma) read one operand from
+shared memory by themselves, asynchronously. That is x here: all warps of a program share one copy of it, and none
+spends an instruction on reading it. Of a row of W a lane reads four whole words of codes, 32 columns that are
+neighbours in memory, and what it decodes of them is its part of two products over 64 columns.
 
-x is brought into that order of the columns first, by a launch of its own: as it stands, a column's neighbours in the
-operand are not its neighbours in memory, and only sixteen bytes that are can be copied into shared memory at once and
-asynchronously. The copies run ahead of the products: there are three buffers, since Triton issues a copy at the end of
-the loop's body, when the buffer that was read last may still be in use.
-
-Only x may go that way: what is loaded for W, a step ahead, is carried from one pass of the loop to the next, and so
-Triton leaves it in registers. The four lanes that share a row of W (a quad) decode the scales of four blocks, one each,
-and hand them to one another.
-
-A program takes 128 rows of W. Where that gives too few programs to fill the GPU, they share the columns too, and a
-further launch adds their fp32 sums, always in the same order. Each launch begins before the one that it waits for has
-ended (programmatic dependent launch), so that all it needs but that one's result is there when it ends.
+x is brought into that order of the columns first: as it stands, a column's neighbours in the operand are not its
+neighbours in memory, and only sixteen bytes that are can be copied into shared memory at once and asynchronously. The
+copies run ahead of the products: there are three buffers, since Triton issues a copy at the end of the loop's body,
+when the buffer that was read last may still be in use. Only x may go that way: what is loaded for W, a step ahead, is
+carried from one pass of the loop to the next, and so Triton leaves it in registers.
 """
 
 from __future__ import annotations
@@ -31,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.blockwise_triton import code_points
-from fourfold.kernels.launching import cdiv, is_hopper, next_power_of_2, on_device
-from fourfold.kernels.small_batch_triton import sum_splits
+from fourfold.kernels.launching import cdiv, is_hopper, launches_early, next_power_of_2, on_device
+from fourfold.kernels.small_batch_parts_triton import from_quad, new_partial, places, store_sums, sum_splits
 
 __all__ = ["MIN_INPUTS", "MIN_ROWS", "Shares", "matmul", "shares", "takes"]
 
@@ -53,8 +44,9 @@ STAGES = 3
 PAIRS = 1024
 
 
+# In both, one kernel for all numbers of rows that share a tile.
 @triton.jit(do_not_specialize=["num_inputs"])
-def pack_kernel(
+def hopper_pack_kernel(
     packed_ptr: tl.tensor,
     x_ptr: tl.tensor,
     num_inputs: tl.tensor,
@@ -79,11 +71,10 @@ def pack_kernel(
     tl.store(packed_ptr.to(tl.pointer_type(tl.int32)) + pair, x)
 
 
-# One kernel for all numbers of rows that share a tile.
 @triton.jit(do_not_specialize=["num_inputs"])
-def product_kernel(
+def hopper_matmul_kernel(
     out_ptr: tl.tensor,
-    packed_ptr: tl.tensor,
+    x_ptr: tl.tensor,
     codes_ptr: tl.tensor,
     codebook_ptr: tl.tensor,
     scales_ptr: tl.tensor,
@@ -104,27 +95,27 @@ def product_kernel(
 ) -> None:
     """16 WARPS rows of W and SPANS times 256 columns, those past the end multiplied with zeros.
 
+    `x` is what `hopper_pack_kernel` makes.
     IS_SPLIT: `out` is fp32 [splits, num_rows, BLOCK_M]; otherwise the result [num_inputs, num_rows].
     """
     ROWS: tl.constexpr = 16 * WARPS
     SHIFT: tl.constexpr = 6 + NESTED_SHIFT
     # A value carried unchanged over two passes of the loop would keep Triton from running copies ahead.
     AHEAD: tl.constexpr = 1 if code_map_ptr is None else 2
-    dtype = packed_ptr.dtype.element_ty
-    q = tl.arange(0, 4)[:, None, None, None]
-    r = tl.arange(0, 8)[None, :, None, None]
-    warp = tl.arange(0, WARPS)[None, None, :, None]
-    n = tl.program_id(0) * ROWS + warp * 16 + tl.arange(0, 2)[None, None, None, :] * 8 + r
+    dtype = x_ptr.dtype.element_ty
+    PLACES: tl.constexpr = 64 * WARPS
+    q, r, warp, block = places(16, WARPS)
+    n = tl.program_id(0) * ROWS + warp * 16 + block * 8 + r
     # Rows that are not there are read as the last one, which is cheaper than a mask: their sums are never stored.
     row_start = tl.minimum(n, num_rows - 1) * num_columns
     first = tl.program_id(1) * SPANS
     # The same for spans: those that are not there meet zeros in x.
     last = num_columns // 256 - 1
     # Rounded to what they are multiples of anyway, so that Triton knows it and loads sixteen bytes at once.
-    word = ((row_start + q * 32) // 32 * 4)[:, :, :, :, None] + tl.arange(0, 4)
+    word = ((row_start + q * 32) // 32 * 4)[:, None] + tl.arange(0, 4)[None, :]
     word_ptrs = codes_ptr.to(tl.pointer_type(tl.int32)) + word
     shift = (tl.arange(0, 8) ^ 1) * 4
-    x_ptrs = packed_ptr + (tl.arange(0, BLOCK_M)[:, None] * 64 + tl.arange(0, 64)[None, :])
+    x_ptrs = x_ptr + (tl.arange(0, BLOCK_M)[:, None] * 64 + tl.arange(0, 64)[None, :])
     total = tl.full([ROWS, BLOCK_M], 0.0, tl.float32)
     # What a span decodes is loaded in the span before, and the codes of its scales in the one before that.
     words0 = tl.load(word_ptrs + first * 32, eviction_policy="evict_first")
@@ -160,30 +151,19 @@ def product_kernel(
                 words = words1
                 words1 = tl.load(word_ptrs + (after + 16), eviction_policy="evict_first")
             # In 128 columns, lanes 0 and 1 of a quad hold codes of the first block, lanes 2 and 3 of the second.
-            lane = 2 * half + (q >> 1)
-            factor = tl.gather(absmax, lane.broadcast_to(4, 8, WARPS, 2), 0).reshape(4, 8, WARPS, 2, 1, 1)
-            pair0, pair1 = tl.split(words.reshape(4, 8, WARPS, 2, 2, 2).permute(0, 1, 2, 3, 5, 4))
+            factor = from_quad(absmax, 2 * half + (q >> 1), PLACES).reshape(PLACES, 1, 1)
+            pair0, pair1 = tl.split(words.reshape(PLACES, 2, 2).permute(0, 2, 1))
             for i in tl.static_range(2):
                 held = pair0 if i == 0 else pair1
-                code = held.reshape(4, 8, WARPS, 2, 2, 1) >> shift
+                code = held.reshape(PLACES, 2, 1) >> shift
                 weight = (code_points(code, codebook_ptr, BITS=4, LOOKUP=LOOKUP) * factor).to(dtype)
-                parted = weight.reshape(4, 8, WARPS, 2, 2, 2, 2, 2)
-                left = parted.permute(2, 3, 1, 4, 5, 6, 0, 7).reshape(ROWS, 64)
+                parted = weight.reshape(2, WARPS, 8, 4, 2, 2, 2, 2)
+                left = parted.permute(1, 0, 2, 4, 5, 6, 3, 7).reshape(ROWS, 64)
                 x = tl.load(x_ptrs + (span * 4 + (2 * half + i)) * (BLOCK_M * 64))
                 total = tl.dot(left, x.T, total)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    m = tl.arange(0, BLOCK_M)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    has_row = (row < num_rows)[:, None]
-    if IS_SPLIT:
-        place = (tl.program_id(1) * num_rows + row)[:, None] * BLOCK_M + m[None, :]
-        tl.store(out_ptr + place, total, mask=has_row)
-    else:
-        if bias_ptr is not None:
-            total += tl.load(bias_ptr + row, mask=row < num_rows, other=0.0).to(tl.float32)[:, None]
-        place = m[None, :] * num_rows + row[:, None]
-        tl.store(out_ptr + place, total.to(dtype), mask=has_row & (m < num_inputs)[None, :])
+    store_sums(out_ptr, total, bias_ptr, num_inputs, num_rows, IS_SPLIT)
 
 
 class Shares(NamedTuple):
@@ -239,15 +219,13 @@ def matmul(
     block_m = max(MIN_BLOCK_M, next_power_of_2(num_inputs))
     splits, spans = shares(num_rows, num_columns)
     packed = torch.empty([splits * spans * SPAN * block_m], dtype=x.dtype, device=x.device)
-    partial = out
-    if splits > 1:
-        partial = torch.empty([splits, num_rows, block_m], dtype=torch.float32, device=x.device)
-    early = is_hopper(x.device)
+    partial = new_partial(out, splits, block_m)
+    early = launches_early(x.device)
     with on_device(x):
-        pack_kernel[(packed.numel() // (2 * PAIRS),)](
+        hopper_pack_kernel[(packed.numel() // (2 * PAIRS),)](
             packed, x, num_inputs, num_columns, BLOCK_M=block_m, PAIRS=PAIRS, EARLY=early, num_warps=8
         )
-        product_kernel[(cdiv(num_rows, ROWS), splits)](
+        hopper_matmul_kernel[(cdiv(num_rows, ROWS), splits)](
             *(partial, packed, codes, codebook, scales, code_map, nested_absmax, offset),
             *(bias if splits == 1 else None, num_inputs, num_rows, num_columns),
             NESTED_SHIFT=nested_block_size.bit_length() - 1,
@@ -264,5 +242,5 @@ def matmul(
             launch_pdl=early,
         )
         if splits > 1:
-            sum_splits(out, partial, bias, num_inputs, block_n=8 if num_rows <= 4096 else 32, early=early)
+            sum_splits(out, partial, bias, num_inputs, early)
     return out

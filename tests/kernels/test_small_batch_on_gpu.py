@@ -1,18 +1,22 @@
-"""The product of few rows on Hopper's tensor cores, on a GPU: against float64, the dense product, and itself."""
+"""The product of few rows on a GPU: against float64, the dense product, and itself."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from few_rows import error
 from pairwise import pairwise
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourfold.kernels.small_batch import MAX_ROWS
+from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
+# Some of Hopper's own kernel and some of the other, where there are two; with columns shared among programs, and not.
+SHAPES = [(1024, 4096), (34048, 512), (500, 4096), (9216, 576)]
 
 
 def weight_of(shape: tuple[int, int], format: str = "nf4", double_quant: bool = True) -> QuantizedTensor:
@@ -24,10 +28,6 @@ def poison(*sizes: int) -> None:
     """Leave NaN in the memory that the next allocations of these numbers of bytes get."""
     held = [torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in sizes]
     del held
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
 
 
 def check(weight: QuantizedTensor, inputs: int, dtype: torch.dtype, has_bias: bool) -> None:
@@ -75,8 +75,41 @@ def test_odd_shapes_and_other_formats_are_no_further_from_float64_than_the_dense
     check(weight_of(shape, format, double_quant), inputs, dtype, has_bias)
 
 
-def test_every_number_of_rows_is_multiplied_with_the_weights_of_dequantize() -> None:
-    weight = weight_of((1024, 4096))
+# All numbers of inputs that share a tile share its kernel; the last are too many for one. The first shape takes other
+# tiles than the rest.
+@pytest.mark.parametrize(
+    ("inputs_of_a_tile", "shape", "options", "dtype"),
+    pairwise(
+        [(1, 5, 8), (9, 16), (17, 32), (33, 64), (65,)],
+        [(9000, 576), (4096, 4096), (1000, 576), (72, 14336), (300, 1088), (64, 64)],
+        [("nf4", 64, True), ("fp4", 128, False), ("nf4", 256, False)],
+        [torch.float16, torch.bfloat16],
+    ),
+)
+def test_few_rows_are_multiplied_no_further_from_float64_than_by_the_dense_product(
+    inputs_of_a_tile: tuple[int, ...], shape: tuple[int, int], options: tuple[str, int, bool], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows, columns = shape
+    format, block_size, double_quant = options
+    linear = nn.Linear(columns, rows, device="cuda", dtype=dtype)
+    layer = QuantizedLinear.from_linear(linear, format=format, block_size=block_size, double_quant=double_quant)
+    weight = layer.quantized.dequantize(dtype)
+    for inputs in inputs_of_a_tile:
+        x = torch.randn(1, inputs, columns, device="cuda", dtype=dtype)
+        exact = x.double() @ weight.double().T + linear.bias.double()
+        poison(exact.numel() * dtype.itemsize)
+        with torch.no_grad():
+            ours = layer(x)
+            again = layer(x)
+        bound = 1.05 * error(nn.functional.linear(x, weight, linear.bias), exact) + 1e-6
+        assert error(ours, exact) <= bound, f"{inputs} inputs"
+        assert torch.equal(ours, again), f"{inputs} inputs"
+
+
+@pytest.mark.parametrize("rows", [1024, 500])
+def test_every_number_of_rows_is_multiplied_with_the_weights_of_dequantize(rows: int) -> None:
+    weight = weight_of((rows, 4096))
     dense = weight.dequantize(BF16)
     for inputs in range(1, MAX_ROWS + 1):
         columns = torch.randperm(4096, device="cuda")[:inputs]
@@ -85,8 +118,8 @@ def test_every_number_of_rows_is_multiplied_with_the_weights_of_dequantize() -> 
 
 
 # Launches overlap, and what one call frees the next one writes: none may read what is not yet, or no longer, there.
-@pytest.mark.parametrize("inputs", [16, 32, 64])
-@pytest.mark.parametrize("shape", [(1024, 4096), (34048, 512)])
+@pytest.mark.parametrize("inputs", [8, 16, 32, 64])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_products_in_close_succession_are_those_of_calls_that_wait_for_each_other(
     inputs: int, shape: tuple[int, int]
 ) -> None:
@@ -100,8 +133,8 @@ def test_products_in_close_succession_are_those_of_calls_that_wait_for_each_othe
         assert all(map(torch.equal, [weight.linear(x.clone()) for x in batches], expected))
 
 
-@pytest.mark.parametrize("inputs", [16, 64])
-@pytest.mark.parametrize("shape", [(4096, 4096), (34048, 512)])
+@pytest.mark.parametrize("inputs", [8, 16, 64])
+@pytest.mark.parametrize("shape", [(4096, 4096), (34048, 512), (4224, 4160), (9216, 576)])
 def test_products_that_follow_from_one_another_are_replayed_in_a_cuda_graph(
     inputs: int, shape: tuple[int, int]
 ) -> None:
@@ -123,16 +156,25 @@ def test_products_that_follow_from_one_another_are_replayed_in_a_cuda_graph(
         assert torch.equal(ours, twice())
 
 
+def test_the_gradient_of_few_rows_is_that_of_the_dense_layer() -> None:
+    layer = QuantizedLinear.from_linear(nn.Linear(256, 128, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
+    (ours,) = torch.autograd.grad(layer(x), x, grad)
+    assert torch.equal(ours, grad @ layer.quantized.dequantize(torch.bfloat16))
+
+
 @pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernels are Hopper's"
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="elsewhere there is one kernel"
 )
 @pytest.mark.parametrize(
     ("inputs", "shape", "kernels"),
     [
-        (9, (14336, 4096), ["pack_kernel", "product_kernel", "sum_kernel"]),
-        (64, (34048, 512), ["pack_kernel", "product_kernel"]),
+        (9, (14336, 4096), ["hopper_pack_kernel", "hopper_matmul_kernel", "sum_kernel"]),
+        (64, (34048, 512), ["hopper_pack_kernel", "hopper_matmul_kernel"]),
         (8, (14336, 4096), ["matmul_kernel"]),
-        (64, (130, 4096), ["matmul_kernel", "sum_kernel"]),
+        (64, (130, 4096), ["pack_kernel", "matmul_kernel", "sum_kernel"]),
+        (64, (9216, 576), ["pack_kernel", "matmul_kernel"]),
     ],
 )
 def test_products_take_the_kernels_that_were_written_for_them(
