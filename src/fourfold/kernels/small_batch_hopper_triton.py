@@ -51,8 +51,8 @@ def hopper_pack_kernel(
     x_ptr: tl.tensor,
     num_inputs: tl.tensor,
     num_columns: tl.tensor,
-    BLOCK_M: tl.constexpr,
     PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """x [num_inputs, num_columns] as [columns / 64, BLOCK_M, 64] in the operand's order, with zeros where x ends.
@@ -223,7 +223,7 @@ def matmul(
     early = launches_early(x.device)
     with on_device(x):
         hopper_pack_kernel[(packed.numel() // (2 * PAIRS),)](
-            packed, x, num_inputs, num_columns, BLOCK_M=block_m, PAIRS=PAIRS, EARLY=early, num_warps=8
+            packed, x, num_inputs, num_columns, PAIRS=PAIRS, BLOCK_M=block_m, EARLY=early, num_warps=8
         )
         hopper_matmul_kernel[(cdiv(num_rows, ROWS), splits)](
             *(partial, packed, codes, codebook, scales, code_map, nested_absmax, offset),
