@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
+from few_rows import parts
 
 import fourfold.kernels
 from fourfold.kernels import (
@@ -45,6 +46,8 @@ from fourfold.kernels import (
     low_rank_pair_triton,
     norm_triton,
     rotary_triton,
+    small_batch_hopper_triton,
+    small_batch_tiles,
     small_batch_triton,
     swiglu_low_rank_triton,
     swiglu_triton,
@@ -148,19 +151,27 @@ def expand_groups() -> None:
 
 
 def few_rows() -> None:
-    """Every tile, none of them full; columns shared among warps, and in the last two among programs."""
-    for inputs, rows, columns, double_quant in (
-        (1, 75, 64, True),
-        (13, 41, 320, False),
-        (31, 131, 192, True),
-        (63, 37, 192, False),
-        (7, 21, 8192, True),
-        (33, 41, 1088, False),
+    """Every tile, none of them full; columns shared among warps, and in some among programs; scales, too, or not."""
+    for tile, inputs, rows, columns, block_size in (
+        (0, 1, 75, 64, 64),
+        (1, 7, 21, 8192, 64),
+        (2, 13, 41, 320, 64),
+        (3, 11, 37, 4160, 128),
+        (4, 31, 131, 192, 64),
+        (5, 17, 133, 2112, 64),
+        (6, 33, 41, 1088, 128),
+        (6, 63, 37, 2048, 128),
     ):
-        weight, scales, nested = quantized((rows, columns), double_quant=double_quant)
-        parts = (scales, None, None, None) if nested is None else (scales, *nested[:3])
-        sizes = (weight.block_size, 1 if nested is None else nested.block_size, rows)
-        small_batch_triton.matmul(random(inputs, columns), weight.codes, weight.codebook, *parts, *sizes, random(rows))
+        weight, _, _ = quantized((rows, columns), block_size=block_size, double_quant=inputs % 4 == 3)
+        x, bias = random(inputs, columns), random(rows)
+        small_batch_triton.matmul(x, *parts(weight), bias, small_batch_tiles.TILES[tile])
+
+
+def few_rows_on_hopper() -> None:
+    """Every tile, not full; the last tile of W short; columns shared among programs, and not."""
+    for inputs, rows, columns, double_quant in ((13, 41, 256, True), (31, 131, 768, False), (63, 37, 2048, True)):
+        weight, _, _ = quantized((rows, columns), double_quant=double_quant)
+        small_batch_hopper_triton.matmul(random(inputs, columns), *parts(weight), random(rows))
 
 
 def norm() -> None:
@@ -305,6 +316,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "expand": expand,
     "expand groups": expand_groups,
     "few rows": few_rows,
+    "few rows on Hopper": few_rows_on_hopper,
     "norm": norm,
     "low rank": low_rank,
     "low rank beside": low_rank_beside,

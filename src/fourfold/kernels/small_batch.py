@@ -124,8 +124,10 @@ def _on_gpu(
     arguments = (x, codes, codebook, scales, code_map, nested_absmax, offset, block_size, nested_block_size, num_rows)
     if not serves(x, codebook, block_size, nested_block_size, num_rows):
         return matmul_4bit_reference(*arguments, bias)
-    from fourfold.kernels import small_batch_triton
+    from fourfold.kernels import small_batch_hopper_triton, small_batch_triton
 
+    if small_batch_hopper_triton.takes(x, codes, block_size, num_rows):
+        return small_batch_hopper_triton.matmul(*arguments, bias)
     return small_batch_triton.matmul(*arguments, bias)
 
 
