@@ -15,10 +15,10 @@ BLOCK = 4096
 
 
 @triton.jit
-def _kernel(value_ptr, code_ptr, numel, threshold_ptr, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _kernel(value_ptr, code_ptr, numel, threshold_ptr, signed: tl.constexpr, block: tl.constexpr):
+    offsets = tl.program_id(0) * block + tl.arange(0, block)
     values = tl.load(value_ptr + offsets, mask=offsets < numel, other=0.0)
-    codes = nearest_code(values, threshold_ptr, SIGNED)
+    codes = nearest_code(values, threshold_ptr, signed)
     tl.store(code_ptr + offsets, codes.to(tl.uint8), mask=offsets < numel)
 
 
@@ -32,7 +32,7 @@ def thresholds(device: torch.device, signed: bool) -> Tensor:
 def nearest_codes(values: Tensor, table: Tensor, signed: bool) -> Tensor:
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     numel = values.numel()
-    _kernel[(triton.cdiv(numel, BLOCK),)](values, codes, numel, table, SIGNED=signed, BLOCK=BLOCK)
+    _kernel[(triton.cdiv(numel, BLOCK),)](values, codes, numel, table, signed=signed, block=BLOCK)
     return codes
 
 

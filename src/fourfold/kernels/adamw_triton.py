@@ -80,13 +80,12 @@ def finish_kernel(
     BLOCK: tl.constexpr,
 ):
     """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
-    lanes = tl.arange(0, BLOCK)
-    sums = tl.full([BLOCK], 0.0, tl.float64)
+    sums = tl.full([4 * BLOCK], 0.0, tl.float64)
     start = 0
     while start < num_partials:  # Triton's interpreter takes no range over an argument
-        at = start + lanes
+        at = start + tl.arange(0, 4 * BLOCK)
         sums += tl.load(partial_ptr + at, mask=at < num_partials, other=0.0).to(tl.float64)
-        start += BLOCK
+        start += 4 * BLOCK
     norm = tl.sqrt(tl.sum(sums, axis=0)).to(tl.float32)
     counted = tl.where(norm < float("inf"), 1.0, 0.0)  # 0 for NaN too
     if loss_ptr is not None:
@@ -96,7 +95,7 @@ def finish_kernel(
 
     start = 0
     while start < num_params:
-        at = start + lanes
+        at = start + tl.arange(0, BLOCK)
         mask = at < num_params
         address = tl.load(address_ptr + at, mask=mask, other=0)
         step = tl.load(step_ptr + at, mask=mask, other=0.0) + tl.where(address != 0, counted, 0.0)
@@ -189,16 +188,19 @@ def update_kernel(
     chunk = first_chunk + tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     index = tl.load(chunk_index_ptr + chunk)
+    # All that the tensors' addresses need is asked for at once: what waits for it, waits once.
     grad_address = tl.load(address_ptr + tensor)
+    param_address = tl.load(address_ptr + num_params + tensor)
+    numel = tl.load(table_ptr + tensor * 3)
+    # All is said to begin at multiples of 4 elements, though it be of more: a thread then takes 4 elements next to each
+    # other of every tensor. Were it 16, as for codes of 1 byte it would be, then gradients and parameters would be read
+    # in steps and go through shared memory.
+    begin = tl.multiple_of(tl.load(table_ptr + tensor * 3 + 1), 4)
     scale = tl.load(scale_ptr)
     if (grad_address != 0) & (scale >= 0.0):
-        param_address = tl.load(address_ptr + num_params + tensor)
         start = index.to(tl.int64) * _CHUNK
-        left = tl.minimum(tl.load(table_ptr + tensor * 3) - start, _CHUNK).to(tl.int32)
-        # All is said to begin at multiples of 4 elements, though it be of more: a thread then takes 4 elements next to
-        # each other of every tensor. Were it 16, as for codes of 1 byte it would be, then gradients and parameters would
-        # be read in steps and go through shared memory.
-        begin = tl.multiple_of(tl.load(table_ptr + tensor * 3 + 1), 4) + start
+        left = tl.minimum(numel - start, _CHUNK).to(tl.int32)
+        begin += start
         grad_ptr = grad_address.to(tl.pointer_type(DTYPE))
         param_ptr = param_address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
@@ -219,8 +221,8 @@ def update_kernel(
         one_minus_beta2 = tl.load(row + 6)
         eps = tl.load(row + 7)
 
-        # [half a block, blocks, halves]: a warp has whole blocks, both halves in registers, and finds their scales alone.
-        # The elements come first because Triton lays the tables' look-ups out so, whatever the other loads.
+        # [half a block, blocks, halves]: a warp has whole blocks, both halves in registers, and finds their scales by
+        # itself. The elements come first because Triton lays the tables' look-ups out so, whatever the other loads.
         rows = tl.arange(0, _ROWS)
         halves = tl.arange(0, 2)[None, None, :] * _HALF
         offsets = tl.arange(0, _HALF)[:, None, None] + rows[None, :, None] * _COLUMNS + halves
@@ -252,8 +254,8 @@ def update_kernel(
 
 
 def update_warps(bits: int, aligned: bool) -> int:
-    """Warps of an update. Loads of single bytes need more registers, which four warps have not."""
-    return NUM_WARPS if bits == 32 or aligned else 4 * NUM_WARPS
+    """Warps of an update. Loads of single bytes need more registers."""
+    return NUM_WARPS if bits == 32 or aligned else 2 * NUM_WARPS
 
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
