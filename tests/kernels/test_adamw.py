@@ -132,3 +132,7 @@ def test_scale_of_one_ulp_too_much_keeps_the_extreme_codes() -> None:
         table = thresholds(torch.device("cpu"), signed)
         values = torch.tensor([-beyond if signed else 0.0, beyond])
         assert nearest_codes(values, table, signed).tolist() == [0, 255]
+
+
+def test_code_of_zero_is_what_the_kernel_reads_beyond_the_end() -> None:
+    assert [int((points == 0).nonzero()) for points in state_maps(torch.device("cpu"))] == [127, 0]

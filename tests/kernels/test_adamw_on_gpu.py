@@ -3,8 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourfold.optimizers.maps import state_maps
-
 pytestmark = pytest.mark.gpu
 
 
@@ -20,7 +18,3 @@ def test_code_is_the_nearest_for_every_fp32_number_from_minus_one_to_one(signed:
         bits = torch.arange(start, min(start + step, one + 1), dtype=torch.int32, device=device)
         for values in (bits.view(torch.float32), *((-bits.view(torch.float32),) if signed else ())):
             assert torch.equal(nearest_codes(values, table, signed), wanted_codes(values, table))
-
-
-def test_code_for_zero_is_zero() -> None:
-    assert [int((points == 0).nonzero()) for points in state_maps(torch.device("cuda"))] == [127, 0]

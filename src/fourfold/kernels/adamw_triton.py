@@ -31,7 +31,6 @@ _HALF = tl.constexpr(BLOCK_SIZE // 2)
 _CHUNK = tl.constexpr(CHUNK_SIZE)
 _ROW = tl.constexpr(ROW)
 _SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
-_ROUND = tl.constexpr(1.5 * 2**23)
 
 
 @triton.jit
@@ -129,19 +128,24 @@ def nearest_code(values, threshold_ptr, SIGNED: tl.constexpr):
     Thresholds lie evenly within a decade, but for those between two decades, so that a threshold's place in the table
     is nearly linear in it, more steeply the lower the decade: over all decades, the least of seven lines. They miss a
     threshold's place by at most 0.25, so that only the threshold whose place is nearest needs a look in the table.
+
+    That leaves room for the errors of fp16, in which a GPU computes two places at a time; as 64ths, so that the
+    steepest line's slope is a number of fp16.
     """
     LEVELS: tl.constexpr = 64 if SIGNED else 128  # points in the highest decade
-    magnitude = tl.abs(values)
-    place = magnitude * (LEVELS / 0.9) + (LEVELS * 8 / 9 - LEVELS / 64 + 0.5 * SIGNED)
+    half = values.to(tl.float16)
+    magnitude = tl.abs(half)
+    origin: tl.constexpr = 0.5 * SIGNED - LEVELS / 64
+    place = magnitude * (LEVELS / 0.9 / 64) + (LEVELS * 8 / 9 + origin) / 64
     for decade in tl.static_range(1, 7):
-        slope = LEVELS * 5**decade / 0.9
-        place = tl.minimum(place, magnitude * slope + (LEVELS / 2**decade * 8 / 9 - LEVELS / 64 + 0.5 * SIGNED))
+        line = magnitude * (LEVELS * 5**decade / 0.9 / 64) + (LEVELS / 2**decade * 8 / 9 + origin) / 64
+        place = tl.minimum(place, line)
     if SIGNED:
         # Thresholds from 127 upwards are those above 0, from 126 downwards the same below it.
-        sign = values.to(tl.int32, bitcast=True) & -0x80000000
-        place = (place.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True) + 126.5
-    # This rounds to an integer, which the last bits then are; a conversion is slower.
-    nearest = (place + _ROUND).to(tl.int32, bitcast=True) & 0xFF
+        sign = half.to(tl.int16, bitcast=True) & -0x8000
+        place = (place.to(tl.int16, bitcast=True) | sign).to(tl.float16, bitcast=True) + 126.5 / 64
+    # From 16 to 32 the numbers of fp16 are 64ths: this rounds, and the last bits are the integer.
+    nearest = ((place + 24.0).to(tl.int16, bitcast=True) & 0xFF).to(tl.int32)
     # For -1 the place is -1: of 255, which holds -inf, so that 256 comes out, and that is 0.
     return nearest + (values > tl.load(threshold_ptr + nearest)).to(tl.int32)
 
