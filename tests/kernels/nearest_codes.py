@@ -11,7 +11,7 @@ from fourfold.kernels.adamw_state import lay_out
 from fourfold.kernels.adamw_triton import nearest_code
 from fourfold.optimizers.maps import state_maps
 
-BLOCK = 4096
+BLOCK = 1024
 
 
 @triton.jit
