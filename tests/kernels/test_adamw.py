@@ -16,6 +16,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 if torch.cuda.is_available():
     pytest.skip("compiled kernels are tested in tests/optimizers/test_adamw_on_gpu.py", allow_module_level=True)
 
+from nearest_codes import nearest_codes, thresholds, wanted_codes
+
 from fourfold.kernels.adamw_triton import adamw_step_triton
 
 GROUPS = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1), Hyperparameters(3e-3, 0.8, 0.95, 1e-6, 0.0)]
@@ -103,3 +105,34 @@ def test_step_that_is_not_finite_changes_nothing(run, bad: float | None, loss: f
     for index, (param, views) in enumerate(before):
         assert torch.equal(state.params[index], param)
         assert all(torch.equal(state.views(index)[name], view) for name, view in views.items())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_the_nearest_on_both_sides_of_every_threshold_and_point(signed: bool) -> None:
+    table = thresholds(torch.device("cpu"), signed)
+    points = state_maps(torch.device("cpu"))[0 if signed else 1]
+    # The 300 numbers of fp32 on each side; neighbours in fp32 are neighbours as integers.
+    centres = torch.cat([table[:-1], points[points != 0]]).view(torch.int32)
+    around = (centres[:, None] + torch.arange(-300, 301, dtype=torch.int32)).view(torch.float32).flatten()
+    values = torch.cat([around, torch.linspace(-1, 1, 200_001), torch.logspace(-45, 0, 100_001), torch.zeros(1)])
+    values = torch.cat([values, -values]).clamp(-1.0 if signed else 0.0, 1.0)
+    assert torch.equal(nearest_codes(values, table, signed), wanted_codes(values, table))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_of_points_are_their_own(signed: bool) -> None:
+    points = state_maps(torch.device("cpu"))[0 if signed else 1]
+    codes = nearest_codes(points, thresholds(points.device, signed), signed)
+    assert codes.tolist() == list(range(256))
+
+
+def test_scale_of_one_ulp_too_much_keeps_the_extreme_codes() -> None:
+    beyond = 1 + 2.0**-22
+    for signed in (True, False):
+        table = thresholds(torch.device("cpu"), signed)
+        values = torch.tensor([-beyond if signed else 0.0, beyond])
+        assert nearest_codes(values, table, signed).tolist() == [0, 255]
+
+
+def test_code_of_zero_is_what_the_kernel_reads_beyond_the_end() -> None:
+    assert [int((points == 0).nonzero()) for points in state_maps(torch.device("cpu"))] == [127, 0]
