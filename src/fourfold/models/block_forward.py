@@ -47,7 +47,8 @@ def attention_output(attention: Tensor, weight: ExtendedWeight) -> tuple[Tensor,
 def fill_low(normed_x: Tensor, weight: ExtendedWeight) -> Tensor:
     """Puts the normed input's product with A^T, [tokens, rank], beside it, and returns it alone."""
     if weight.down is None:
-        return normed_x[:, weight.columns :]
+        # A view of no columns would keep all others alive.
+        return normed_x.new_empty(len(normed_x), 0)
     return fill_low_rank_(normed_x, weight.columns, weight.down)
 
 
