@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from few_rows import error, parts
+from torch._subclasses import FakeTensorMode
 
+from fourfold.kernels import small_batch
 from fourfold.kernels.small_batch import matmul_4bit, matmul_4bit_reference, serves
 from fourfold.kernels.small_batch_tiles import TILES
 from fourfold.quantization.tensor import quantize
@@ -81,3 +83,29 @@ def test_operator_passes_opcheck() -> None:
         (torch.randn(3, 64), *parts(weight), torch.randn(24)),
         test_utils="test_faketensor",
     )
+
+
+@pytest.mark.parametrize("stride", [0, 2])
+def test_bias_may_have_any_stride(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(small_batch, "serves", lambda *_: True)
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(40, 64))
+    x, bias = torch.randn(3, 64).half(), torch.randn(80).half().as_strided([40], [stride])
+    expected = matmul_4bit_reference(x, *parts(weight), bias)
+    torch.testing.assert_close(small_batch._on_gpu(x, *parts(weight), bias), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_products_whose_offsets_need_more_than_32_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_batch, "triton_refuses", lambda _: None)
+    with FakeTensorMode():
+        codebook = torch.empty(16)
+        for columns, rows, is_served in (
+            (4096, 2**19 - 1, True),
+            (4096, 2**19, False),
+            # Few rows, whose x has as many elements as W has not.
+            (2**24 - 64, 8, True),
+            (2**24, 8, False),
+        ):
+            x = torch.empty(64, columns, dtype=torch.bfloat16, device="cuda")
+            assert serves(x, codebook, 64, 256, rows) == is_served
