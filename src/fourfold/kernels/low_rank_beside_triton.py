@@ -35,7 +35,7 @@ class Pass(NamedTuple):
 
 
 # For many rows on Hopper, whose tensor cores multiply 64 at a time; for fewer, and for other GPUs, which have less
-# shared memory: with 64 ranks these take 80 KiB.
+# shared memory: with 64 ranks these take at most 80 KiB.
 TALL = Pass(64, 256, 8, 3)
 SHORT = Pass(16, 128, 4, 4)
 MANY_ROWS = 4096
