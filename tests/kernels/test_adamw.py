@@ -18,7 +18,7 @@ if torch.cuda.is_available():
 
 from nearest_codes import nearest_codes, thresholds, wanted_codes
 
-from fourfold.kernels.adamw_triton import adamw_step_triton
+from fourfold.kernels.adamw_triton import FINISH_BLOCK, ROW, adamw_step_triton, finish_kernel
 
 GROUPS = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1), Hyperparameters(3e-3, 0.8, 0.95, 1e-6, 0.0)]
 # Whole chunks, a short last block, less than a block, and one that never gets a gradient.
@@ -72,6 +72,46 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
                 assert (view != want).float().mean() < 1e-2
             else:
                 assert distance(view, want) < 2e-6
+
+
+def test_short_blocks_take_nothing_from_beyond_their_end_and_write_nothing_there() -> None:
+    """Scales as well as codes, where a block's largest moment shrinks, is zero, or is a neighbour's."""
+    sizes = [5, 300, 2048 + 7, 256, 2049]
+
+    def fresh() -> AdamWState:
+        return lay_out(
+            [(torch.ones(size), 0, 8) for size in sizes],
+            state_maps(torch.device("cpu")),
+            lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device),
+        )
+
+    ours, wanted = fresh(), fresh()
+    first = [torch.randn(size) for size in sizes]
+    first[3].zero_()
+    for grads in (first, [-4 * grad for grad in first], [*(grad * 1e-3 for grad in first[:4]), None]):
+        for state, run in ((ours, adamw_step_triton), (wanted, adamw_step_reference)):
+            run(state, grads, GROUPS, None, None)
+        for index in range(len(sizes)):
+            for name, view in ours.views(index).items():
+                want = wanted.views(index)[name]
+                if view.dtype == torch.uint8:
+                    assert (view.int() - want.int()).abs().max() <= 1
+                    assert (view != want).sum() <= 2
+                else:
+                    torch.testing.assert_close(view, want, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_partials", [1, 4 * FINISH_BLOCK - 1, 12 * FINISH_BLOCK + 5])
+def test_the_norm_is_of_all_chunks(num_partials: int) -> None:
+    state = made(torch.float32, 8)
+    count = len(state.params)
+    partials, hyper = torch.rand(num_partials), torch.tensor(GROUPS, dtype=torch.float64)
+    addresses, rows = torch.zeros(2 * count, dtype=torch.int64), torch.empty(count * ROW)
+    finish_kernel[(1,)](
+        *(partials, num_partials, None, math.inf, addresses, state.table, hyper, state.steps, rows),
+        *(state.norm, state.scale, count, FINISH_BLOCK),
+    )
+    assert distance(state.norm, partials.double().sum().sqrt()) < 1e-6
 
 
 def test_unaligned_tensors_are_updated_too() -> None:

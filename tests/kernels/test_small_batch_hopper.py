@@ -14,10 +14,18 @@ from fourfold.kernels import small_batch_hopper_triton as kernels
 
 
 # Every tile; a row of W more than two programs have, and fewer than one has. In the third the columns are shared among
-# programs; in the fourth three programs of two spans each share five spans, so that the last multiplies with zeros.
+# programs; in the fourth three programs of two spans each share five spans, so that the last multiplies with zeros; in
+# the last one program takes five, more than are loaded ahead.
 @pytest.mark.parametrize(
     ("inputs", "rows", "columns", "programs"),
-    [(5, 40, 256, 264), (16, 257, 512, 3), (17, 130, 768, 264), (50, 130, 1280, 6), (64, 128, 512, 1)],
+    [
+        (5, 40, 256, 264),
+        (16, 257, 512, 3),
+        (17, 130, 768, 264),
+        (50, 130, 1280, 6),
+        (64, 128, 512, 1),
+        (20, 40, 1280, 1),
+    ],
 )
 @pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("fp4", False)])
 def test_kernels_are_as_near_to_float64_as_their_output_can_be(

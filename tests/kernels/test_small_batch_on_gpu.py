@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from few_rows import error
+from few_rows import error, parts
 from pairwise import pairwise
 from torch import Tensor, nn
 
-from fourfold.kernels.small_batch import MAX_ROWS
+from fourfold.kernels.small_batch import MAX_ROWS, matmul_4bit
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
@@ -115,6 +115,21 @@ def test_every_number_of_rows_is_multiplied_with_the_weights_of_dequantize(rows:
         columns = torch.randperm(4096, device="cuda")[:inputs]
         x = torch.nn.functional.one_hot(columns, 4096).to(BF16)
         assert torch.equal(weight.linear(x), dense[:, columns].T), f"{inputs} inputs"
+
+
+@pytest.mark.parametrize("inputs", [4, 16, 64])
+@pytest.mark.parametrize("offset", [1, 4, 16])
+def test_codes_and_rows_may_begin_anywhere(inputs: int, offset: int) -> None:
+    weight = weight_of((640, 1024))
+    moved = torch.cat([weight.codes.new_zeros(offset), weight.codes.flatten()])[offset:]
+    others = parts(weight)[1:]
+    x = torch.randn(inputs * 1024, device="cuda", dtype=BF16)
+    expected = matmul_4bit(x.view(inputs, 1024), weight.codes, *others)
+    unaligned = torch.cat([x[:1], x])[1:].view(inputs, 1024)
+    # Codes on no multiple of 16 bytes are another kernel's, which sums in another order.
+    for rows in (x.view(inputs, 1024), unaligned):
+        torch.testing.assert_close(matmul_4bit(rows, moved, *others), expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(matmul_4bit(unaligned, weight.codes, *others), expected)
 
 
 # Launches overlap, and what one call frees the next one writes: none may read what is not yet, or no longer, there.
