@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.low_rank_beside import low_rank_beside
@@ -45,6 +46,20 @@ def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, ti
 def test_the_operator_keeps_the_product_twice(rows: int, width: int, rank: int, dtype: torch.dtype) -> None:
     x, projection = operands(rows, width, rank, dtype)
     check(x, projection, *low_rank_beside(x, projection))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_the_product_alone_keeps_no_activation_alive(rows: int) -> None:
+    _, low = low_rank_beside(*operands(rows, 24, 3, torch.float32))
+    assert low.shape == (rows, 3)
+    assert low.untyped_storage().nbytes() == low.nbytes
+
+
+def test_a_trace_is_not_fixed_to_one_number_of_rows() -> None:
+    traced = make_fx(low_rank_beside, tracing_mode="symbolic")(*operands(7, 24, 3, torch.float32))
+    call = next(node for node in traced.graph.nodes if node.target == torch.ops.fourfold.low_rank_beside.default)
+    assert all(isinstance(value.shape[0], torch.SymInt) for value in call.meta["val"])
+    assert all(value.shape[0].node.expr.is_symbol for value in call.meta["val"])
 
 
 def test_the_operator_is_registered_as_pytorch_asks() -> None:
