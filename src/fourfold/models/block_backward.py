@@ -13,7 +13,7 @@ from fourfold.kernels.rotary import rotary_backward
 from fourfold.kernels.swiglu import split_activation_sums, swiglu_backward_, swiglu_backward_sums_
 from fourfold.models.attention import AttentionState, attention_backward
 from fourfold.models.block_forward import attend, attention_output
-from fourfold.models.block_state import Block, Saved, columns, parts
+from fourfold.models.block_state import Block, Saved, columns, columns_alone, parts
 from fourfold.models.linear_group import ExtendedWeight, LowRankSums
 
 __all__ = ["block_backward"]
@@ -108,7 +108,7 @@ def _attention_half(x: Tensor, saved: Saved, block: Block) -> _AttentionHalf:
         rotated = qkv if block.q_norm is None else block.rotate(qkv, block.qkv.bias(x.dtype))
     else:
         normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
-        normed = _Normed(rstd, columns(normed_x, weight.columns)[1])
+        normed = _Normed(rstd, columns_alone(normed_x, weight.columns))
         if saved.attention is None:
             return _AttentionHalf(weight, normed, *attend(normed_x, weight, block))
         qkv = normed_x @ weight.forward.T

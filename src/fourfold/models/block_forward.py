@@ -18,7 +18,7 @@ from fourfold.kernels.low_rank_beside import low_rank_beside
 from fourfold.kernels.norm import add_rms_norm_, rms_norm
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import AttentionState, attention_forward
-from fourfold.models.block_state import Block, Saved, columns, parts
+from fourfold.models.block_state import Block, Saved, columns_alone, parts
 from fourfold.models.linear_group import ExtendedWeight
 
 __all__ = ["attend", "attention_output", "block_forward"]
@@ -52,7 +52,7 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
     qkv, rotated, attention, state = attend(normed_x, weight, block)
     if "qkv" in keeps:
         saved.qkv, saved.rstd1 = qkv, rstd
-        saved.low_qkv = columns(normed_x, weight.columns)[1].contiguous()
+        saved.low_qkv = columns_alone(normed_x, weight.columns)
     del normed_x, qkv, rotated
     weight = block.out.expand(x)
     mid, saved.low_out = attention_output(attention, weight)
@@ -69,7 +69,7 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
     keeps_gate_up = "gate_up" in keeps
     if keeps_gate_up:
         saved.rstd2 = rstd
-        saved.low_gate_up = columns(normed_x, weight.columns)[1].contiguous()
+        saved.low_gate_up = columns_alone(normed_x, weight.columns)
     if block.down.rank:
         saved.low_down = x.new_empty(len(x), block.down.rank)
     for part in parts(len(x), whole=keeps_gate_up, offload=block.policy.offload):
