@@ -149,6 +149,17 @@ def test_two_adapters_on_one_model_alone_and_together_equal_the_generic_path() -
     assert took_generic_path(fused_model) == {"a key-value cache is in use"}
 
 
+def test_gradients_keep_nothing_else_alive() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True, r=3)
+    model.add_adapter("second", LoraConfig(r=5, target_modules=["q_proj", "up_proj"]))
+    for active in (["default"], ["default", "second"]):
+        model.base_model.set_adapter(active)
+        loss_and_grads(model)
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        storages = {grad.untyped_storage().data_ptr(): grad.untyped_storage().nbytes() for grad in grads}
+        assert sum(storages.values()) == sum(grad.nbytes for grad in grads)
+
+
 @pytest.mark.parametrize(
     ("frozen", "trained"),
     [
