@@ -65,6 +65,16 @@ def test_a_norm_before_the_layer_is_folded_into_its_sums(dtype: torch.dtype, ran
     assert relative_error(plain, grad_low.double().T @ x.double()) < TOLERANCE[wide]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "grad_size"), [(1e-3, 100.0), (0.02, 3000.0), (100.0, 1e-4)])
+def test_tokens_far_from_one_in_size_leave_no_dtypes_range(dtype: torch.dtype, size: float, grad_size: float) -> None:
+    x, grad_low = (torch.randn(60, 200) * size).to(dtype), (torch.randn(60, 16) * grad_size).to(dtype)
+    norm = torch.ones(200, dtype=dtype)
+    sums = grad_a(grad_low, x, rms_norm(x, norm, 1e-6)[1], norm)
+    normed = rms_norm(x.double(), norm.double(), 1e-6)[0]
+    assert relative_error(sums, grad_low.double().T @ normed) < TOLERANCE[dtype]
+
+
 def test_what_was_summed_before_is_left_as_it_is() -> None:
     before = torch.randn(3, 8)
     kept = before.clone()

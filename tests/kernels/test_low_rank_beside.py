@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.low_rank_beside import fill_low_rank_, low_rank_beside
 
 pytest.importorskip("triton")
@@ -36,11 +36,13 @@ def check(x: Tensor, projection: Tensor, extended: Tensor, low: Tensor) -> None:
 def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, tile: kernels.Pass) -> None:
     # fp16: the interpreter's products of bf16 are wrong.
     x, projection = operands(rows, width, rank, torch.float16)
-    extended = new_extended(x, rows, width, rank).fill_(torch.nan)
+    memory = torch.full((rows, width + rank + 9), torch.nan, dtype=x.dtype)
+    extended = memory[:, : width + rank]
     check(x, projection, extended, kernels.low_rank_beside(x, projection, extended, tile))
     extended[:, width:] = torch.nan
     low = kernels.low_rank_beside(extended[:, :width], projection, extended, tile, in_place=True)
     check(x, projection, extended, low)
+    assert memory[:, width + rank :].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -53,6 +55,20 @@ def test_the_operator_keeps_the_product_twice(rows: int, width: int, rank: int, 
     again = fill_low_rank_(extended, width, projection)
     check(x, projection, extended, again)
     assert torch.equal(again, low)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_the_product_alone_keeps_no_activation_alive(rows: int) -> None:
+    _, low = low_rank_beside(*operands(rows, 24, 3, torch.float32))
+    assert low.shape == (rows, 3)
+    assert low.untyped_storage().nbytes() == low.nbytes
+
+
+def test_a_trace_is_not_fixed_to_one_number_of_rows() -> None:
+    traced = make_fx(low_rank_beside, tracing_mode="symbolic")(*operands(7, 24, 3, torch.float32))
+    call = next(node for node in traced.graph.nodes if node.target == torch.ops.fourfold.low_rank_beside.default)
+    assert all(isinstance(value.shape[0], torch.SymInt) for value in call.meta["val"])
+    assert all(value.shape[0].node.expr.is_symbol for value in call.meta["val"])
 
 
 def test_the_operators_are_registered_as_pytorch_asks() -> None:

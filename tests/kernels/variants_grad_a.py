@@ -32,11 +32,12 @@ def _shares(columns: int, shares: int, *, factors: bool, before: bool, out: str 
 
 VARIANTS = [
     *(_grad_a(grad_a_triton.WIDE, 4096, 16, is_normed=is_normed) for is_normed in (False, True)),
+    _grad_a(grad_a_triton.WIDE, 4096, 8, is_normed=False),
     _grad_a(grad_a_triton.WIDE, 2300, 5, is_normed=True, pointer="*fp16"),
     *(
         _grad_a(tile, 4096, rank, is_normed=rank != 16)
         for tile in (grad_a_triton.NARROW, grad_a_triton.SMALL)
-        for rank in (16, 32, 48, 64)
+        for rank in (16, 24, 32, 48, 64)
     ),
     *(_shares(4096, 16, factors=factors, before=before) for factors, before in ((False, False), (True, False))),
     _shares(4096, 8, factors=True, before=True),

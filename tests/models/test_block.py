@@ -12,10 +12,11 @@ from peft import LoraConfig
 from torch import nn
 
 from fourfold.errors import ConfigError
+from fourfold.models import block_backward, block_function
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import document_mask
 from fourfold.models.block import FusedDecoderLayer, set_recomputation
-from fourfold.models.block_forward import fill_low
+from fourfold.models.block_forward import block_forward, fill_low
 from fourfold.models.linear_group import ExtendedWeight
 from fourfold.models.preparing import prepare
 from fourfold.models.recomputation import POLICIES
@@ -149,6 +150,17 @@ def test_two_adapters_on_one_model_alone_and_together_equal_the_generic_path() -
     assert took_generic_path(fused_model) == {"a key-value cache is in use"}
 
 
+def test_gradients_keep_nothing_else_alive() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True, r=3)
+    model.add_adapter("second", LoraConfig(r=5, target_modules=["q_proj", "up_proj"]))
+    for active in (["default"], ["default", "second"]):
+        model.base_model.set_adapter(active)
+        loss_and_grads(model)
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        storages = {grad.untyped_storage().data_ptr(): grad.untyped_storage().nbytes() for grad in grads}
+        assert sum(storages.values()) == sum(grad.nbytes for grad in grads)
+
+
 @pytest.mark.parametrize(
     ("frozen", "trained"),
     [
@@ -278,6 +290,41 @@ def test_a_second_backward_pass_is_refused_since_the_first_used_the_memory() -> 
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward pass twice"):
         loss.backward()
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True)
+    loss = model(ids(), use_cache=False).logits.square().sum()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad(loss, trained, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(grad.square().sum() for grad in grads).backward()
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["o_proj", "down_proj"]])
+def test_low_rank_columns_keep_nothing_else_alive(
+    recompute: str, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[torch.Tensor | None] = []
+    recompute_half = block_backward._attention_half
+
+    def forward(*arguments: Any) -> Any:
+        out, saved = block_forward(*arguments)
+        kept.extend([saved.low_qkv, saved.low_out, saved.low_gate_up, saved.low_down])
+        return out, saved
+
+    def attention_half(*arguments: Any) -> Any:
+        half = recompute_half(*arguments)
+        kept.append(half.normed.low)
+        return half
+
+    monkeypatch.setattr(block_function, "block_forward", forward)
+    monkeypatch.setattr(block_backward, "_attention_half", attention_half)
+    loss_and_grads(adapted(decoder("llama-gqa"), fused=True, recompute=recompute, target_modules=targets))
+    present = [low for low in kept if low is not None]
+    assert present
+    assert all(low.untyped_storage().nbytes() == low.nbytes for low in present)
 
 
 def test_gradient_checkpointing_of_transformers_turns_recomputation_on_and_off() -> None:

@@ -141,6 +141,8 @@ def test_gradients_are_contiguous_and_equal_float64(
             grad_a, grad_b = next(grads), next(grads)
             back = adapter.scaling * own @ adapter.lora_b.double()
             torch.testing.assert_close(grad_a, (back.T @ normed).float(), rtol=1e-4, atol=1e-2)
+            # Of all adapters' gradients, and of nothing else.
+            assert grad_a.untyped_storage().nbytes() == 4 * group.used_ranks * COLUMNS
             if is_trained:
                 assert grad_b is not None
                 assert grad_b.is_contiguous()

@@ -40,7 +40,8 @@ def grad_a(
 
         before + ((grad_low * rstd[:, None]).T @ x) * norm
 
-    The first product is rounded to x's dtype, the sums are accumulated in fp32 and not rounded to 16 bits.
+    The first product is rounded to x's dtype, the sums are accumulated in fp32 and not rounded to 16 bits. In fp16,
+    whose range the first product may leave, x is multiplied by rstd instead: it is then as large as a norm's output.
 
     Args:
         grad_low: [M, R] of x's dtype: the gradient of the layer's output times its scaled B; last stride 1.
@@ -63,7 +64,9 @@ def grad_a_reference(
     before: Tensor | None = None,
 ) -> Tensor:
     """`grad_a` in PyTorch."""
-    if rstd is not None:
+    if rstd is not None and x.dtype == torch.float16:
+        x = torch.mul(x, rstd[:, None], out=x.new_empty(x.shape))
+    elif rstd is not None:
         grad_low = torch.mul(grad_low, rstd[:, None], out=grad_low.new_empty(grad_low.shape))
     sums = low_rank_grad(grad_low, x)
     if norm is not None:
@@ -82,7 +85,9 @@ def _cuda(
 ) -> Tensor:
     is_large = len(x) >= _MIN_ROWS and x.shape[1] >= _MIN_WIDTH
     is_taken = is_large and 0 < grad_low.shape[1] <= _MAX_RANK and x.dtype in _DTYPES
-    if is_taken and columns_refuse(x, grad_low, rstd, norm) is None:
+    # The kernel multiplies grad_low by rstd.
+    is_in_range = rstd is None or x.dtype != torch.float16
+    if is_taken and is_in_range and columns_refuse(x, grad_low, rstd, norm) is None:
         from fourfold.kernels import grad_a_triton
 
         return grad_a_triton.grad_a(grad_low, x, rstd, norm, before)

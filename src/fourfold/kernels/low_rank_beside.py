@@ -43,8 +43,8 @@ def low_rank_beside(x: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
         projection: [R, K] of x's dtype, any strides.
 
     Returns:
-        [M, K + R] of x's dtype, last stride 1; and contiguous [M, R], the product, accumulated in fp32 and rounded
-        once.
+        [M, K + R] of x's dtype, last stride 1; and contiguous [M, R] in memory of its own, the product, accumulated in
+        fp32 and rounded once.
     """
     return cast("tuple[Tensor, Tensor]", _op(x, projection))
 
@@ -54,7 +54,7 @@ def low_rank_beside_reference(x: Tensor, projection: Tensor) -> tuple[Tensor, Te
     extended = _new(x, projection)
     extended[:, : x.shape[1]] = x
     fill_columns(extended, x.shape[1], projection)
-    return extended, extended[:, x.shape[1] :].contiguous()
+    return extended, extended[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
 def fill_low_rank_(extended: Tensor, width: int, projection: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def fill_low_rank_(extended: Tensor, width: int, projection: Tensor) -> Tensor:
         projection: [R, width] of its dtype, any strides.
 
     Returns:
-        Contiguous [M, R], the product, accumulated in fp32 and rounded once.
+        Contiguous [M, R] in memory of its own, the product, accumulated in fp32 and rounded once.
     """
     return cast(Tensor, _fill_op(extended, width, projection))
 
@@ -73,11 +73,12 @@ def fill_low_rank_(extended: Tensor, width: int, projection: Tensor) -> Tensor:
 def fill_low_rank_reference_(extended: Tensor, width: int, projection: Tensor) -> Tensor:
     """`fill_low_rank_` in PyTorch."""
     fill_columns(extended, width, projection)
-    return extended[:, width:].contiguous()
+    return extended[:, width:].clone(memory_format=torch.contiguous_format)
 
 
 def _new(x: Tensor, projection: Tensor) -> Tensor:
-    return new_extended(x, len(x), x.shape[1], len(projection))
+    # Not len(x), which would fix a compiled program to one number of rows.
+    return new_extended(x, x.shape[0], x.shape[1], projection.shape[0])
 
 
 def _is_taken(x: Tensor, projection: Tensor) -> bool:
@@ -106,11 +107,11 @@ def _fill_cuda(extended: Tensor, width: int, projection: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-    return _new(x, projection), x.new_empty(len(x), len(projection))
+    return _new(x, projection), x.new_empty(x.shape[0], projection.shape[0])
 
 
 def _fill_fake(extended: Tensor, _width: int, projection: Tensor) -> Tensor:
-    return extended.new_empty(len(extended), len(projection))
+    return extended.new_empty(extended.shape[0], projection.shape[0])
 
 
 torch.library.impl("fourfold::low_rank_beside", "default", low_rank_beside_reference)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fourfold.models.block_backward import block_backward
 from fourfold.models.block_forward import block_forward
@@ -33,6 +34,7 @@ class _FusedBlock(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         saved = _take(ctx)

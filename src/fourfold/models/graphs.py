@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fourfold.kernels.low_rank import new_extended, with_room
 from fourfold.models.block_backward import block_backward
@@ -259,6 +260,7 @@ class _GraphedBlock(torch.autograd.Function):
         return graph.out.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         graph: _Graph = ctx.graph
         if ctx.pending is None:

@@ -253,7 +253,7 @@ class LowRankSums:
             not its output x rstd w, since (dY sB)^T (x rstd w) = ((dY sB rstd)^T x) w.
 
     Attributes:
-        a: [rank, in], for all A of the group over each other; None as long as there is none.
+        a: [used ranks, in], for all A of the group over each other; None as long as there is none.
         b: [its out, its rank] for each linear layer of the group, or None; may be views.
         b_are_gradients: Whether those of `b` are the gradients, contiguous and times the scaling, and whatever else is
             in the memory that they are views of is a gradient, too.
@@ -287,7 +287,8 @@ class LowRankSums:
             rstd: fp32 [tokens], of the norm.
         """
         if self.wants_a:
-            self.a = grad_a(grad_low, x, rstd, self.norm, self.a)
+            # Without the columns that fill up a tile: a gradient is a view of the sums, and would keep theirs alive.
+            self.a = grad_a(grad_low[:, : self.group.used_ranks], x, rstd, self.norm, self.a)
 
     def pair(self, grad_x: Tensor, weight: ExtendedWeight, low: Tensor | None) -> None:
         """Put dY sB beside dY, and make `b`, as far as it is wanted. The group's first use of its gradient.
