@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank import columns_alone, new_extended
 from fourfold.kernels.norm import add_rms_norm_, rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary_backward
 from fourfold.kernels.swiglu import split_activation_sums, swiglu_backward_, swiglu_backward_sums_
 from fourfold.models.attention import AttentionState, attention_backward
 from fourfold.models.block_forward import attend, attention_output
-from fourfold.models.block_state import Block, Saved, columns, columns_alone, parts
+from fourfold.models.block_state import Block, Saved, columns, parts
 from fourfold.models.linear_group import ExtendedWeight, LowRankSums
 
 __all__ = ["block_backward"]

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank import columns_alone, new_extended
 from fourfold.kernels.low_rank_beside import low_rank_beside
 from fourfold.kernels.norm import add_rms_norm_, rms_norm
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import AttentionState, attention_forward
-from fourfold.models.block_state import Block, Saved, columns_alone, parts
+from fourfold.models.block_state import Block, Saved, parts
 from fourfold.models.linear_group import ExtendedWeight
 
 __all__ = ["attend", "attention_output", "block_forward"]

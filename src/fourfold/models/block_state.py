@@ -15,7 +15,7 @@ from fourfold.models.attention import AttentionState, Documents
 from fourfold.models.linear_group import LinearGroup
 from fourfold.models.recomputation import Policy, SavedTensors
 
-__all__ = ["Block", "GradientRoom", "Saved", "columns", "columns_alone", "parts"]
+__all__ = ["Block", "GradientRoom", "Saved", "columns", "parts"]
 
 # Where gate and up are not kept, the MLP works on a part of the tokens at a time: on this many, enough for matrix
 # products to run at full speed, or on an eighth of them, where its three wide tensors are small beside the rest. Twice
@@ -199,9 +199,3 @@ def parts(num_tokens: int, *, whole: bool, offload: bool) -> Iterator[slice]:
 def columns(extended: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The tensor and the low-rank columns beside it."""
     return extended[:, :count], extended[:, count:]
-
-
-def columns_alone(extended: Tensor, count: int) -> Tensor:
-    """The low-rank columns beside the tensor, contiguous."""
-    # Not `contiguous()`, which leaves no columns, and those of one token, where they are, and all beside them alive.
-    return extended[:, count:].clone(memory_format=torch.contiguous_format)
