@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_checks import poison, relative_error
 from pairwise import pairwise
 from torch import Tensor
 
@@ -19,11 +20,6 @@ WIDE_SHAPES = [(2048, 14336), (333, 1536), (77, 2050), (5, 33)]
 RANKS = [0, 16, 48, 96]
 
 
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    assert out.isfinite().all()
-    return float((out.double() - reference.double()).norm() / reference.double().norm())
-
-
 def strided(rows: int, columns: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Random rows whose stride is larger than their length."""
     return (torch.randn(rows, columns + 16, device="cuda") * scale).to(dtype)[:, :columns]
@@ -35,12 +31,6 @@ def projection_of(rank: int, width: int, dtype: torch.dtype) -> Tensor | None:
         return None
     scale = width**-0.5
     return strided(rank, width, dtype, scale) if rank != 48 else strided(width, rank, dtype, scale).t()
-
-
-def poison() -> None:
-    """Leaves NaN in the memory that the next allocations get, so that an element that is not written shows."""
-    buffers = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 26)]
-    del buffers
 
 
 def check_extended(out: Tensor, exact: Tensor, width: int, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_checks import poison, relative_error
 from pairwise import pairwise
 from torch import Tensor
 
@@ -11,17 +12,6 @@ from fourfold.kernels.grad_a import grad_a, grad_a_reference
 from fourfold.kernels.low_rank import new_extended
 
 pytestmark = pytest.mark.gpu
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    assert out.isfinite().all()
-    return float((out.double() - reference.double()).norm() / reference.double().norm())
-
-
-def poison() -> None:
-    """Leaves NaN in the memory that the next allocations get, so that an element that is not written shows."""
-    buffers = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 26)]
-    del buffers
 
 
 def operands(rows: int, width: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,7 +70,7 @@ def test_each_tile_takes_any_rows(name: str, dtype: torch.dtype, rows: int, widt
     from fourfold.kernels import grad_a_triton
 
     if name == "WIDE" and (torch.cuda.get_device_capability() != (9, 0) or rank > grad_a_triton.WIDE_RANK):
-        pytest.skip("this tile is Hopper's, for few ranks")
+        pytest.skip("this tile needs compute capability 9.0, and at most 16 ranks")
     operand = operands(rows, width, rank, dtype)
     poison()
     sums = grad_a_triton.grad_a(*operand, tile=getattr(grad_a_triton, name))

@@ -12,6 +12,7 @@ from fourfold.kernels.low_rank_beside import fill_low_rank_, low_rank_beside
 pytest.importorskip("triton")
 
 from fourfold.kernels import low_rank_beside_triton as kernels
+from fourfold.kernels.launching import Tile
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 4e-3}
 SHAPES = [(77, 256, 16), (130, 200, 5), (1, 128, 33), (64, 64, 64)]
@@ -31,9 +32,9 @@ def check(x: Tensor, projection: Tensor, extended: Tensor, low: Tensor) -> None:
     assert float((low.double() - product).norm() / product.norm()) < TOLERANCE[x.dtype]
 
 
-@pytest.mark.parametrize("tile", [kernels.Pass(16, 64, 4, 3), kernels.Pass(64, 128, 4, 2)])
+@pytest.mark.parametrize("tile", [Tile(16, 64, 4), Tile(64, 128, 4)])
 @pytest.mark.parametrize(("rows", "width", "rank"), SHAPES)
-def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, tile: kernels.Pass) -> None:
+def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, tile: Tile) -> None:
     # fp16: the interpreter's products of bf16 are wrong.
     x, projection = operands(rows, width, rank, torch.float16)
     memory = torch.full((rows, width + rank + 9), torch.nan, dtype=x.dtype)

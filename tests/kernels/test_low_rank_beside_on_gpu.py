@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fourfold.kernels import low_rank_beside_triton as kernels
+from fourfold.kernels.launching import Tile
 from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.low_rank_beside import fill_low_rank_, low_rank_beside
 
@@ -37,7 +38,7 @@ def test_the_product_equals_float64_and_is_the_same_again(rows: int, width: int,
 
 
 @pytest.mark.parametrize("tile", [kernels.TALL, kernels.SHORT])
-def test_a_rows_product_is_the_same_among_other_rows(tile: kernels.Pass) -> None:
+def test_a_rows_product_is_the_same_among_other_rows(tile: Tile) -> None:
     x = torch.randn(5000, 4096, device="cuda", dtype=torch.bfloat16)
     projection = torch.randn(16, 4096, device="cuda", dtype=torch.bfloat16)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_checks import poison, relative_error
 from pairwise import pairwise
 from torch import Tensor
 
@@ -17,17 +18,6 @@ SCALINGS = (0.3, 5.7, 1.1)
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
 # Widths, and the columns with which the second and the third layer begin.
 LAYERS: list[tuple[int, tuple[int, ...]]] = [(4096, ()), (6144, (4096, 5120)), (3072, (2048, 2560)), (2300, ())]
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    assert out.isfinite().all()
-    return float((out.double() - reference.double()).norm() / reference.double().norm())
-
-
-def poison() -> None:
-    """Leaves NaN in the memory that the next allocations get, so that an element that is not written shows."""
-    buffers = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 26)]
-    del buffers
 
 
 def operands(
@@ -101,7 +91,7 @@ def test_each_tile_takes_any_rows(
     from fourfold.kernels import low_rank_pair_triton
 
     if name == "WIDE" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("this tile is Hopper's")
+        pytest.skip("this tile needs compute capability 9.0")
     width, begins = layers
     extended, up, low = operands(rows, width, 16, begins, dtype)
     poison()

@@ -6,6 +6,7 @@ from compiling import Variant
 
 from fourfold.kernels import low_rank_beside_triton as beside
 from fourfold.kernels import low_rank_pair_triton as kernels
+from fourfold.kernels.launching import Tile
 
 
 def _layers(tile: kernels.Pass, width: int, begins: tuple[int, ...]) -> tuple[int, int, int]:
@@ -42,14 +43,14 @@ def _sums(tile: kernels.Pass, width: int, rank: int, begins: tuple[int, ...] = (
     return Variant(kernels.sum_pair_kernel, arguments, {"num_warps": 4}, unaligned=("num_rows",))
 
 
-def _beside(tile: beside.Pass, width: int, rank: int, copy: bool = True, pointer: str = "*bf16") -> Variant:
+def _beside(tile: Tile, width: int, rank: int, copy: bool = True, pointer: str = "*bf16") -> Variant:
     arguments = {
         **dict.fromkeys(("x_ptr", "projection_ptr", "out_ptr", "low_ptr"), pointer),
         **dict.fromkeys(("num_rows", "x_stride", "projection_stride", "out_stride"), "i32"),
         **{"K": width, "R": rank, "COPY": copy, "BLOCK_R": max(16, 1 << (rank - 1).bit_length())},
         **{"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
     }
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": beside.STAGES}
     archs = (90,) if tile is beside.TALL else (80, 90)
     return Variant(beside.low_rank_beside_kernel, arguments, options, unaligned=("num_rows",), archs=archs)
 

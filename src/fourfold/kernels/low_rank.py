@@ -4,7 +4,7 @@ LoRA (https://arxiv.org/abs/2106.09685) multiplies activations of thousands of c
 Operators of the fused block that write an activation give it *extended*: [M, K + R], whose first K columns are the
 result and whose last R are `result @ projection.T`, so that one matrix product takes both. The R columns are a GEMM of
 their own: multiplied while the result is still on the chip, they cost more time than cuBLAS needs to read it again,
-but for the widest of these tensors, the gated activation.
+but for the widest of these tensors, the gated activation, and for the attention's output, which is copied anyway.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fourfold.kernels.availability import triton_refuses
 
 __all__ = [
     "beside",
+    "columns_alone",
     "columns_refuse",
     "extend",
     "fill_columns",
@@ -94,6 +95,12 @@ def beside(x: Tensor, low: Tensor) -> Tensor:
     extended = with_room(x, low.shape[1])
     extended[:, x.shape[1] :] = low
     return extended
+
+
+def columns_alone(extended: Tensor, width: int) -> Tensor:
+    """Columns `width:` of `extended` [M, width + R], contiguous, in memory of their own."""
+    # Not `contiguous()`, which leaves no columns, and those of one row, where they are, and all beside them alive.
+    return extended[:, width:].clone(memory_format=torch.contiguous_format)
 
 
 def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:

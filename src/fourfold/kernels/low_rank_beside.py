@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import columns_refuse, fill_columns, new_extended
+from fourfold.kernels.low_rank import columns_alone, columns_refuse, extend, fill_columns, new_extended
 
 __all__ = ["fill_low_rank_", "fill_low_rank_reference_", "low_rank_beside", "low_rank_beside_reference"]
 
@@ -51,10 +51,8 @@ def low_rank_beside(x: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
 
 def low_rank_beside_reference(x: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
     """`low_rank_beside` in PyTorch."""
-    extended = _new(x, projection)
-    extended[:, : x.shape[1]] = x
-    fill_columns(extended, x.shape[1], projection)
-    return extended, extended[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
+    extended = extend(x, projection)
+    return extended, columns_alone(extended, x.shape[1])
 
 
 def fill_low_rank_(extended: Tensor, width: int, projection: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ def fill_low_rank_(extended: Tensor, width: int, projection: Tensor) -> Tensor:
 def fill_low_rank_reference_(extended: Tensor, width: int, projection: Tensor) -> Tensor:
     """`fill_low_rank_` in PyTorch."""
     fill_columns(extended, width, projection)
-    return extended[:, width:].clone(memory_format=torch.contiguous_format)
+    return columns_alone(extended, width)
 
 
 def _new(x: Tensor, projection: Tensor) -> Tensor:

@@ -7,38 +7,23 @@ the same in each run and whatever other rows there are.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import cdiv, is_hopper, on_device, rank_block
+from fourfold.kernels.launching import Tile, cdiv, is_hopper, on_device, rank_block
 
-__all__ = ["Pass", "low_rank_beside", "pass_for"]
-
-
-class Pass(NamedTuple):
-    """How the kernel goes over an activation.
-
-    Attributes:
-        block_m, block_k: Rows and columns of a program's tile.
-        num_warps: Of a program.
-        num_stages: The tile that is worked on, and those being loaded meanwhile.
-    """
-
-    block_m: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+__all__ = ["SHORT", "STAGES", "TALL", "low_rank_beside", "tile_for"]
 
 
 # For many rows on Hopper, whose tensor cores multiply 64 at a time; for fewer, and for other GPUs, which have less
 # shared memory: with 64 ranks these take at most 80 KiB.
-TALL = Pass(64, 256, 8, 3)
-SHORT = Pass(16, 128, 4, 4)
+TALL = Tile(64, 256, 8)
+SHORT = Tile(16, 128, 4)
 MANY_ROWS = 4096
+# The tile that is worked on, and those being loaded meanwhile.
+STAGES = 3
 
 
 @triton.jit
@@ -79,13 +64,13 @@ def low_rank_beside_kernel(
     tl.store(low_ptr + first * R + (rows[:, None] * R + ranks[None, :]), low, mask)
 
 
-def pass_for(num_rows: int, device: torch.device) -> Pass:
-    """How the kernel goes over as many rows."""
+def tile_for(num_rows: int, device: torch.device) -> Tile:
+    """The tile for as many rows."""
     return TALL if num_rows >= MANY_ROWS and is_hopper(device) else SHORT
 
 
 def low_rank_beside(
-    x: Tensor, projection: Tensor, extended: Tensor, tile: Pass | None = None, *, in_place: bool = False
+    x: Tensor, projection: Tensor, extended: Tensor, tile: Tile | None = None, *, in_place: bool = False
 ) -> Tensor:
     """The product of `low_rank_beside.low_rank_beside`, alone; writes `extended`. The projection's last stride is 1.
 
@@ -94,7 +79,7 @@ def low_rank_beside(
     """
     num_rows, width = x.shape
     rank = len(projection)
-    tile = tile or pass_for(num_rows, x.device)
+    tile = tile or tile_for(num_rows, x.device)
     low = x.new_empty(num_rows, rank)
     with on_device(x):
         low_rank_beside_kernel[(cdiv(num_rows, tile.block_m),)](
@@ -113,6 +98,6 @@ def low_rank_beside(
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=STAGES,
         )
     return low

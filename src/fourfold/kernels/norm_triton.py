@@ -136,7 +136,7 @@ def rms_norm_backward_kernel(
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None, out: Tensor
 ) -> None:
-    """`norm.rms_norm_backward`, the columns of x alone."""
+    """`norm.rms_norm_backward`, written to `out`."""
     num_rows, width = x.shape
     tile = tile_for(width, backward=True)
     with on_device(x):
