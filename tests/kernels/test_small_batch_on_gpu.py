@@ -82,7 +82,7 @@ def test_odd_shapes_and_other_formats_are_no_further_from_float64_than_the_dense
     pairwise(
         [(1, 5, 8), (9, 16), (17, 32), (33, 64), (65,)],
         [(9000, 576), (4096, 4096), (1000, 576), (72, 14336), (300, 1088), (64, 64)],
-        [("nf4", 64, True), ("fp4", 128, False), ("nf4", 256, False)],
+        [("nf4", 64, True), ("nf4", 64, False), ("fp4", 128, False), ("nf4", 256, False)],
         [torch.float16, torch.bfloat16],
     ),
 )

@@ -166,7 +166,9 @@ def matmul_kernel(
         offset = tl.load(offset_ptr)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    absmax = value
+    # Not `value`: Triton would see one tensor under two names, which the loop's first pass leaves as it is where scales
+    # are not nested, and carry `absmax` to no later pass.
+    absmax = tl.full([PLACES], 0.0, tl.float32)
     for step in range(STEPS):
         if step % SPAN_STEPS == 0:
             absmax = value
