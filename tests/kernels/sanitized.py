@@ -36,6 +36,7 @@ from few_rows import parts
 import fourfold.kernels
 from fourfold.kernels import (
     adamw_triton,
+    angles_triton,
     blockwise_triton,
     cross_entropy_triton,
     encoding_triton,
@@ -227,6 +228,9 @@ def rotary() -> None:
         if not has_norms:
             rotary_triton.rotary_(qkv, cos, sin, *heads, bias)
             rotary_triton.rotary_(qkv, cos, sin, *heads)
+    for shape, half in (((2, 37), 20), ((1, 16), 64)):
+        positions = torch.arange(shape[0] * shape[1], device=DEVICE).view(shape)
+        angles_triton.rotary_angles(positions, random(half, dtype=torch.float32), 1.0, torch.float16)
 
 
 def swiglu() -> None:
