@@ -54,12 +54,10 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     # Finite, so that a lane that has seen nothing but -inf (masked words, the row's end) subtracts no infinities.
     greatest = tl.full([LANES], -1e38, tl.float32)
     total = tl.zeros([LANES], tl.float32)
-    # What no second reading follows must not push anything out of the cache.
-    FIRST_READING: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     first = tl.full([LANES], 2147483647, tl.int32)
     for tile in range(TILES):
         at = tile * (LANES * WIDTH) + lanes
-        x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf"), eviction_policy=FIRST_READING).to(tl.float32)
+        x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
         new = tl.maximum(greatest, tl.max(x, axis=1))
         total = total * tl.exp2((greatest - new) * _LOG2_E) + tl.sum(tl.exp2((x - new[:, None]) * _LOG2_E), axis=1)
         greatest = new
@@ -76,13 +74,10 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
         # From the end to the start: what was read last is what the cache still holds.
         for step in range(TILES):
             at = (TILES - 1 - step) * (LANES * WIDTH) + lanes
-            x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf"), eviction_policy="evict_first")
-            x = x.to(tl.float32)
+            x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
             slope = tl.exp2((x - maximum) * _LOG2_E) * scale
             slope = tl.where(at == target, slope - 1.0, slope)
-            # What is written leaves the cache first: else it would push out rows that wait for their second reading.
-            slope = slope.to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + at, slope, mask=at < VOCAB, eviction_policy="evict_first")
+            tl.store(logits_ptr + at, slope.to(logits_ptr.dtype.element_ty), mask=at < VOCAB)
 
 
 def cross_entropy_triton(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
