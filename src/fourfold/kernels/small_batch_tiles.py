@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fourfold.kernels.launching import cdiv
 
-__all__ = ["QUAD_INPUTS", "TILES", "Configuration", "Tile", "configuration"]
+__all__ = ["TILES", "Configuration", "Tile", "configuration"]
 
 
 class Tile(NamedTuple):
@@ -48,8 +48,6 @@ TILES = (
     Tile(block_m=32, block_n=32, row_warps=4, column_warps=1, words=4, warps_wanted=1024),
     Tile(block_m=64, block_n=32, row_warps=2, column_warps=1, words=2, warps_wanted=768),
 )
-# From how many rows of x on a quad's lanes share out the scales.
-QUAD_INPUTS = 1
 
 
 def choose_tile(num_inputs: int, num_rows: int) -> Tile:
@@ -75,7 +73,7 @@ def configuration(
     """How a product is shared out: fixed by its shape."""
     tile = tile or choose_tile(num_inputs, num_rows)
     # A span of larger blocks would leave columns too few shares.
-    is_quad = num_inputs >= QUAD_INPUTS and block_size <= 128 and num_columns % block_size == 0
+    is_quad = block_size <= 128 and num_columns % block_size == 0
     span = 4 * block_size if is_quad else 32 * tile.words
     splits = 1
     # A warp of fewer than 512 columns spends its time on beginning and ending.
