@@ -135,6 +135,14 @@ def attention_beside(tokens: int) -> Iterator[Row]:
         ("PyTorch", low_rank_beside.low_rank_beside_reference),
     ):
         yield "low_rank_beside", whose, 2 * 2 * tokens * HIDDEN, functools.partial(function, x, projection)
+    for rank in (32, 48):
+        extended = low_rank.new_extended(random(1), tokens, HIDDEN, rank).normal_()
+        arguments = (extended, HIDDEN, random(rank, HIDDEN))
+        for whose, fill in (
+            ("ours", low_rank_beside.fill_low_rank_),
+            ("cuBLAS", low_rank_beside.fill_low_rank_reference_),
+        ):
+            yield f"fill_low_rank_ {rank}", whose, 2 * tokens * HIDDEN, functools.partial(fill, *arguments)
 
 
 def rotations(tokens: int) -> Iterator[Row]:

@@ -31,10 +31,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
+from few_rows import parts
 
 import fourfold.kernels
 from fourfold.kernels import (
     adamw_triton,
+    angles_triton,
     blockwise_triton,
     cross_entropy_triton,
     encoding_triton,
@@ -45,6 +47,8 @@ from fourfold.kernels import (
     low_rank_pair_triton,
     norm_triton,
     rotary_triton,
+    small_batch_hopper_triton,
+    small_batch_tiles,
     small_batch_triton,
     swiglu_low_rank_triton,
     swiglu_triton,
@@ -148,28 +152,35 @@ def expand_groups() -> None:
 
 
 def few_rows() -> None:
-    """Every tile, none of them full; columns shared among warps, and in the last two among programs."""
-    for inputs, rows, columns, double_quant in (
-        (1, 75, 64, True),
-        (13, 41, 320, False),
-        (31, 131, 192, True),
-        (63, 37, 192, False),
-        (7, 21, 8192, True),
-        (33, 41, 1088, False),
+    """Every tile, none of them full; columns shared among warps, and in some among programs; scales, too, or not."""
+    for tile, inputs, rows, columns, block_size in (
+        (0, 1, 75, 64, 64),
+        (1, 7, 21, 8192, 64),
+        (2, 13, 41, 320, 64),
+        (3, 11, 37, 4160, 128),
+        (4, 31, 131, 192, 64),
+        (5, 17, 133, 2112, 64),
+        (6, 33, 41, 1088, 128),
+        (6, 63, 37, 2048, 128),
     ):
-        weight, scales, nested = quantized((rows, columns), double_quant=double_quant)
-        parts = (scales, None, None, None) if nested is None else (scales, *nested[:3])
-        sizes = (weight.block_size, 1 if nested is None else nested.block_size, rows)
-        small_batch_triton.matmul(random(inputs, columns), weight.codes, weight.codebook, *parts, *sizes, random(rows))
+        weight, _, _ = quantized((rows, columns), block_size=block_size, double_quant=inputs % 4 == 3)
+        x, bias = random(inputs, columns), random(rows)
+        small_batch_triton.matmul(x, *parts(weight), bias, small_batch_tiles.TILES[tile])
+
+
+def few_rows_on_hopper() -> None:
+    """Every tile, not full; the last tile of W short; columns shared among programs, and not."""
+    for inputs, rows, columns, double_quant in ((13, 41, 256, True), (31, 131, 768, False), (63, 37, 2048, True)):
+        weight, _, _ = quantized((rows, columns), double_quant=double_quant)
+        small_batch_hopper_triton.matmul(random(inputs, columns), *parts(weight), random(rows))
 
 
 def norm() -> None:
     for rows, width, rank in ((7, 72, 16), (3, 4099, 0)):
         x, grad, weight = random(rows, width), random(rows, width), random(width)
-        projection = random(rank, width) if rank else None
-        rstd = norm_triton.rms_norm(x, weight, 1e-6, projection)[1]
+        rstd = norm_triton.rms_norm(x, weight, 1e-6, rank)[1]
         residual_grad = random(rows, width) if rank else None
-        norm_triton.rms_norm(x, weight, 1e-6, None, random(rows, width), torch.empty_like(x) if rank else None)
+        norm_triton.rms_norm(x, weight, 1e-6, 0, random(rows, width), torch.empty_like(x) if rank else None)
         norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, torch.empty_like(x))
 
 
@@ -194,7 +205,9 @@ def low_rank_beside() -> None:
         (77, 520, 48, low_rank_beside_triton.TALL),
     ):
         x, projection, extended = random(rows, width), random(rank, width), random(rows, width + rank)
-        low_rank_beside_triton.low_rank_beside(x, projection, extended, tile)
+        for in_place in (False, True):
+            low_rank_beside_triton.low_rank_beside(x, projection, extended, tile, in_place=in_place)
+            x = extended[:, :width]
 
 
 def rotary() -> None:
@@ -215,6 +228,9 @@ def rotary() -> None:
         if not has_norms:
             rotary_triton.rotary_(qkv, cos, sin, *heads, bias)
             rotary_triton.rotary_(qkv, cos, sin, *heads)
+    for shape, half in (((2, 37), 20), ((1, 16), 64)):
+        positions = torch.arange(shape[0] * shape[1], device=DEVICE).view(shape)
+        angles_triton.rotary_angles(positions, random(half, dtype=torch.float32), 1.0, torch.float16)
 
 
 def swiglu() -> None:
@@ -304,6 +320,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "expand": expand,
     "expand groups": expand_groups,
     "few rows": few_rows,
+    "few rows on Hopper": few_rows_on_hopper,
     "norm": norm,
     "low rank": low_rank,
     "low rank beside": low_rank_beside,

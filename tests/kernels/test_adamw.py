@@ -16,7 +16,9 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 if torch.cuda.is_available():
     pytest.skip("compiled kernels are tested in tests/optimizers/test_adamw_on_gpu.py", allow_module_level=True)
 
-from fourfold.kernels.adamw_triton import adamw_step_triton
+from nearest_codes import nearest_codes, thresholds, wanted_codes
+
+from fourfold.kernels.adamw_triton import FINISH_BLOCK, ROW, adamw_step_triton, finish_kernel
 
 GROUPS = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1), Hyperparameters(3e-3, 0.8, 0.95, 1e-6, 0.0)]
 # Whole chunks, a short last block, less than a block, and one that never gets a gradient.
@@ -72,6 +74,46 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
                 assert distance(view, want) < 2e-6
 
 
+def test_short_blocks_take_nothing_from_beyond_their_end_and_write_nothing_there() -> None:
+    """Scales as well as codes, where a block's largest moment shrinks, is zero, or is a neighbour's."""
+    sizes = [5, 300, 2048 + 7, 256, 2049]
+
+    def fresh() -> AdamWState:
+        return lay_out(
+            [(torch.ones(size), 0, 8) for size in sizes],
+            state_maps(torch.device("cpu")),
+            lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device),
+        )
+
+    ours, wanted = fresh(), fresh()
+    first = [torch.randn(size) for size in sizes]
+    first[3].zero_()
+    for grads in (first, [-4 * grad for grad in first], [*(grad * 1e-3 for grad in first[:4]), None]):
+        for state, run in ((ours, adamw_step_triton), (wanted, adamw_step_reference)):
+            run(state, grads, GROUPS, None, None)
+        for index in range(len(sizes)):
+            for name, view in ours.views(index).items():
+                want = wanted.views(index)[name]
+                if view.dtype == torch.uint8:
+                    assert (view.int() - want.int()).abs().max() <= 1
+                    assert (view != want).sum() <= 2
+                else:
+                    torch.testing.assert_close(view, want, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_partials", [1, 4 * FINISH_BLOCK - 1, 12 * FINISH_BLOCK + 5])
+def test_the_norm_is_of_all_chunks(num_partials: int) -> None:
+    state = made(torch.float32, 8)
+    count = len(state.params)
+    partials, hyper = torch.rand(num_partials), torch.tensor(GROUPS, dtype=torch.float64)
+    addresses, rows = torch.zeros(2 * count, dtype=torch.int64), torch.empty(count * ROW)
+    finish_kernel[(1,)](
+        *(partials, num_partials, None, math.inf, addresses, state.table, hyper, state.steps, rows),
+        *(state.norm, state.scale, count, FINISH_BLOCK),
+    )
+    assert distance(state.norm, partials.double().sum().sqrt()) < 1e-6
+
+
 def test_unaligned_tensors_are_updated_too() -> None:
     storage = torch.randn(4 * 256 + 1)
     aligned, unaligned = storage[1:].clone(), storage[1:]
@@ -103,3 +145,34 @@ def test_step_that_is_not_finite_changes_nothing(run, bad: float | None, loss: f
     for index, (param, views) in enumerate(before):
         assert torch.equal(state.params[index], param)
         assert all(torch.equal(state.views(index)[name], view) for name, view in views.items())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_the_nearest_on_both_sides_of_every_threshold_and_point(signed: bool) -> None:
+    table = thresholds(torch.device("cpu"), signed)
+    points = state_maps(torch.device("cpu"))[0 if signed else 1]
+    # The 300 numbers of fp32 on each side; neighbours in fp32 are neighbours as integers.
+    centres = torch.cat([table[:-1], points[points != 0]]).view(torch.int32)
+    around = (centres[:, None] + torch.arange(-300, 301, dtype=torch.int32)).view(torch.float32).flatten()
+    values = torch.cat([around, torch.linspace(-1, 1, 200_001), torch.logspace(-45, 0, 100_001), torch.zeros(1)])
+    values = torch.cat([values, -values]).clamp(-1.0 if signed else 0.0, 1.0)
+    assert torch.equal(nearest_codes(values, table, signed), wanted_codes(values, table))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_of_points_are_their_own(signed: bool) -> None:
+    points = state_maps(torch.device("cpu"))[0 if signed else 1]
+    codes = nearest_codes(points, thresholds(points.device, signed), signed)
+    assert codes.tolist() == list(range(256))
+
+
+def test_scale_of_one_ulp_too_much_keeps_the_extreme_codes() -> None:
+    beyond = 1 + 2.0**-22
+    for signed in (True, False):
+        table = thresholds(torch.device("cpu"), signed)
+        values = torch.tensor([-beyond if signed else 0.0, beyond])
+        assert nearest_codes(values, table, signed).tolist() == [0, 255]
+
+
+def test_code_of_zero_is_what_the_kernel_reads_beyond_the_end() -> None:
+    assert [int((points == 0).nonzero()) for points in state_maps(torch.device("cpu"))] == [127, 0]

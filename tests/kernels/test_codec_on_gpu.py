@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from pairwise import pairwise
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourfold.kernels import blockwise, blockwise_triton
 from fourfold.kernels.expansion import expand_blockwise_reference
 from fourfold.kernels.low_rank import new_extended
-from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.scales import NestedScales
 from fourfold.quantization.tensor import QuantizedTensor, are_alike, expand_alike_, quantize
 
@@ -199,49 +198,6 @@ def test_quantize_is_the_cpus(size_and_block_size: tuple[int, int], format: str,
     ours = quantize(tensor.cuda(), format, block_size, double_quant=False).to("cpu")
     assert torch.equal(ours.scales.dequantize(), expected.scales.dequantize())
     assert torch.equal(ours.codes, expected.codes)
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).norm() / exact.norm())
-
-
-# All numbers of inputs that share a tile share its kernel; the last are too many for one.
-@pytest.mark.parametrize(
-    ("inputs_of_a_tile", "shape", "options", "dtype"),
-    pairwise(
-        [(1, 5, 8), (9, 16), (17, 32), (33, 64), (65,)],
-        [(4096, 4096), (1000, 576), (72, 14336), (300, 1088), (64, 64)],
-        [("nf4", 64, True), ("fp4", 128, False)],
-        [torch.float16, torch.bfloat16],
-    ),
-)
-def test_few_rows_are_multiplied_no_further_from_float64_than_by_the_dense_product(
-    inputs_of_a_tile: tuple[int, ...], shape: tuple[int, int], options: tuple[str, int, bool], dtype: torch.dtype
-) -> None:
-    torch.manual_seed(0)
-    rows, columns = shape
-    format, block_size, double_quant = options
-    linear = nn.Linear(columns, rows, device="cuda", dtype=dtype)
-    layer = QuantizedLinear.from_linear(linear, format=format, block_size=block_size, double_quant=double_quant)
-    weight = layer.quantized.dequantize(dtype)
-    for inputs in inputs_of_a_tile:
-        x = torch.randn(1, inputs, columns, device="cuda", dtype=dtype)
-        exact = x.double() @ weight.double().T + linear.bias.double()
-        poison(exact.numel() * dtype.itemsize)
-        with torch.no_grad():
-            ours = layer(x)
-            again = layer(x)
-        bound = 1.05 * error(nn.functional.linear(x, weight, linear.bias), exact) + 1e-6
-        assert error(ours, exact) <= bound, f"{inputs} inputs"
-        assert torch.equal(ours, again), f"{inputs} inputs"
-
-
-def test_the_gradient_of_few_rows_is_that_of_the_dense_layer() -> None:
-    layer = QuantizedLinear.from_linear(nn.Linear(256, 128, device="cuda", dtype=torch.bfloat16))
-    x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
-    (ours,) = torch.autograd.grad(layer(x), x, grad)
-    assert torch.equal(ours, grad @ layer.quantized.dequantize(torch.bfloat16))
 
 
 def test_a_block_size_that_no_kernel_takes_is_served_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fourfold.kernels.low_rank_beside import low_rank_beside
+from fourfold.kernels.low_rank_beside import fill_low_rank_, low_rank_beside
 
 pytest.importorskip("triton")
 
@@ -38,7 +38,11 @@ def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, ti
     # fp16: the interpreter's products of bf16 are wrong.
     x, projection = operands(rows, width, rank, torch.float16)
     memory = torch.full((rows, width + rank + 9), torch.nan, dtype=x.dtype)
-    check(x, projection, *kernels.low_rank_beside(x, projection, memory[:, : width + rank], tile))
+    extended = memory[:, : width + rank]
+    check(x, projection, extended, kernels.low_rank_beside(x, projection, extended, tile))
+    extended[:, width:] = torch.nan
+    low = kernels.low_rank_beside(extended[:, :width], projection, extended, tile, in_place=True)
+    check(x, projection, extended, low)
     assert memory[:, width + rank :].isnan().all()
 
 
@@ -46,7 +50,12 @@ def test_the_kernels_product_equals_float64(rows: int, width: int, rank: int, ti
 @pytest.mark.parametrize(("rows", "width", "rank"), SHAPES)
 def test_the_operator_keeps_the_product_twice(rows: int, width: int, rank: int, dtype: torch.dtype) -> None:
     x, projection = operands(rows, width, rank, dtype)
-    check(x, projection, *low_rank_beside(x, projection))
+    extended, low = low_rank_beside(x, projection)
+    check(x, projection, extended, low)
+    extended[:, width:] = torch.nan
+    again = fill_low_rank_(extended, width, projection)
+    check(x, projection, extended, again)
+    assert torch.equal(again, low)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
@@ -63,6 +72,8 @@ def test_a_trace_is_not_fixed_to_one_number_of_rows() -> None:
     assert all(value.shape[0].node.expr.is_symbol for value in call.meta["val"])
 
 
-def test_the_operator_is_registered_as_pytorch_asks() -> None:
+def test_the_operators_are_registered_as_pytorch_asks() -> None:
     x, projection = operands(5, 24, 3, torch.float32)
     torch.library.opcheck(torch.ops.fourfold.low_rank_beside.default, (x, projection))
+    extended = torch.randn(5, 27)
+    torch.library.opcheck(torch.ops.fourfold.fill_low_rank_.default, (extended, 24, projection))

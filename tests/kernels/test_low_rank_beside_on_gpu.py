@@ -8,7 +8,7 @@ import torch
 from fourfold.kernels import low_rank_beside_triton as kernels
 from fourfold.kernels.launching import Tile
 from fourfold.kernels.low_rank import new_extended
-from fourfold.kernels.low_rank_beside import low_rank_beside
+from fourfold.kernels.low_rank_beside import fill_low_rank_, low_rank_beside
 
 pytestmark = pytest.mark.gpu
 
@@ -31,6 +31,10 @@ def test_the_product_equals_float64_and_is_the_same_again(rows: int, width: int,
     assert torch.equal(extended[:, width:], low)
     assert float((low.double() - product).norm() / product.norm()) < TOLERANCE[dtype]
     assert torch.equal(low_rank_beside(x, projection)[1], low)
+    extended[:, width:] = torch.nan
+    assert torch.equal(fill_low_rank_(extended, width, projection), low)
+    assert torch.equal(extended[:, :width], x)
+    assert torch.equal(extended[:, width:], low)
 
 
 @pytest.mark.parametrize("tile", [kernels.TALL, kernels.SHORT])
@@ -39,6 +43,6 @@ def test_a_rows_product_is_the_same_among_other_rows(tile: Tile) -> None:
     projection = torch.randn(16, 4096, device="cuda", dtype=torch.bfloat16)
 
     def low(rows: torch.Tensor) -> torch.Tensor:
-        return kernels.low_rank_beside(rows, projection, new_extended(rows, len(rows), 4096, 16), tile)[1]
+        return kernels.low_rank_beside(rows, projection, new_extended(rows, len(rows), 4096, 16), tile)
 
     assert torch.equal(low(x)[:100], low(x[:100]))

@@ -6,7 +6,7 @@ from typing import Any
 
 from compiling import Variant
 
-from fourfold.kernels import norm_triton, rotary_triton, swiglu_triton
+from fourfold.kernels import angles_triton, norm_triton, rotary_triton, swiglu_triton
 from fourfold.kernels.launching import Tile
 
 _TRITON_TYPE = {2: "*bf16", 4: "*fp32"}
@@ -74,6 +74,15 @@ def _rotary(norms: bool, rotary_dim: int = 128, element_size: int = 2) -> list[V
     ]
 
 
+def _angles(pointer: str, half: int) -> Variant:
+    arguments = {
+        **{"position_ptr": "*i64", "frequency_ptr": "*fp32", "cos_ptr": pointer, "sin_ptr": pointer},
+        **{"num_rows": "i32", "scaling": "fp32", "HALF": half, "BLOCK_HALF": half},
+        "BLOCK_M": angles_triton.BLOCK_ROWS,
+    }
+    return Variant(angles_triton.rotary_angles_kernel, arguments, {"num_warps": 4, "enable_fp_fusion": False})
+
+
 VARIANTS = [
     *(variant for width in (576, 4096, 8192, 16384) for variant in _norm(width)),
     *_norm(4096, element_size=4),
@@ -83,4 +92,5 @@ VARIANTS = [
     *(variant for norms in (False, True) for variant in _rotary(norms)),
     *_rotary(True, rotary_dim=64),
     *_rotary(True, element_size=4),
+    *(_angles(pointer, half) for pointer, half in (("*bf16", 64), ("*fp32", 32))),
 ]

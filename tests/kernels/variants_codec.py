@@ -1,4 +1,4 @@
-"""The launches of the 4-bit codec: dequantization, expansion, quantization and the small-batch product."""
+"""The launches of the 4-bit codec: dequantization, expansion and quantization."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from fourfold.kernels.blockwise_triton import EVEN, WORDS, dequantize_even_kerne
 from fourfold.kernels.encoding_triton import TILE, quantize_kernel
 from fourfold.kernels.expansion_triton import ADAPTER_TILE, expand_kernel
 from fourfold.kernels.group_expansion_triton import expand_group_kernel
-from fourfold.kernels.small_batch_triton import TILES, Tile, matmul_kernel, sum_kernel
 
 NESTED = {"scales_ptr": "*u8", "code_map_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "offset_ptr": "*fp32"}
 PLAIN = {"scales_ptr": "*fp32", "code_map_ptr": None, "nested_absmax_ptr": None, "offset_ptr": None}
@@ -85,27 +84,6 @@ def quantize(dtype: str, bits: int, block_size: int) -> Variant:
     return Variant(quantize_kernel, arguments, {"num_warps": 8, "enable_fp_fusion": False})
 
 
-def matmul(
-    tile: Tile, column_warps: int, dtype: str, scales: dict[str, Any], bias: str | None, is_even: bool, is_split: bool
-) -> Variant:
-    arguments = {
-        **{"out_ptr": "*fp32" if is_split else dtype, "x_ptr": dtype, **CODES, **scales, "bias_ptr": bias},
-        **dict.fromkeys(["num_inputs", "num_rows", "num_columns"], "i32"),
-        **{"BLOCK_SHIFT": 6, "NESTED_SHIFT": 8, "LOOKUP": "shuffle"},
-        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "WORDS": tile.words, "STEPS": 8},
-        **{"ROW_WARPS": tile.row_warps, "COLUMN_WARPS": column_warps, "IS_EVEN": is_even, "IS_SPLIT": is_split},
-    }
-    options = {"num_warps": tile.row_warps * column_warps, "num_stages": 1, "enable_fp_fusion": False}
-    return Variant(matmul_kernel, arguments, options, unaligned=("num_inputs",))
-
-
-def add(dtype: str, block_m: int, splits: int) -> Variant:
-    pointers = {"out_ptr": dtype, "partial_ptr": "*fp32", "bias_ptr": dtype}
-    integers = {"num_inputs": "i32", "num_rows": "i32"}
-    constants = {"BLOCK_M": block_m, "BLOCK_N": 32, "SPLITS": splits}
-    return Variant(sum_kernel, {**pointers, **integers, **constants}, {"num_warps": 4}, unaligned=("num_inputs",))
-
-
 VARIANTS = [
     dequantize("*bf16", NESTED, bits=4, lookup="shuffle"),
     dequantize("*bf16", PLAIN, bits=4, lookup="shuffle"),
@@ -126,9 +104,4 @@ VARIANTS = [
     quantize("*bf16", 4, 64),
     quantize("*fp32", 4, 4096),
     quantize("*fp16", 8, 64),
-    *(matmul(tile, tile.warps // tile.row_warps, "*bf16", NESTED, None, True, True) for tile in TILES),
-    *(matmul(tile, tile.warps // tile.row_warps, "*fp16", PLAIN, "*fp16", False, False) for tile in TILES),
-    *(matmul(tile, 4, "*bf16", NESTED, None, True, False) for tile in TILES[:2]),
-    add("*bf16", 16, 9),
-    add("*bf16", 64, 4),
 ]

@@ -43,11 +43,11 @@ def _sums(tile: kernels.Pass, width: int, rank: int, begins: tuple[int, ...] = (
     return Variant(kernels.sum_pair_kernel, arguments, {"num_warps": 4}, unaligned=("num_rows",))
 
 
-def _beside(tile: Tile, width: int, rank: int, pointer: str = "*bf16") -> Variant:
+def _beside(tile: Tile, width: int, rank: int, copy: bool = True, pointer: str = "*bf16") -> Variant:
     arguments = {
         **dict.fromkeys(("x_ptr", "projection_ptr", "out_ptr", "low_ptr"), pointer),
         **dict.fromkeys(("num_rows", "x_stride", "projection_stride", "out_stride"), "i32"),
-        **{"K": width, "R": rank, "BLOCK_R": max(16, 1 << (rank - 1).bit_length())},
+        **{"K": width, "R": rank, "COPY": copy, "BLOCK_R": max(16, 1 << (rank - 1).bit_length())},
         **{"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k},
     }
     options = {"num_warps": tile.num_warps, "num_stages": beside.STAGES}
@@ -67,6 +67,7 @@ VARIANTS = [
     *(_pair(tile, 2300, 5, (), "*fp16") for tile in (kernels.NARROW, kernels.SMALL)),
     *(_sums(tile, width, 16, begins) for tile in (kernels.WIDE, kernels.SMALL) for width, begins in (_QKV, (4096, ()))),
     _sums(kernels.NARROW, _QKV[0], 32, _QKV[1]),
-    *(_beside(tile, 4096, rank) for tile in (beside.TALL, beside.SHORT) for rank in (16, 32)),
-    *(_beside(tile, 2300, 5, "*fp16") for tile in (beside.TALL, beside.SHORT)),
+    *(_beside(tile, 4096, 16) for tile in (beside.TALL, beside.SHORT)),
+    *(_beside(tile, 4096, rank, copy=False) for tile in (beside.TALL, beside.SHORT) for rank in (32, 48)),
+    *(_beside(tile, 2300, 5, pointer="*fp16") for tile in (beside.TALL, beside.SHORT)),
 ]

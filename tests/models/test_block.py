@@ -16,7 +16,8 @@ from fourfold.models import block_backward, block_function
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import document_mask
 from fourfold.models.block import FusedDecoderLayer, set_recomputation
-from fourfold.models.block_forward import block_forward
+from fourfold.models.block_forward import block_forward, fill_low
+from fourfold.models.linear_group import ExtendedWeight
 from fourfold.models.preparing import prepare
 from fourfold.models.recomputation import POLICIES
 
@@ -178,6 +179,12 @@ def test_frozen_adapters_take_part_and_get_no_gradient(frozen: tuple[str, ...], 
     ours, reference = (loss_and_grads(model)[1] for model in models)
     assert len(ours) == trained
     assert distance(ours, reference) < 1e-5
+
+
+def test_what_is_kept_of_a_group_without_adapters_keeps_no_activation_alive() -> None:
+    low = fill_low(torch.randn(5, 16), ExtendedWeight(torch.randn(24, 16), rows=24, columns=16))
+    assert low.shape == (5, 0)
+    assert low.untyped_storage().nbytes() == 0
 
 
 def test_packed_documents_equal_the_same_documents_one_by_one() -> None:

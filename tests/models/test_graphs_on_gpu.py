@@ -65,6 +65,21 @@ def test_replayed_passes_give_what_launched_ones_give_on_every_batch(name: str, 
     assert graphs_of(replayed)._replays == 4 * 2
 
 
+@pytest.mark.parametrize("frozen", ["layers.1.", "layers.0.", "layers.1.self_attn", "lora_A"])
+def test_frozen_adapters_get_no_gradient_from_a_replay(frozen: str) -> None:
+    replayed, launched = model(), model(graphs=False)
+    for each in (replayed, launched):
+        for key, parameter in each.named_parameters():
+            if frozen in key:
+                parameter.requires_grad_(False)
+    for step in range(5):
+        tokens = batch(step)
+        ours, theirs = (loss_and_grads(each, input_ids=tokens) for each in (replayed, launched))
+        assert torch.equal(ours[0], theirs[0])
+        assert distance(ours[1], theirs[1]) < ORDER_OF_SUMS
+    assert graphs_of(replayed)._replays
+
+
 def test_gradients_of_several_microbatches_add_up() -> None:
     replayed, launched = model(), model(graphs=False)
     for _ in range(4):

@@ -73,7 +73,7 @@ class AdamWState:
         exp_avg, exp_avg_sq: Moments in 32 bits, fp32.
         state1, state2: Moments in 8 bits, uint8.
         absmax1, absmax2: Their scales, fp32, one for BLOCK_SIZE elements.
-        maps, thresholds: Code points, and the middles between them (padded to 256 with inf), fp32 [256].
+        maps, thresholds: Code points, and the middles between them, ascending, then -inf, fp32 [256].
         norm: Norm of all gradients of the last step before clipping, fp32 scalar.
         scale: What the last step's gradients were multiplied by, fp32 scalar; -1 where the step changed nothing.
         chunk_tensor, chunk_index: Which parameter a chunk belongs to, and which of its chunks it is, int32.
@@ -141,7 +141,7 @@ def lay_out(params: Sequence[tuple[Tensor, int, int]], maps: Maps, allocate: All
         chunk_tensor += [index] * len(chunks)
         chunk_index += chunks
     rows = [(param.numel(), offset, group) for (param, group, _), offset in zip(ordered, offsets, strict=True)]
-    infinity = torch.full((1,), math.inf, device=device)
+    padding = torch.full((1,), -math.inf, device=device)
     return AdamWState(
         params=[param for param, _, _ in ordered],
         group_of=[group for _, group, _ in ordered],
@@ -156,7 +156,7 @@ def lay_out(params: Sequence[tuple[Tensor, int, int]], maps: Maps, allocate: All
         absmax1=allocate(ends[8] // BLOCK_SIZE, torch.float32, device),
         absmax2=allocate(ends[8] // BLOCK_SIZE, torch.float32, device),
         maps=maps,
-        thresholds=Maps(*(torch.cat([(points[1:] + points[:-1]) / 2, infinity]) for points in maps)),
+        thresholds=Maps(*(torch.cat([(points[1:] + points[:-1]) / 2, padding]) for points in maps)),
         norm=torch.zeros((), device=device),
         scale=torch.ones((), device=device),
         chunk_tensor=torch.tensor(chunk_tensor, dtype=torch.int32, device=device),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fourfold.kernels.adamw_state import BLOCK_SIZE, CHUNK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
 
-__all__ = ["adamw_step_triton", "finish_kernel", "norm_kernel", "update_kernel", "update_warps"]
+__all__ = ["adamw_step_triton", "finish_kernel", "nearest_code", "norm_kernel", "update_kernel", "update_warps"]
 
 NUM_WARPS = 4
 FINISH_WARPS = 8
@@ -27,6 +27,7 @@ ROW = 8
 
 _ROWS = tl.constexpr(CHUNK_SIZE // BLOCK_SIZE)
 _COLUMNS = tl.constexpr(BLOCK_SIZE)
+_HALF = tl.constexpr(BLOCK_SIZE // 2)
 _CHUNK = tl.constexpr(CHUNK_SIZE)
 _ROW = tl.constexpr(ROW)
 _SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
@@ -78,13 +79,12 @@ def finish_kernel(
     BLOCK: tl.constexpr,
 ):
     """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
-    lanes = tl.arange(0, BLOCK)
-    sums = tl.full([BLOCK], 0.0, tl.float64)
+    sums = tl.full([4 * BLOCK], 0.0, tl.float64)
     start = 0
     while start < num_partials:  # Triton's interpreter takes no range over an argument
-        at = start + lanes
+        at = start + tl.arange(0, 4 * BLOCK)
         sums += tl.load(partial_ptr + at, mask=at < num_partials, other=0.0).to(tl.float64)
-        start += BLOCK
+        start += 4 * BLOCK
     norm = tl.sqrt(tl.sum(sums, axis=0)).to(tl.float32)
     counted = tl.where(norm < float("inf"), 1.0, 0.0)  # 0 for NaN too
     if loss_ptr is not None:
@@ -94,7 +94,7 @@ def finish_kernel(
 
     start = 0
     while start < num_params:
-        at = start + lanes
+        at = start + tl.arange(0, BLOCK)
         mask = at < num_params
         address = tl.load(address_ptr + at, mask=mask, other=0)
         step = tl.load(step_ptr + at, mask=mask, other=0.0) + tl.where(address != 0, counted, 0.0)
@@ -122,27 +122,47 @@ def finish_kernel(
 
 
 @triton.jit
-def _nearest_code(values, threshold_ptr):
-    """Number of thresholds below each value, 0 to 255: eight probes of a sorted table of 1 KiB, from the cache."""
-    code = tl.full(values.shape, 0, tl.int32)
-    for bit in tl.static_range(8):
-        code += tl.where(values > tl.load(threshold_ptr + code + ((128 >> bit) - 1)), 128 >> bit, 0)
-    return code
+def nearest_code(values, threshold_ptr, SIGNED: tl.constexpr):
+    """Number of thresholds below each of the values of [-1, 1]: the code of the nearest point; in int32, modulo 256.
+
+    Thresholds lie evenly within a decade, but for those between two decades, so that a threshold's place in the table
+    is nearly linear in it, more steeply the lower the decade: over all decades, the least of seven lines. They miss a
+    threshold's place by at most 0.25, so that only the threshold whose place is nearest needs a look in the table.
+
+    That leaves room for the errors of fp16, in which a GPU computes two places at a time; as 64ths, so that the
+    steepest line's slope is a number of fp16.
+    """
+    LEVELS: tl.constexpr = 64 if SIGNED else 128  # points in the highest decade
+    half = values.to(tl.float16)
+    magnitude = tl.abs(half)
+    origin: tl.constexpr = 0.5 * SIGNED - LEVELS / 64
+    place = magnitude * (LEVELS / 0.9 / 64) + (LEVELS * 8 / 9 + origin) / 64
+    for decade in tl.static_range(1, 7):
+        line = magnitude * (LEVELS * 5**decade / 0.9 / 64) + (LEVELS / 2**decade * 8 / 9 + origin) / 64
+        place = tl.minimum(place, line)
+    if SIGNED:
+        # Thresholds from 127 upwards are those above 0, from 126 downwards the same below it.
+        sign = half.to(tl.int16, bitcast=True) & -0x8000
+        place = (place.to(tl.int16, bitcast=True) | sign).to(tl.float16, bitcast=True) + 126.5 / 64
+    # From 16 to 32 the numbers of fp16 are 64ths: this rounds, and the last bits are the integer.
+    nearest = ((place + 24.0).to(tl.int16, bitcast=True) & 0xFF).to(tl.int32)
+    # For -1 the place is -1: of 255, which holds -inf, so that 256 comes out, and that is 0.
+    return nearest + (values > tl.load(threshold_ptr + nearest)).to(tl.int32)
 
 
 @triton.jit
-def _load_moment(code_ptr, absmax_ptr, map_ptr, elements, mask, blocks, some):
-    codes = tl.load(code_ptr + elements, mask=mask, other=0).to(tl.int32)
+def _load_moment(code_ptr, absmax_ptr, map_ptr, offsets, mask, blocks, some, ZERO: tl.constexpr):
+    codes = tl.load(code_ptr + offsets, mask=mask, other=ZERO).to(tl.int32)
     absmax = tl.load(absmax_ptr + blocks, mask=some, other=0.0)
-    return tl.load(map_ptr + codes) * absmax[:, None]
+    return tl.load(map_ptr + codes) * absmax[None, :, None]
 
 
 @triton.jit
-def _store_moment(moment, code_ptr, absmax_ptr, threshold_ptr, elements, mask, blocks, some):
-    absmax = tl.max(tl.abs(moment), axis=1)
+def _store_moment(moment, code_ptr, absmax_ptr, threshold_ptr, offsets, mask, blocks, some, SIGNED: tl.constexpr):
+    absmax = tl.max(tl.max(tl.abs(moment), axis=2), axis=0)
     inverse = tl.where(absmax >= _SMALLEST_ABSMAX, tl.div_rn(1.0, absmax), 0.0)
-    codes = _nearest_code(moment * inverse[:, None], threshold_ptr)
-    tl.store(code_ptr + elements, codes.to(tl.uint8), mask=mask)
+    codes = nearest_code(moment * inverse[None, :, None], threshold_ptr, SIGNED)
+    tl.store(code_ptr + offsets, codes.to(tl.uint8), mask=mask)
     tl.store(absmax_ptr + blocks, absmax, mask=some)
 
 
@@ -172,19 +192,29 @@ def update_kernel(
     chunk = first_chunk + tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     index = tl.load(chunk_index_ptr + chunk)
+    # All that the tensors' addresses need is asked for at once: what waits for it, waits once.
     grad_address = tl.load(address_ptr + tensor)
+    param_address = tl.load(address_ptr + num_params + tensor)
+    numel = tl.load(table_ptr + tensor * 3)
+    # All is said to begin at multiples of 4 elements, though it be of more: a thread then takes 4 elements next to each
+    # other of every tensor. Were it 16, as for codes of 1 byte it would be, then gradients and parameters would be read
+    # in steps and go through shared memory.
+    begin = tl.multiple_of(tl.load(table_ptr + tensor * 3 + 1), 4)
     scale = tl.load(scale_ptr)
     if (grad_address != 0) & (scale >= 0.0):
-        param_address = tl.load(address_ptr + num_params + tensor)
-        numel = tl.load(table_ptr + tensor * 3)
-        # Moments begin at whole blocks.
-        begin = tl.multiple_of(tl.load(table_ptr + tensor * 3 + 1), _COLUMNS)
+        start = index.to(tl.int64) * _CHUNK
+        left = tl.minimum(numel - start, _CHUNK).to(tl.int32)
+        begin += start
         grad_ptr = grad_address.to(tl.pointer_type(DTYPE))
         param_ptr = param_address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
-            grad_ptr = tl.multiple_of(grad_ptr, 16)
-            param_ptr = tl.multiple_of(param_ptr, 16)
-            numel = tl.multiple_of(numel, 16)
+            grad_ptr = tl.multiple_of(grad_ptr, 4 * DTYPE.primitive_bitwidth // 8)
+            param_ptr = tl.multiple_of(param_ptr, 4 * DTYPE.primitive_bitwidth // 8)
+            left = tl.multiple_of(left, 4)
+        grad_ptr += start
+        param_ptr += start
+        first_ptr += begin
+        second_ptr += begin
         row = row_ptr + tensor * _ROW
         step_size = tl.load(row)
         inverse_correction2 = tl.load(row + 1)
@@ -195,42 +225,41 @@ def update_kernel(
         one_minus_beta2 = tl.load(row + 6)
         eps = tl.load(row + 7)
 
-        start = index.to(tl.int64) * _CHUNK
-        offsets = start + tl.arange(0, _ROWS)[:, None] * _COLUMNS + tl.arange(0, _COLUMNS)[None, :]
-        mask = offsets < numel
+        # [half a block, blocks, halves]: a warp has whole blocks, both halves in registers, and finds their scales by
+        # itself. The elements come first because Triton lays the tables' look-ups out so, whatever the other loads.
+        rows = tl.arange(0, _ROWS)
+        halves = tl.arange(0, 2)[None, None, :] * _HALF
+        offsets = tl.arange(0, _HALF)[:, None, None] + rows[None, :, None] * _COLUMNS + halves
+        mask = offsets < left
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale
         param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
         param -= param * decay
-        elements = begin + offsets
         if BITS == 8:
-            rows = start // _COLUMNS + tl.arange(0, _ROWS)
-            some = rows * _COLUMNS < numel
-            blocks = begin // _COLUMNS + rows
-            first = _load_moment(first_ptr, absmax1_ptr, map1_ptr, elements, mask, blocks, some)
-            second = _load_moment(second_ptr, absmax2_ptr, map2_ptr, elements, mask, blocks, some)
-            # Codes of the last, short block stand for something where there is no element.
-            first = tl.where(mask, first, 0.0)
-            second = tl.where(mask, second, 0.0)
+            some = rows * _COLUMNS < left
+            absmax1_ptr += begin // _COLUMNS
+            absmax2_ptr += begin // _COLUMNS
+            first = _load_moment(first_ptr, absmax1_ptr, map1_ptr, offsets, mask, rows, some, 127)
+            second = _load_moment(second_ptr, absmax2_ptr, map2_ptr, offsets, mask, rows, some, 0)
         else:
-            first = tl.load(first_ptr + elements, mask=mask, other=0.0)
-            second = tl.load(second_ptr + elements, mask=mask, other=0.0)
+            first = tl.load(first_ptr + offsets, mask=mask, other=0.0)
+            second = tl.load(second_ptr + offsets, mask=mask, other=0.0)
 
         first = first * beta1 + grad * one_minus_beta1
         second = second * beta2 + grad * grad * one_minus_beta2
         param -= step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
         tl.store(param_ptr + offsets, param.to(DTYPE), mask=mask)
         if BITS == 8:
-            _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, elements, mask, blocks, some)
-            _store_moment(second, second_ptr, absmax2_ptr, threshold2_ptr, elements, mask, blocks, some)
+            _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, offsets, mask, rows, some, True)
+            _store_moment(second, second_ptr, absmax2_ptr, threshold2_ptr, offsets, mask, rows, some, False)
         else:
-            tl.store(first_ptr + elements, first, mask=mask)
-            tl.store(second_ptr + elements, second, mask=mask)
+            tl.store(first_ptr + offsets, first, mask=mask)
+            tl.store(second_ptr + offsets, second, mask=mask)
 
 
 def update_warps(bits: int, aligned: bool) -> int:
-    """Warps of an update. Loads of single bytes need more registers, which four warps have not."""
-    return NUM_WARPS if bits == 32 or aligned else 4 * NUM_WARPS
+    """Warps of an update. Loads of single bytes need more registers."""
+    return NUM_WARPS if bits == 32 or aligned else 2 * NUM_WARPS
 
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Tile", "cdiv", "is_hopper", "next_power_of_2", "on_device", "rank_block"]
+__all__ = ["Tile", "cdiv", "is_hopper", "launches_early", "next_power_of_2", "on_device", "rank_block"]
 
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -50,3 +50,9 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 def is_hopper(device: torch.device) -> bool:
     """Whether it is a GPU with the tensor cores that Triton feeds from shared memory asynchronously."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it is ending (programmatic dependent launch, from 9.0 on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -25,9 +25,10 @@ __all__ = ["NARROW", "SMALL", "WIDE", "low_rank_pair_", "tile_for"]
 
 
 # On Hopper: the wider the tile, the fewer parts of P there are to add up. With more than 16 ranks WIDE would take more
-# shared memory than there is. Other GPUs have less of it.
+# shared memory than there is, and four of its tiles are a matrix too narrow for it. Other GPUs have less of the memory.
 WIDE = Pass(64, 512, 8, 3, programs=132, wide_first=True)
 WIDE_RANK = 16
+WIDE_BLOCKS = 5
 NARROW = Pass(64, 256, 8, 3, programs=132, wide_first=True)
 SMALL = Pass(32, 256, 4, 3, programs=264, wide_first=True)
 
@@ -131,7 +132,8 @@ def sum_pair_kernel(
 def tile_for(width: int, rank: int, begins: Sequence[int], device: torch.device) -> Pass | None:
     """For layers of this rank; None where one begins within a tile's columns."""
     tile = NARROW if is_hopper(device) else SMALL
-    if tile is NARROW and rank <= WIDE_RANK and all(bound % WIDE.block_k == 0 for bound in (width, *begins)):
+    is_wide = rank <= WIDE_RANK and width >= WIDE_BLOCKS * WIDE.block_k
+    if tile is NARROW and is_wide and all(bound % WIDE.block_k == 0 for bound in (width, *begins)):
         return WIDE
     return tile if all(begin % tile.block_k == 0 for begin in begins) else None
 

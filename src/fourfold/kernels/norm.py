@@ -1,4 +1,4 @@
-"""RMSNorm (https://arxiv.org/abs/1910.07467), forward and backward, with low-rank columns beside the result.
+"""RMSNorm (https://arxiv.org/abs/1910.07467), forward and backward, with room for low-rank columns.
 
     rstd = 1 / sqrt(mean(x²) + eps);  y = weight * round(x * rstd)
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once
-from fourfold.kernels.low_rank import columns_refuse, extend, new_extended, working_dtype
+from fourfold.kernels.low_rank import columns_refuse, new_extended, working_dtype
 
 __all__ = [
     "add_rms_norm_",
@@ -32,12 +32,12 @@ _MAX_WIDTH = 16384
 
 torch.library.define(
     "fourfold::rms_norm",
-    "(Tensor x, Tensor weight, float eps, Tensor? projection=None) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, float eps, int room=0) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fourfold::add_rms_norm_",
-    "(Tensor x, Tensor(a!) y, Tensor weight, float eps, Tensor? projection, Tensor(b!)? copy) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor(a!) y, Tensor weight, float eps, int room, Tensor(b!)? copy) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -50,33 +50,33 @@ _add_op = torch.ops.fourfold.add_rms_norm_.default
 _backward_op = torch.ops.fourfold.rms_norm_backward.default
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension.
 
     Args:
         x: [M, K], bf16, fp16 or fp32; last stride 1.
         weight: [K] of x's dtype.
         eps: added to the mean square.
-        projection: [R, K] of x's dtype, any strides; None stands for R = 0.
+        room: How many unwritten columns stand behind the result.
 
     Returns:
-        [M, K + R] of x's dtype, last stride 1: the normed rows y, then `y @ projection.T`, accumulated in fp32; and
-        fp32 [M], the reciprocal root mean squares (float64 for float64 inputs).
+        [M, K + room] of x's dtype, last stride 1: the normed rows; and fp32 [M], the reciprocal root mean squares
+        (float64 for float64 inputs).
     """
-    return cast("tuple[Tensor, Tensor]", _forward_op(x, weight, eps, projection))
+    return cast("tuple[Tensor, Tensor]", _forward_op(x, weight, eps, room))
 
 
-def rms_norm_reference(
-    x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
     """`rms_norm` in PyTorch."""
     wide = x.to(working_dtype(x.dtype))
     rstd = torch.rsqrt(wide.square().mean(dim=1) + eps)
-    return extend(weight * (wide * rstd[:, None]).to(x.dtype), projection), rstd
+    out = new_extended(x, len(x), x.shape[1], room)
+    torch.mul((wide * rstd[:, None]).to(x.dtype), weight, out=out[:, : x.shape[1]])
+    return out, rstd
 
 
 def add_rms_norm_(
-    x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None, copy: Tensor | None = None
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0, copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of x + y, which is written over y.
 
@@ -88,17 +88,17 @@ def add_rms_norm_(
     Returns:
         What `rms_norm` of the new y returns.
     """
-    return cast("tuple[Tensor, Tensor]", _add_op(x, y, weight, eps, projection, copy))
+    return cast("tuple[Tensor, Tensor]", _add_op(x, y, weight, eps, room, copy))
 
 
 def add_rms_norm_reference_(
-    x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None, copy: Tensor | None = None
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int = 0, copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_` in PyTorch."""
     y += x
     if copy is not None:
         copy.copy_(y)
-    return rms_norm_reference(y, weight, eps, projection)
+    return rms_norm_reference(y, weight, eps, room)
 
 
 def rms_norm_backward(
@@ -148,26 +148,26 @@ def _refusal(x: Tensor, *others: Tensor | None) -> str | None:
     return columns_refuse(x, *others)
 
 
-def _forward_cuda(x: Tensor, weight: Tensor, eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _forward_cuda(x: Tensor, weight: Tensor, eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
     refusal = _refusal(x)
     if refusal is not None:
         say_once(logger, f"RMSNorm runs in PyTorch, slower than by its kernel: {refusal}")
-        return rms_norm_reference(x, weight, eps, projection)
+        return rms_norm_reference(x, weight, eps, room)
     from fourfold.kernels import norm_triton
 
-    return norm_triton.rms_norm(x, weight, eps, projection)
+    return norm_triton.rms_norm(x, weight, eps, room)
 
 
 def _add_cuda(
-    x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None, copy: Tensor | None
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int, copy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     refusal = _refusal(x, y, copy)
     if refusal is not None:
         say_once(logger, f"RMSNorm runs in PyTorch, slower than by its kernel: {refusal}")
-        return add_rms_norm_reference_(x, y, weight, eps, projection, copy)
+        return add_rms_norm_reference_(x, y, weight, eps, room, copy)
     from fourfold.kernels import norm_triton
 
-    return norm_triton.rms_norm(y, weight, eps, projection, addend=x, copy=copy)
+    return norm_triton.rms_norm(y, weight, eps, room, addend=x, copy=copy)
 
 
 def _backward_cuda(
@@ -183,16 +183,15 @@ def _backward_cuda(
     norm_triton.rms_norm_backward(grad, x, weight, rstd, residual_grad, out)
 
 
-def _forward_fake(x: Tensor, _weight: Tensor, _eps: float, projection: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    rank = 0 if projection is None else projection.shape[0]
-    extended = new_extended(x, x.shape[0], x.shape[1], rank)
+def _forward_fake(x: Tensor, _weight: Tensor, _eps: float, room: int = 0) -> tuple[Tensor, Tensor]:
+    extended = new_extended(x, x.shape[0], x.shape[1], room)
     return extended, x.new_empty(x.shape[0], dtype=working_dtype(x.dtype))
 
 
 def _add_fake(
-    _x: Tensor, y: Tensor, weight: Tensor, eps: float, projection: Tensor | None, _copy: Tensor | None
+    _x: Tensor, y: Tensor, weight: Tensor, eps: float, room: int, _copy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _forward_fake(y, weight, eps, projection)
+    return _forward_fake(y, weight, eps, room)
 
 
 def _backward_fake(

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.launching import Tile, cdiv, next_power_of_2, on_device
-from fourfold.kernels.low_rank import fill_columns, new_extended
+from fourfold.kernels.low_rank import new_extended
 
 __all__ = ["rms_norm", "rms_norm_backward", "tile_for"]
 
@@ -66,15 +66,14 @@ def rms_norm(
     x: Tensor,
     weight: Tensor,
     eps: float,
-    projection: Tensor | None = None,
+    room: int = 0,
     addend: Tensor | None = None,
     copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`norm.rms_norm`; with `addend`, `norm.add_rms_norm_`."""
     num_rows, width = x.shape
-    rank = 0 if projection is None else projection.shape[0]
     tile = tile_for(width)
-    out = new_extended(x, num_rows, width, rank)
+    out = new_extended(x, num_rows, width, room)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     with on_device(x):
         rms_norm_kernel[(cdiv(num_rows, tile.block_m),)](
@@ -95,7 +94,6 @@ def rms_norm(
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
         )
-    fill_columns(out, width, projection)
     return out, rstd
 
 

@@ -45,7 +45,8 @@ def serves(x: Tensor, codebook: Tensor, block_size: int, nested_block_size: int,
         and block_size >= 64
         and block_size & (block_size - 1) == 0
         and nested_block_size & (nested_block_size - 1) == 0
-        and num_rows * columns < 2**31
+        # The kernels' offsets have 32 bits: those of W, and those of x with room for columns past the end.
+        and max(num_rows, 2 * MAX_ROWS) * columns < 2**31
         and triton_refuses(x) is None
     )
 
@@ -124,8 +125,12 @@ def _on_gpu(
     arguments = (x, codes, codebook, scales, code_map, nested_absmax, offset, block_size, nested_block_size, num_rows)
     if not serves(x, codebook, block_size, nested_block_size, num_rows):
         return matmul_4bit_reference(*arguments, bias)
-    from fourfold.kernels import small_batch_triton
+    from fourfold.kernels import small_batch_hopper_triton, small_batch_triton
 
+    if bias is not None:
+        bias = bias.contiguous()
+    if small_batch_hopper_triton.takes(x, codes, block_size, num_rows):
+        return small_batch_hopper_triton.matmul(*arguments, bias)
     return small_batch_triton.matmul(*arguments, bias)
 
 

@@ -23,11 +23,12 @@ __all__ = ["LONG", "MANY_RANKS", "SHORT", "swiglu_backward_sums_", "swiglu_produ
 
 
 # For many tokens on Hopper; for fewer, and for other GPUs; for ranks whose sums do not fit into those two's registers.
-# Where there are many tokens, there are thrice the programs, so that some work while others begin and end.
 LONG = Pass(32, 256, 8, 3, programs=132, wide_first=True)
 SHORT = Pass(16, 128, 4, 4, programs=528, max_registers=128)
 MANY_RANKS = Pass(32, 128, 8, 3, programs=132, wide_first=True)
 MANY_ROWS = 4096
+# Where there are many tokens and one turn of programs would leave more than a fifth of the places empty, there are
+# several turns, so that some work while others begin and end.
 TURNS = 3
 # Of a share: more shares cost more in sums to add up than they save.
 MINIMUM_ROWS = 128
@@ -323,8 +324,9 @@ def swiglu_backward_sums_(
     down_rank = 0 if grad_low is None else grad_low.shape[1]
     tile = tile or _backward_pass(grad, max(gate_rank, up_rank, down_rank), activation)
     column_blocks = cdiv(width, tile.block_k)
-    programs = tile.programs * (TURNS if num_rows >= MANY_ROWS else 1)
-    count, most = max(1, programs // column_blocks), num_rows // MINIMUM_ROWS
+    count, most = max(1, tile.programs // column_blocks), num_rows // MINIMUM_ROWS
+    if num_rows >= MANY_ROWS and 5 * count * column_blocks < 4 * tile.programs:
+        count = max(1, TURNS * tile.programs // column_blocks)
     if most < count:
         # A power of two, since sums of each number of shares are compiled anew.
         count = max(1, next_power_of_2(most + 1) // 2)

@@ -18,6 +18,7 @@ from fourfold.models.block_function import fused_block
 from fourfold.models.block_state import Block, GradientRoom
 from fourfold.models.families import FAMILIES
 from fourfold.models.fused_norm import FusedNorm
+from fourfold.models.fused_rotary import FusedRotary
 from fourfold.models.graphs import BlockGraphs
 from fourfold.models.linear_group import LinearGroup, Unsupported, refuse_hooks, view_linear
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
@@ -281,6 +282,8 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, 
     for decoder in [module for module in model.modules() if _holds_fused_layers(module)]:
         if type(decoder.norm) is type(found[0][2].input_layernorm):
             _swap(decoder, "norm", FusedNorm)
+        if not isinstance(decoder.rotary_emb, FusedRotary):
+            _swap(decoder, "rotary_emb", FusedRotary)
     if found and recompute is not None:
         set_recomputation(model, recompute)
     return len(found)

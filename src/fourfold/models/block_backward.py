@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import columns_alone, new_extended
+from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.norm import add_rms_norm_, rms_norm, rms_norm_backward
 from fourfold.kernels.rotary import rotary_backward
 from fourfold.kernels.swiglu import split_activation_sums, swiglu_backward_, swiglu_backward_sums_
 from fourfold.models.attention import AttentionState, attention_backward
-from fourfold.models.block_forward import attend, attention_output
+from fourfold.models.block_forward import attend, attention_output, fill_low
 from fourfold.models.block_state import Block, Saved, columns, parts
 from fourfold.models.linear_group import ExtendedWeight, LowRankSums
 
@@ -107,8 +107,8 @@ def _attention_half(x: Tensor, saved: Saved, block: Block) -> _AttentionHalf:
         qkv = saved.qkv
         rotated = qkv if block.q_norm is None else block.rotate(qkv, block.qkv.bias(x.dtype))
     else:
-        normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
-        normed = _Normed(rstd, columns_alone(normed_x, weight.columns))
+        normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, block.qkv.rank)
+        normed = _Normed(rstd, fill_low(normed_x, weight))
         if saved.attention is None:
             return _AttentionHalf(weight, normed, *attend(normed_x, weight, block))
         qkv = normed_x @ weight.forward.T
@@ -164,9 +164,9 @@ def _mlp_backward(
     if kept is not None and saved.low_gate_up is not None and saved.rstd2 is not None:
         normed = _Normed(saved.rstd2, saved.low_gate_up)
     else:
-        arguments = (mid, block.norm2, block.norm_eps, gate_up.down)
+        arguments = (mid, block.norm2, block.norm_eps, block.gate_up.rank)
         normed_x, rstd = rms_norm(*arguments) if residual is None else add_rms_norm_(residual, *arguments)
-        normed = _Normed(rstd, columns(normed_x, gate_up.columns)[1])
+        normed = _Normed(rstd, fill_low(normed_x, gate_up))
     grad_normed = torch.empty_like(mid)
     for part in parts(len(mid), whole=kept is not None, offload=block.policy.offload):
         gate_up_x = kept

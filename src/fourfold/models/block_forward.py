@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourfold.kernels.low_rank import columns_alone, new_extended
-from fourfold.kernels.low_rank_beside import low_rank_beside
+from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.low_rank_beside import fill_low_rank_, low_rank_beside
 from fourfold.kernels.norm import add_rms_norm_, rms_norm
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import AttentionState, attention_forward
 from fourfold.models.block_state import Block, Saved, parts
 from fourfold.models.linear_group import ExtendedWeight
 
-__all__ = ["attend", "attention_output", "block_forward"]
+__all__ = ["attend", "attention_output", "block_forward", "fill_low"]
 
 
 def attend(normed_x: Tensor, weight: ExtendedWeight, block: Block) -> tuple[Tensor, Tensor, Tensor, AttentionState]:
@@ -44,15 +44,23 @@ def attention_output(attention: Tensor, weight: ExtendedWeight) -> tuple[Tensor,
     return attention_x @ weight.forward.T, low
 
 
+def fill_low(normed_x: Tensor, weight: ExtendedWeight) -> Tensor:
+    """Puts the normed input's product with A^T, [tokens, rank], beside it, and returns it alone."""
+    if weight.down is None:
+        # A view of no columns would keep all others alive.
+        return normed_x.new_empty(len(normed_x), 0)
+    return fill_low_rank_(normed_x, weight.columns, weight.down)
+
+
 def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tensor, Saved]:
     """The block's output [tokens, hidden] for x [tokens, hidden], and what `keeps` names of what it is made of."""
     saved = Saved(x=x)
     weight = block.qkv.expand(x)
-    normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, weight.down)
+    normed_x, rstd = rms_norm(x, block.norm1, block.norm_eps, block.qkv.rank)
+    low = fill_low(normed_x, weight)
     qkv, rotated, attention, state = attend(normed_x, weight, block)
     if "qkv" in keeps:
-        saved.qkv, saved.rstd1 = qkv, rstd
-        saved.low_qkv = columns_alone(normed_x, weight.columns)
+        saved.qkv, saved.rstd1, saved.low_qkv = qkv, rstd, low
     del normed_x, qkv, rotated
     weight = block.out.expand(x)
     mid, saved.low_out = attention_output(attention, weight)
@@ -63,13 +71,13 @@ def block_forward(x: Tensor, block: Block, keeps: frozenset[str]) -> tuple[Tenso
     weight = block.gate_up.expand(x)
     down = block.down.expand(x)
     out = torch.empty_like(mid)
-    normed_x, rstd = add_rms_norm_(x, mid, block.norm2, block.norm_eps, weight.down, copy=out)
+    normed_x, rstd = add_rms_norm_(x, mid, block.norm2, block.norm_eps, block.gate_up.rank, copy=out)
+    low = fill_low(normed_x, weight)
     if "mid" in keeps:
         saved.mid = mid
     keeps_gate_up = "gate_up" in keeps
     if keeps_gate_up:
-        saved.rstd2 = rstd
-        saved.low_gate_up = columns_alone(normed_x, weight.columns)
+        saved.rstd2, saved.low_gate_up = rstd, low
     if block.down.rank:
         saved.low_down = x.new_empty(len(x), block.down.rank)
     for part in parts(len(x), whole=keeps_gate_up, offload=block.policy.offload):

@@ -80,7 +80,7 @@ class _Graph:
     shared: _Shared
     x: Tensor
     out: Tensor
-    sums: Tensor  # fp32, the gradients of all adapters one after the other
+    sums: list[Tensor]  # fp32, the gradients of all adapters, each flat
     shapes: list[torch.Size | None]
     held: list[Tensor]
     forward: torch.cuda.CUDAGraph
@@ -93,9 +93,10 @@ class _Graph:
 
     def gradients(self) -> list[Tensor | None]:
         """Of the parameters, in memory of their own: the next pass writes over `sums`."""
-        flat = self.sums.clone()
+        if not self.sums:
+            return [None] * len(self.shapes)
         sizes = [0 if shape is None else shape.numel() for shape in self.shapes]
-        pieces = flat.split(sizes)
+        pieces = torch.cat(self.sums).split(sizes)
         return [None if shape is None else piece.view(shape) for shape, piece in zip(self.shapes, pieces, strict=True)]
 
 
@@ -216,7 +217,7 @@ class BlockGraphs:
                 with self._capturing(backward):
                     grad_x = _with_room(shared.grad_x, input.shape[1], block.down.rank)
                     _, grads = block_backward(grad_x, saved, static, needs_x=needs_x, out=shared.grad_x)
-                    sums = torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
+                    sums = [grad.reshape(-1) for grad in grads if grad is not None]
         finally:
             if collects:
                 gc.enable()

@@ -99,7 +99,7 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
         raise Unsupported(f"a linear layer is a {type(base).__name__}")
     if base.bias is not None and not bias:
         raise Unsupported("a linear layer of the block other than q, k and v has a bias")
-    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+    if any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values()):
         raise Unsupported("a base weight is trained")
     return AdaptedLinear(base, tuple(adapters))
 
