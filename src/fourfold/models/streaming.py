@@ -167,8 +167,8 @@ def stream_base(
     for module in model.modules():
         if isinstance(module, FusedDecoderLayer):
             module._graphs = None  # the weights move
-        if hasattr(module, "hf_device_map"):
-            module.hf_device_map = {"": place}
+        if "hf_device_map" in vars(module):
+            vars(module)["hf_device_map"] = {"": place}
     model.to(place)
     logger.info(
         "The base streams from the %s: %d layers, %.2f GB, through %.2f GB on %s",
@@ -179,10 +179,8 @@ def stream_base(
 
 def stream_of(model: nn.Module) -> WeightStream | None:
     """The stream of a model's base, or None where it does not stream."""
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight) and isinstance(module.streamed, StreamedWeight):
-            return module.streamed.stream
-    return None
+    streamed = (getattr(module, "streamed", None) for module in model.modules())
+    return next((each.stream for each in streamed if isinstance(each, StreamedWeight)), None)
 
 
 def _indexed(device: torch.device | str | None) -> torch.device:
@@ -294,7 +292,7 @@ def _quantized_checkpoint(model: nn.Module, folder: str | Path | None) -> Path:
     make = f"make one with `fourfold quantize {name} --out DIR`, and give DIR as model_name_or_path"
     if not getattr(quantizer, "pre_quantized", False):
         raise CheckpointError(
-            "the base streams from the disk out of a quantized checkpoint, and this model was quantized as it was loaded",
+            "a base streams from the disk out of a quantized checkpoint, and this one was quantized as it was loaded",
             found=name,
             hint=make,
         )
