@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fourfold.models.stream_ring import LayerRing, PlainCopies, Slot
+from fourfold.models.stream_ring import DeviceCopies, LayerRing, PlainCopies, Slot
 
 SIZE = 8
 
@@ -94,3 +96,77 @@ def test_a_copy_that_fails_is_made_again_when_it_is_asked_for_again() -> None:
     list(passes(made, [1, 0]))
     copies.fails = False
     list(passes(made, [2, 3, 0, 5]))
+
+
+class Clock:
+    """A stream as what is known on it to be done: (stream, how far). A copy or a read is one more step of its own."""
+
+    current: Clock
+
+    def __init__(self, *_: Any) -> None:
+        self.known: dict[int, int] = {}
+
+    def wait_event(self, event: dict[int, int]) -> None:
+        for stream, step in event.items():
+            self.known[stream] = max(self.known.get(stream, 0), step)
+
+    def record_event(self) -> dict[int, int]:
+        return dict(self.known)
+
+    def step(self) -> dict[int, int]:
+        self.known[id(self)] = self.known.get(id(self), 0) + 1
+        return {id(self): self.known[id(self)]}
+
+    def knows(self, done: dict[int, int]) -> bool:
+        return all(self.known.get(stream, 0) >= step for stream, step in done.items())
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> list[Clock]:
+    """Two streams that compute, in the place of CUDA's."""
+    computing = [Clock(), Clock()]
+
+    @contextlib.contextmanager
+    def within(stream: Clock) -> Iterator[None]:
+        before, Clock.current = Clock.current, stream
+        yield
+        Clock.current = before
+
+    monkeypatch.setattr(Clock, "current", computing[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", Clock)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: Clock.current)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    return computing
+
+
+@pytest.mark.parametrize("num_streams", [1, 2])
+def test_no_copy_runs_beside_a_read_of_its_slot_nor_a_read_beside_the_copy(
+    clocks: list[Clock], num_streams: int
+) -> None:
+    copied: dict[int, dict[int, int]] = {}
+    reads: dict[int, list[dict[int, int]]] = {}
+
+    class Watched(DeviceCopies):
+        def copy(self, slot: Slot, source: Tensor) -> None:
+            super().copy(slot, source)
+            # What `super` waited for is known on the stream of the copies.
+            copying: Any = self.stream
+            assert all(copying.knows(read) for read in reads.get(slot.index, []))
+            copied[slot.index], reads[slot.index] = copying.step(), []
+            slot.ready = copying.record_event()
+
+    made = LayerRing(
+        6,
+        [torch.empty(SIZE, dtype=torch.uint8) for _ in range(3)],
+        Watched(layers(6), torch.device("cpu")),
+    )
+    generator = torch.Generator().manual_seed(0)
+    order = [*range(6), *reversed(range(6)), *torch.randint(6, (300,), generator=generator).tolist()]
+    for layer in order * 2:
+        for stream in torch.randint(num_streams, (3,), generator=generator).tolist():
+            Clock.current = clocks[stream]
+            slot = made.enter(layer)
+            assert slot.buffer.tolist() == [layer] * SIZE
+            assert Clock.current.knows(copied[slot.index])
+            reads.setdefault(slot.index, []).append(Clock.current.step())
