@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,11 @@ import pytest
 import torch
 from decoders import adapted, decoder, ids, loss_and_grads
 from peft import LoraConfig, PeftModel
+from streamed import LAYERS, poisoned, write_checkpoint
 from torch import Tensor, nn
 from twins import randomise
 
-from fourfold.errors import CheckpointError, ConfigError, TrainingError
+from fourfold.errors import ConfigError, TrainingError
 from fourfold.kernels import host_memory
 from fourfold.models import streaming
 from fourfold.models.block import FusedDecoderLayer, fuse_blocks
@@ -25,41 +23,13 @@ from fourfold.models.loading import load_model
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.recomputation import POLICIES
 from fourfold.models.size import model_size
-from fourfold.models.stream_ring import PlainCopies, Slot
-from fourfold.models.streaming import WeightStream, stream_base, stream_of
+from fourfold.models.stream_ring import PlainCopies
+from fourfold.models.streaming import stream_base, stream_of
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.quantization.hf_quantizer import quantize_model
 from fourfold.quantization.linear import QuantizedLinear
 
-LAYERS = 5
 KINDS = ["fused", "generic", "generic, checkpointed"]
-
-
-class Late:
-    """Makes each copy when its layer is entered, and not before; until then the buffer holds garbage."""
-
-    def __init__(self, copies: Any) -> None:
-        self.copies = copies
-        self.waiting: set[int] = set()
-
-    def begin(self, slot: Slot, layer: int) -> None:
-        slot.buffer.random_(generator=torch.Generator().manual_seed(layer))
-        self.waiting.add(slot.index)
-
-    def enter(self, slot: Slot) -> None:
-        if slot.index in self.waiting:
-            self.waiting.remove(slot.index)
-            assert slot.layer is not None
-            self.copies.begin(slot, slot.layer)
-        self.copies.enter(slot)
-
-    def leave(self, slot: Slot) -> None:
-        self.copies.leave(slot)
-
-
-def poisoned(stream: WeightStream) -> WeightStream:
-    stream.ring.copies = Late(stream.ring.copies)
-    return stream
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def make(name: str) -> Path:
         if name not in written:
-            written[name] = tmp_path_factory.mktemp(name)
-            dense = written[name] / "dense"
-            decoder(name, quantized=False, num_hidden_layers=LAYERS).save_pretrained(dense)
-            quantized = load_model(dense, quantization=FourfoldConfig(), dtype=torch.float32, device="cpu")
-            # Several shards, as large models have.
-            quantized.save_pretrained(written[name], max_shard_size="60KB")
+            written[name] = write_checkpoint(tmp_path_factory.mktemp(name), name)
         return written[name]
 
     return make
@@ -349,56 +314,6 @@ def test_all_of_a_layer_lies_in_one_buffer_aligned_to_256_bytes(models: Callable
                 assert (tensor.data_ptr() - begin) % 256 == 0
 
 
-def test_from_disk_only_the_ring_and_what_is_in_no_file_is_in_memory(models: Callable[..., Any]) -> None:
-    ours, _ = models(source="disk")
-    pieces = [piece for layer in stream_of(ours).ring.copies.copies.layers for piece in layer]
-    in_memory = [piece.num_bytes for piece in pieces if piece.place is None]
-    # The offsets of double quantization, which stand in JSON.
-    assert in_memory == [4] * (LAYERS * 7)
-    assert stream_of(ours)._buffers == []
-
-
-def test_the_disks_bandwidth_is_said_once(models: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "fourfold"):
-        ours, _ = models(source="disk")
-        for _ in range(3):
-            loss_and_grads(ours)
-    said = [record.message for record in caplog.records if "GB/s" in record.message]
-    assert len(said) == 1
-    assert said[0].startswith("The base streams from /")
-
-
-def test_a_base_quantized_as_it_was_loaded_is_in_no_file_and_the_error_says_how_to_make_one(
-    checkpoint: Callable[[str], Path],
-) -> None:
-    dense = checkpoint("llama-gqa") / "dense"
-    model = load_model(dense, quantization=FourfoldConfig(), dtype=torch.float32, device="cpu")
-    with pytest.raises(CheckpointError, match=rf"fourfold quantize {dense} --out DIR"):
-        stream_base(model, "cpu", source="disk")
-
-
-def test_another_base_than_the_one_on_the_disk_is_refused_by_name(checkpoint: Callable[[str], Path]) -> None:
-    model = load_model(checkpoint("llama-gqa"), dtype=torch.float32, device="cpu")
-    prepared = prepare(model, LoraConfig(r=4), init_lora_weights="pissa", fused=False)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.q_proj is not what(.|\n)*PiSSA"):
-        stream_base(prepared, "cpu", source="disk")
-
-
-def test_a_file_cut_short_while_it_streams_is_an_error(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(checkpoint("llama-gqa"), folder, ignore=shutil.ignore_patterns("dense"))
-    model = load_model(folder, dtype=torch.float32, device="cpu")
-    stream_base(model, "cpu", source="disk")
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            # On a GPU it would be a copy; here it lies in the file, which is mapped.
-            parameter.data = parameter.data.clone()
-    for path in folder.glob("*.safetensors"):
-        os.truncate(path, 4096)
-    with pytest.raises(CheckpointError, match="cut short while the base streamed from it"):
-        model(ids())
-
-
 def test_what_cannot_stream_is_refused(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"only quantized layers stream(.|\n)*model\.layers\.0"):
         stream_base(decoder("llama-gqa", quantized=False), "cpu")
@@ -419,20 +334,6 @@ def test_what_cannot_stream_is_refused(checkpoint: Callable[[str], Path]) -> Non
         layer.quantized = layer.quantized
 
 
-def test_locked_memory_that_is_refused_is_told_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Runtime:
-        class cudaError:  # noqa: N801
-            success = 0
-
-        def cudaHostRegister(self, *_: Any) -> int:  # noqa: N802
-            return 2
-
-    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    monkeypatch.setattr(host_memory, "_forget_last_error", lambda: None)
-    with pytest.raises(TrainingError, match=r"refused: 300 MiB for layer 1(.|\n)*CUDA error 2(.|\n)*ulimit -l"):
-        host_memory.HostBuffer(300 * 2**20, pinned=True, purpose="layer 1")
-
-
 def test_too_little_host_memory_is_told_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = stream_base(decoder("llama-gqa"), "cpu")
     monkeypatch.setattr(streaming, "available_bytes", lambda: 100)
@@ -440,11 +341,6 @@ def test_too_little_host_memory_is_told_before_it_is_taken(monkeypatch: pytest.M
         streaming._require_memory(101, stream)
     monkeypatch.setattr(streaming, "available_bytes", lambda: None)
     streaming._require_memory(101, stream)
-
-
-def test_the_memory_that_is_there_is_a_positive_number_or_unknown() -> None:
-    available = host_memory.available_bytes()
-    assert available is None or 2**20 < available < 2**50
 
 
 def test_plain_copies_serve_the_ring_on_the_cpu() -> None:
