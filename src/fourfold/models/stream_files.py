@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 NUM_HOST_BUFFERS = 3
 _NUM_READERS = 4
 _READ_BYTES = 16 * 2**20
+# The bandwidth is said after a pass over the layers, or, where that takes longer, after so much reading.
+_TELL_SECONDS = 10.0
 # safetensors' names, of what quantized tensors are made of.
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -187,9 +189,10 @@ class DiskCopies:
             pass
         self._read_seconds += time.perf_counter() - started
         self._read_bytes += self.num_bytes[layer]
-        if not self._is_told and self._read_bytes >= sum(self.num_bytes):
+        whole = sum(self.num_bytes)
+        if not self._is_told and (self._read_bytes >= whole or self._read_seconds >= _TELL_SECONDS):
             self._is_told = True
-            rate, whole = self._read_bytes / self._read_seconds, sum(self.num_bytes)
+            rate = self._read_bytes / self._read_seconds
             logger.info(
                 "The base streams from %s at %.2f GB/s: %.1f s for its %.2f GB, in each pass over the layers",
                 *(self.files.folder, rate / 1e9, whole / rate, whole / 1e9),

@@ -7,6 +7,7 @@ head. See `stream_ring` for the order, `stream_files` for the disk.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ __all__ = ["SOURCES", "WeightStream", "device_bytes", "host_bytes", "layer_bytes
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("host", "disk")
+SOURCES: dict[str, str] = {"host": "host memory", "disk": "the disk"}
 # What the widest loads of the kernels ask for, and what a GPU's allocator gives.
 _ALIGNMENT = 256
 
@@ -160,7 +161,9 @@ def stream_base(
         raise ConfigError("unknown place for the base to stream from", found=source, allowed=SOURCES)
     place = _indexed(device)
     layers = _quantized_layers(model)
-    stream = _from_host(layers, place) if source == "host" else _from_disk(model, layers, place, folder)
+    # What CUDA does on the host's behalf, too, is done through that GPU.
+    with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+        stream = _from_host(layers, place) if source == "host" else _from_disk(model, layers, place, folder)
     for number, layer in enumerate(layers):
         for index, (_, weight) in enumerate(layer):
             weight.stream_from(StreamedWeight(stream, number, index))
@@ -171,8 +174,8 @@ def stream_base(
             vars(module)["hf_device_map"] = {"": place}
     model.to(place)
     logger.info(
-        "The base streams from the %s: %d layers, %.2f GB, through %.2f GB on %s",
-        *(source, len(layers), sum(stream.layers) / 1e9, stream.device_bytes / 1e9, place),
+        "The base streams from %s: %d layers, %.2f GB, through %.2f GB on %s",
+        *(SOURCES[source], len(layers), sum(stream.layers) / 1e9, stream.device_bytes / 1e9, place),
     )
     return stream
 
@@ -184,10 +187,8 @@ def stream_of(model: nn.Module) -> WeightStream | None:
 
 
 def _indexed(device: torch.device | str | None) -> torch.device:
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and chosen.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return chosen
+    """With its number, as tensors name it."""
+    return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
 
 
 def _quantized_layers(model: nn.Module) -> list[list[tuple[str, QuantizedWeight]]]:
