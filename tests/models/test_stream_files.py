@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from decoders import adapted, ids, loss_and_grads
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from streamed import LAYERS, write_checkpoint
+from torch import Tensor
 
 from fourfold.errors import CheckpointError
+from fourfold.kernels.host_memory import HostBuffer
+from fourfold.models import stream_files
 from fourfold.models.loading import load_model
 from fourfold.models.preparing import prepare
-from fourfold.models.stream_files import MappedFiles
+from fourfold.models.stream_files import NUM_HOST_BUFFERS, DiskCopies, MappedFiles
+from fourfold.models.stream_ring import Slot
 from fourfold.models.streaming import stream_base, stream_of
 from fourfold.quantization.hf_config import FourfoldConfig
 
@@ -88,3 +93,46 @@ def test_a_file_cut_short_while_it_streams_is_an_error(folder: Path, tmp_path: P
         os.truncate(path, 4096)
     with pytest.raises(CheckpointError, match="cut short while the base streamed from it"):
         model(ids())
+
+
+class Done:
+    """An event that has come to pass."""
+
+    waited = 0
+
+    def synchronize(self) -> None:
+        Done.waited += 1
+
+
+class ThroughHostBuffers:
+    """A copy to the device that has happened when it was asked for."""
+
+    def copy(self, slot: Slot, source: Tensor) -> None:
+        slot.buffer[: len(source)].copy_(source)
+        source.fill_(255)
+        slot.ready = cast(torch.cuda.Event, Done())
+
+    def enter(self, slot: Slot) -> None:
+        assert slot.ready is not None
+
+    def leave(self, slot: Slot) -> None:
+        assert slot.ready is not None
+
+
+def test_a_host_buffer_is_filled_again_only_after_the_copy_from_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        stream_files, "HostBuffer", lambda size, **_: HostBuffer(size, pinned=False, purpose="layers from disk")
+    )
+    model, resident = streaming_from(folder), adapted(load_model(folder, dtype=torch.float32, device="cpu"), fused=True)
+    stream = stream_of(model)
+    plain = stream.ring.copies
+    copies: Any = ThroughHostBuffers()
+    stream.ring.copies = DiskCopies(plain.layers, plain.num_bytes, copies, plain.files)
+    Done.waited = 0
+    for _ in range(2):
+        (loss, grads), (expected_loss, expected) = (loss_and_grads(each) for each in (model, resident))
+        assert torch.equal(loss, expected_loss)
+        assert all(torch.equal(grads[name], value) for name, value in expected.items())
+    assert Done.waited == stream.ring.num_copies - NUM_HOST_BUFFERS > LAYERS

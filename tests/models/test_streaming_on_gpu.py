@@ -89,7 +89,7 @@ def pair(checkpoint: Path, source: str = "host", *, fused: bool = True, **option
             stream_base(model, "cuda", source=source)
         if fused:
             assert fuse_blocks(model.get_base_model(), cuda_graphs=False) == LAYERS
-            set_recomputation(model, options.get("recompute", "full"))
+            set_recomputation(model, "full")
         models.append(model)
     return models[0], models[1]
 
