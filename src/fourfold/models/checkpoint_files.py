@@ -1,13 +1,32 @@
-"""Checks of a checkpoint's files before anything of it is loaded."""
+"""Checks of a checkpoint's files before anything of it is loaded, and what tensors lie where in them."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fourfold.errors import CheckpointError
 
-__all__ = ["check_checkpoint", "check_safetensors"]
+__all__ = ["StoredTensor", "check_checkpoint", "check_safetensors", "stored_tensors"]
+
+# Those of safetensors' names whose elements are whole bytes of a dtype that all supported releases of torch have.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 _PICKLES = (
     "pytorch_model.bin",
@@ -79,3 +98,61 @@ def check_safetensors(path: Path) -> None:
             allowed=f"{expected} bytes",
             hint="get the checkpoint again",
         )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file.
+
+    Args:
+        path: The file.
+        offset: The tensor's first byte, counted from the file's.
+        num_bytes: Its length.
+        dtype: Its dtype.
+        dtype_name: The same as the file names it.
+        shape: Its shape.
+    """
+
+    path: Path
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+    dtype_name: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor] | None:
+    """The tensors of a folder that `check_checkpoint` has found whole, by name.
+
+    The files are those that Transformers takes: `model.safetensors`, or else every shard that the index names.
+
+    Returns:
+        None if a header holds something that is not known here: a dtype, or a length that is not its shape's.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        paths = [single]
+    elif index.is_file():
+        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        return None
+    tensors = {}
+    for path in paths:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            tensor = _stored_tensor(path, 8 + header_size, entry)
+            if tensor is None:
+                return None
+            tensors[name] = tensor
+    return tensors
+
+
+def _stored_tensor(path: Path, data_offset: int, entry: dict[str, Any]) -> StoredTensor | None:
+    dtype, shape, (begin, end) = _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+    if dtype is None or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        return None
+    return StoredTensor(path, data_offset + begin, end - begin, dtype, entry["dtype"], shape)
