@@ -26,6 +26,9 @@ from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["default_device", "default_dtype", "load_model", "load_tokenizer"]
 
+# A CPU quantizes weights where the file is mapped into memory: to copy them first would gain it nothing.
+READ_AHEAD_FOR = ("cuda",)
+
 
 def default_device() -> torch.device:
     """The first GPU, or the CPU."""
@@ -85,8 +88,7 @@ def load_model(
         # Refused below, by name.
         "ignore_mismatched_sizes": True,
     }
-    # A CPU quantizes what is mapped into its memory where it lies.
-    stored = loadable_ahead(path, config) if target.type == "cuda" else None
+    stored = loadable_ahead(path, config) if target.type in READ_AHEAD_FOR else None
     model: PreTrainedModel
     if stored is not None:
         model, report = load_ahead(path, stored, config, target, **options)
