@@ -18,6 +18,7 @@ from fourfold.models.reading_ahead import ReadAhead, can_read_ahead
 
 __all__ = ["load_ahead", "loadable_ahead"]
 
+
 def loadable_ahead(folder: Path, config: PreTrainedConfig) -> dict[str, StoredTensor] | None:
     """The tensors of a checked folder if `load_ahead` loads it as `from_pretrained` would, or None if it may not."""
     if not can_read_ahead() or not folder.is_dir():
