@@ -204,7 +204,7 @@ class ReadAhead:
 
     def _read_bytes(self, name: str, start: int, memory: Tensor) -> None:
         stored = self._stored[name]
-        view, offset = memoryview(memory.numpy()), stored.offset + start
+        view, offset = memory.numpy().data, stored.offset + start
         while len(view):
             try:
                 num_read = os.preadv(self._files[stored.path], [view], offset)
