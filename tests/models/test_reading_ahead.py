@@ -192,9 +192,23 @@ def test_memory_that_cannot_be_pinned_is_said_once_and_done_without(
 
     monkeypatch.setattr(reading_ahead.torch, "empty", refuse)
     for _ in range(2):
-        memory = reading_ahead._host_memory([16, 16], is_pinned=True)
-    assert [len(buffer) for buffer in memory] == [16, 16]
+        assert len(reading_ahead._host_memory(16, is_pinned=True)) == 16
     assert caplog.text.count("not pinned") == 1
+
+
+def test_a_host_without_memory_for_the_buffers_leaves_no_thread_and_no_file_behind(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(size: int, *, is_pinned: bool) -> Tensor:
+        raise RuntimeError("not enough memory")
+
+    before = threading.active_count()
+    monkeypatch.setattr(reading_ahead, "_host_memory", refuse)
+    reader = ReadAhead(write(tmp_path, tensors), CPU)
+    with pytest.raises(RuntimeError, match="not enough"):
+        reader.__enter__()
+    assert threading.active_count() == before
+    assert not reader._files
 
 
 MEASURED = """

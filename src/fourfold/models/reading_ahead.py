@@ -141,25 +141,30 @@ class ReadAhead:
 
     def __enter__(self) -> ReadAhead:
         with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self._close_files)
+            on_failure.callback(self._close)
             for path in {tensor.path for tensor in self._stored.values()}:
                 self._files[path] = os.open(path, os.O_RDONLY)
+            for thread in self._threads:
+                thread.start()
+            # Pinning takes long enough for the first buffers to be filled meanwhile.
+            for size in self._buffer_sizes:
+                self._free.put(_Buffer(_host_memory(size, is_pinned=self._copies is not None)))
             on_failure.pop_all()
-        for memory in _host_memory(self._buffer_sizes, is_pinned=self._copies is not None):
-            self._free.put(_Buffer(memory))
-        for thread in self._threads:
-            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        for _ in self._threads:
+        started = [thread for thread in self._threads if thread.ident is not None]
+        for _ in started:
             self._free.put(None)
-        for thread in self._threads:
+        for thread in started:
             thread.join()
         with self._lock:
             if self._stream is not None and self._copies is not None:
@@ -167,12 +172,9 @@ class ReadAhead:
                 self._stream.wait_stream(self._copies)
             self._begun.clear()
             self._arrived.clear()
-            self._close_files()
-
-    def _close_files(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
 
     # The threads that read.
 
@@ -327,12 +329,12 @@ def _natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _host_memory(sizes: list[int], *, is_pinned: bool) -> list[Tensor]:
-    """Buffers that the GPU copies from by itself, where the system gives such memory."""
+def _host_memory(size: int, *, is_pinned: bool) -> Tensor:
+    """A buffer that the GPU copies from by itself, where the system gives such memory."""
     if is_pinned:
         try:
-            return [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             say_once(logger, f"weights are copied from memory that is not pinned, which is slower: {reason}")
-    return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    return torch.empty(size, dtype=torch.uint8)
