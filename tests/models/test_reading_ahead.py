@@ -53,8 +53,8 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 ORDERS: dict[str, Callable[[list[str]], list[str]]] = {
-    "natural": lambda names: sorted(names, key=reading_ahead._natural_key),
-    "reversed": lambda names: sorted(names, key=reading_ahead._natural_key, reverse=True),
+    "natural": lambda names: sorted(names, key=reading_ahead.natural_key),
+    "reversed": lambda names: sorted(names, key=reading_ahead.natural_key, reverse=True),
     "every other": lambda names: names[::2],
     "twice": lambda names: names + names,
 }

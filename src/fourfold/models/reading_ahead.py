@@ -26,7 +26,7 @@ from fourfold.errors import CheckpointError
 from fourfold.kernels.availability import say_once
 from fourfold.models.checkpoint_files import StoredTensor
 
-__all__ = ["LazyTensor", "ReadAhead", "can_read_ahead"]
+__all__ = ["LazyTensor", "ReadAhead", "can_read_ahead", "natural_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ def _chunks(stored: Mapping[str, StoredTensor], chunk_bytes: int) -> list[list[_
     """The tensors in the order in which they will be taken, cut and put together to chunks."""
     chunks: list[list[_Piece]] = [[]]
     room = chunk_bytes
-    for name in sorted(stored, key=_natural_key):
+    for name in sorted(stored, key=natural_key):
         for piece in _pieces(name, stored[name].num_bytes, room, chunk_bytes):
             if piece.num_bytes > room:
                 chunks.append([])
@@ -324,8 +324,8 @@ def _pieces(name: str, num_bytes: int, room: int, chunk_bytes: int) -> Iterator[
         yield _Piece(name, start, size)
 
 
-def _natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Layer 2 before layer 10."""
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
