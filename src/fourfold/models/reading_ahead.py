@@ -236,7 +236,10 @@ class ReadAhead:
                 return self._read_alone(name)
             self._gone.add(name)
         if arrival.event is not None:
-            torch.cuda.current_stream(self._device).wait_event(arrival.event)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(arrival.event)
+            if stream != self._stream:
+                arrival.tensor.record_stream(stream)
         return arrival.tensor
 
     def _send_next(self) -> None:
@@ -255,7 +258,7 @@ class ReadAhead:
             tensor = self._begun.get(piece.name)
             if tensor is None:
                 tensor = self._begun[piece.name] = self._empty(piece.name)
-            with self._on_copies():
+            with _on(self._copies):
                 place = tensor.view(-1).view(torch.uint8)[piece.start : piece.start + piece.num_bytes]
                 place.copy_(buffer.memory[at : at + piece.num_bytes], non_blocking=True)
             at += piece.num_bytes
@@ -269,14 +272,12 @@ class ReadAhead:
 
     def _empty(self, name: str) -> Tensor:
         stored = self._stored[name]
-        tensor = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
+        with _on(self._stream):
+            tensor = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
         if self._stream is not None and self._copies is not None:
             # The memory may be what earlier work is still reading.
             self._copies.wait_stream(self._stream)
         return tensor
-
-    def _on_copies(self) -> AbstractContextManager[object]:
-        return contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies)
 
     def _let_go(self, newest: set[str]) -> None:
         """Of the tensors that nobody has asked for, let the oldest go, down to what may be held."""
@@ -295,10 +296,14 @@ class ReadAhead:
         stored = self._stored[name]
         if self._is_closed:
             raise RuntimeError("the checkpoint's files have been closed")
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
         if stored.num_bytes:
             self._read_bytes(name, 0, tensor.view(-1).view(torch.uint8))
         return tensor.to(self._device)
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _chunks(stored: Mapping[str, StoredTensor], chunk_bytes: int) -> list[list[_Piece]]:
@@ -333,8 +338,8 @@ def _host_memory(size: int, *, is_pinned: bool) -> Tensor:
     """A buffer that the GPU copies from by itself, where the system gives such memory."""
     if is_pinned:
         try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             say_once(logger, f"weights are copied from memory that is not pinned, which is slower: {reason}")
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
