@@ -175,6 +175,11 @@ def test_entries_that_the_model_does_not_have_are_passed_over(load_fast: Loader,
     assert_loads_the_same(load_fast, tmp_path, quantization=FourfoldConfig(), dtype=torch.float32)
 
 
+def test_code_that_a_folder_names_is_not_run(load_fast: Loader, checkpoint: Path) -> None:
+    change_config(checkpoint, auto_map={"AutoModelForCausalLM": "own.Model"})
+    assert_loads_the_same(load_fast, checkpoint, quantization=FourfoldConfig(), dtype=torch.float32)
+
+
 @pytest.mark.parametrize("source", ["embedding", "head"])
 def test_a_tied_weight_is_found_under_either_name(load_fast: Loader, tmp_path: Path, source: str) -> None:
     decoder("llama-mqa-tied", quantized=False).save_pretrained(tmp_path)
@@ -264,8 +269,15 @@ def no_preadv(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(reading_ahead.os, "preadv")
 
 
-def own_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_config(folder, auto_map={"AutoModelForCausalLM": "own.Model"})
+def a_file_of_another_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_config(folder, transformers_weights="own.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "own.safetensors")
+
+
+def an_index_beside_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = load_file(folder / "model.safetensors").keys()
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def an_unknown_dtype(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +288,9 @@ def fsdp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_loading, "is_fsdp_enabled", lambda: True)
 
 
-@pytest.mark.parametrize("reason", [no_preadv, own_code, an_unknown_dtype, fsdp])
+@pytest.mark.parametrize(
+    "reason", [no_preadv, a_file_of_another_name, an_index_beside_the_file, an_unknown_dtype, fsdp]
+)
 def test_what_cannot_be_read_ahead_is_loaded_as_ever(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, reason: Callable[..., None]
 ) -> None:

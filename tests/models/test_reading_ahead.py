@@ -79,6 +79,19 @@ def test_tensors_come_whole_in_any_order(
         assert sum(arrival.tensor.nbytes for arrival in reader._arrived.values()) <= held_bytes + chunk_bytes
 
 
+@pytest.mark.parametrize(("limit", "names"), [(2**20, ["b", "c", "d"]), (1500, ["b", "c"]), (0, [])])
+def test_what_has_been_read_is_sent_while_the_caller_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, names: list[str]
+) -> None:
+    monkeypatch.setattr(reading_ahead, "SENT_AHEAD_BYTES", limit)
+    stored = write(tmp_path, {name: torch.zeros(600, dtype=torch.uint8) for name in "abcd"})
+    with ReadAhead(stored, CPU, chunk_bytes=600) as reader:
+        while len(reader._read_chunks) < 4:
+            time.sleep(0.001)
+        reader.take("a")
+        assert list(reader._arrived) == names
+
+
 def test_several_threads_take_at_once(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     with (
         ReadAhead(write(tmp_path, tensors), CPU, chunk_bytes=64, num_buffers=3, num_threads=3) as reader,
@@ -227,8 +240,8 @@ print((peak() - before) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is the system's own")
-def test_the_hosts_memory_holds_the_buffers_and_two_tensors_at_most(tmp_path: Path) -> None:
-    num_bytes, count = 32 * 2**20, 24
+def test_the_hosts_memory_holds_the_buffers_and_what_is_sent_ahead_at_most(tmp_path: Path) -> None:
+    num_bytes, count = 32 * 2**20, 32
     header: dict[str, Any] = {
         f"t{index:02}": {
             "dtype": "U8",
@@ -245,5 +258,5 @@ def test_the_hosts_memory_holds_the_buffers_and_two_tensors_at_most(tmp_path: Pa
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
     ring = reading_ahead.NUM_BUFFERS * reading_ahead.CHUNK_BYTES
-    assert grown < ring + 3 * num_bytes + 40 * 2**20
+    assert grown < ring + reading_ahead.SENT_AHEAD_BYTES + 2 * num_bytes + 40 * 2**20
     assert ring < 2**30

@@ -124,35 +124,48 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor] | None:
     """The tensors of a folder that `check_checkpoint` has found whole, by name.
 
-    The files are those that Transformers takes: `model.safetensors`, or else every shard that the index names.
+    The files are those that Transformers takes: `model.safetensors`, or every shard that the index names.
 
     Returns:
-        None if a header holds something that is not known here: a dtype, or a length that is not its shape's.
+        None if both are there, of which one may not have been checked, or if a header holds what is not known here: a
+        dtype, a length that is not its shape's, tensors that overlap.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() == index.is_file():
+        return None
     if single.is_file():
         paths = [single]
-    elif index.is_file():
-        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     else:
-        return None
-    tensors = {}
+        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    tensors: dict[str, StoredTensor] = {}
     for path in paths:
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            tensor = _stored_tensor(path, 8 + header_size, entry)
-            if tensor is None:
-                return None
-            tensors[name] = tensor
+        found = _read_header(path)
+        if found is None:
+            return None
+        tensors |= found
     return tensors
 
 
-def _stored_tensor(path: Path, data_offset: int, entry: dict[str, Any]) -> StoredTensor | None:
-    dtype, shape, (begin, end) = _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-    if dtype is None or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+def _read_header(path: Path) -> dict[str, StoredTensor] | None:
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    try:
+        tensors = {name: _stored_tensor(path, 8 + header_size, entry) for name, entry in header.items()}
+    except (KeyError, TypeError, ValueError):
         return None
+    # As safetensors wants it: one tensor begins where another ends.
+    end = 8 + header_size
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            return None
+        end += tensor.num_bytes
+    return tensors
+
+
+def _stored_tensor(path: Path, data_offset: int, entry: dict[str, Any]) -> StoredTensor:
+    dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes are no tensor of shape {shape}")
     return StoredTensor(path, data_offset + begin, end - begin, dtype, entry["dtype"], shape)

@@ -23,10 +23,8 @@ def loadable_ahead(folder: Path, config: PreTrainedConfig) -> dict[str, StoredTe
     """The tensors of a checked folder if `load_ahead` loads it as `from_pretrained` would, or None if it may not."""
     if not can_read_ahead() or not folder.is_dir():
         return None
-    # Code or weights of other names that the configuration tells of, an adapter that is to be loaded with its base.
-    if hasattr(config, "auto_map") or getattr(config, "transformers_weights", None) is not None:
-        return None
-    if (folder / "adapter_config.json").exists():
+    # Weights of another name, an adapter that is to be loaded with its base.
+    if getattr(config, "transformers_weights", None) is not None or (folder / "adapter_config.json").exists():
         return None
     # A part of a larger model, or one of several classes: which, Transformers finds out from a folder only.
     if "text_config" in config.sub_configs or not isinstance(_model_class(config), type):

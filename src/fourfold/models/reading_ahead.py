@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 16 * 2**20
 NUM_BUFFERS = 16
 NUM_THREADS = 8
+# Of the device's memory, for tensors that are sent while their time has not come.
+SENT_AHEAD_BYTES = 256 * 2**20
 # Of tensors that have come before they were asked for, those beyond this are let go, and read again if need be.
 HELD_BYTES = 2 * 2**30
 
@@ -235,6 +237,7 @@ class ReadAhead:
             if arrival is None:
                 return self._read_alone(name)
             self._gone.add(name)
+            self._send_ahead()
         if arrival.event is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(arrival.event)
@@ -269,6 +272,17 @@ class ReadAhead:
             self._arrived[name] = _Arrival(self._begun.pop(name), buffer.sent)
         self._free.put(buffer)
         self._let_go(set(whole))
+
+    def _send_ahead(self) -> None:
+        """Send what has been read, so that it is on its way while the caller works on the tensor that it was given."""
+        limit = min(SENT_AHEAD_BYTES, self._held_bytes)
+        taken = sum(self._stored[name].num_bytes for name in (*self._arrived, *self._begun))
+        while self._next_to_send in self._read_chunks:
+            chunk = self._chunks[self._next_to_send]
+            taken += sum(self._stored[piece.name].num_bytes for piece in chunk if piece.start == 0)
+            if taken > limit:
+                return
+            self._send_next()
 
     def _empty(self, name: str) -> Tensor:
         stored = self._stored[name]
