@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from fourfold.cli import app
 from fourfold.config import RunConfig
-from fourfold.errors import CheckpointError, ConfigError
+from fourfold.errors import CheckpointError, ConfigError, TrainingError
 from fourfold.memory.gpus import gpu_by_name
-from fourfold.planning import compare, find_gpu, plan, remedies
+from fourfold.planning import compare, find_gpu, kept_to, plan, plan_for_training, remedies
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,31 @@ def test_held_out_rows_are_in_the_plan(llama: Path) -> None:
     candidate = with_rows.chosen or with_rows.smallest
     assert candidate is not None
     assert candidate.footprint.moment == "evaluation"
+
+
+def test_a_run_keeps_to_its_plan_with_the_same_rows_a_step(llama: Path) -> None:
+    config = configured(llama, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    made = plan_for_training(config, gpu_by_name("16GB"))
+    assert made is not None
+    assert made.chosen is not None
+    kept = kept_to(config, made)
+    assert kept.per_device_train_batch_size * kept.gradient_accumulation_steps == 16
+    assert kept.per_device_train_batch_size <= 8
+    assert kept.recompute == made.chosen.recompute
+
+
+def test_nothing_is_planned_off_gpus_nor_over_what_is_asked_for_nor_without_formulas(llama: Path) -> None:
+    gpu = gpu_by_name("24GB")
+    assert plan_for_training(configured(llama), None) is None
+    assert plan_for_training(configured(llama, recompute="full"), gpu) is None
+    assert plan_for_training(configured(llama, lora_dropout=0.1), gpu) is None
+
+
+def test_a_run_that_cannot_fit_does_not_begin_and_says_what_would(llama: Path) -> None:
+    with pytest.raises(TrainingError) as error:
+        plan_for_training(configured(llama, load_in_4bit=False), gpu_by_name("12GB"))
+    assert "nothing fits" in str(error.value)
+    assert "QLoRA: the base in 4 bits (--load_in_4bit true)" in str(error.value)
 
 
 def test_remedies_are_named_from_the_easiest_on_and_each_makes_it_fit(llama: Path) -> None:

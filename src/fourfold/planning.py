@@ -12,14 +12,15 @@ from transformers import AutoConfig
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
-from fourfold.errors import CheckpointError, ConfigError
+from fourfold.errors import CheckpointError, ConfigError, TrainingError
 from fourfold.kernels.adamw_state import BLOCK_SIZE
 from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes
 from fourfold.memory.meter import free_host_bytes
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
+from fourfold.models.families import FAMILIES
 from fourfold.models.model_shape import ModelShape, model_shape
 
-__all__ = ["Remedy", "Strategy", "compare", "find_gpu", "find_host", "plan", "remedies"]
+__all__ = ["Remedy", "Strategy", "compare", "find_gpu", "find_host", "kept_to", "plan", "plan_for_training", "remedies"]
 
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -37,6 +38,10 @@ class Remedy:
     what: str
     change: dict[str, Any]
     plan: Plan
+
+    def __str__(self) -> str:
+        keys = " ".join(f"--{key} {str(value).lower()}" for key, value in self.change.items())
+        return f"{self.what} ({keys})"
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,12 @@ def find_host(amount: str | None, *, is_here: bool) -> int | None:
     return free_host_bytes() if is_here else None
 
 
-def plan(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> Plan:
+def plan(config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None = None) -> Plan:
     """The plan of a run.
 
     Args:
         config: The run.
-        gpu: Where to.
+        gpu: Where to: a GPU, its name or its memory; None: the one that is present.
         host_bytes: Host memory that may be used; None: any.
 
     The number of rows of an optimizer step is the configuration's; how many of them make a microbatch is chosen.
@@ -86,10 +91,59 @@ def plan(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> Plan:
         CheckpointError: There is no such model.
         ConfigError: What no formula is known of: a model without fused blocks, full fine-tuning.
     """
-    return _plan(config, gpu, host_bytes)
+    return _plan(config, gpu if isinstance(gpu, Gpu) else find_gpu(gpu), host_bytes)
 
 
-def _plan(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, policies: list[str] | None = None) -> Plan:
+def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None = None) -> Plan | None:
+    """The plan that a run keeps to: microbatches of at most the configuration's rows, as fast as what fits.
+
+    Args:
+        config: The run.
+        gpu: Where it trains; None: not on a GPU.
+        host_bytes: Host memory that may be used; None: any.
+
+    Returns:
+        None where nothing is planned: off GPUs, where `recompute` is given, and where no formula is known.
+
+    Raises:
+        TrainingError: Nothing fits.
+    """
+    if gpu is None or config.recompute is not None:
+        return None
+    try:
+        made = _plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)
+    except ConfigError:
+        return None
+    if made.chosen is not None:
+        return made
+    helps = [str(remedy) for remedy in remedies(config, gpu, host_bytes)]
+    raise TrainingError(
+        made.lines()[-1],
+        found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}",
+        allowed=f"what would fit: {'; '.join(helps) or 'nothing known here'}",
+        hint="see `fourfold plan`; with recompute given, the run starts without a plan",
+    )
+
+
+def kept_to(config: RunConfig, plan: Plan) -> RunConfig:
+    """The configuration with what was planned."""
+    assert plan.chosen is not None
+    return config.model_copy(
+        update={
+            "per_device_train_batch_size": plan.chosen.batch,
+            "gradient_accumulation_steps": plan.chosen.accumulation,
+            "recompute": plan.chosen.recompute,
+        }
+    )
+
+
+def _plan(
+    config: RunConfig,
+    gpu: Gpu,
+    host_bytes: int | None = None,
+    policies: list[str] | None = None,
+    most: int | None = None,
+) -> Plan:
     shape = _shape(config)
     has_evaluation = config.eval_dataset is not None or config.eval_split_fraction > 0
     wanted = config.recompute
@@ -101,6 +155,7 @@ def _plan(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, policies: 
         rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         seq=config.max_length,
         optimizers=[_optimizer(config.optim, shape)],
+        batches=range(1, most + 1) if most else None,
         policies=policies,
         host_bytes=host_bytes,
         eval_batch=config.per_device_eval_batch_size if has_evaluation else 0,
@@ -156,8 +211,6 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> list[
 
 
 def _shape(config: RunConfig) -> ModelShape:
-    if config.adapter is None:
-        raise ConfigError("no plan is known of full fine-tuning", found="adapter: null", allowed="adapter: lora")
     try:
         model = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
     except (OSError, ValueError) as error:
@@ -165,17 +218,33 @@ def _shape(config: RunConfig) -> ModelShape:
             f"no model {config.model_name_or_path!r}: {str(error).splitlines()[0]}",
             allowed="a folder with config.json, or a name on the hub",
         ) from error
-    quantization = choices.quantization(config)
-    dtype = _DTYPES[config.bnb_4bit_compute_dtype]
-    shape = model_shape(model, quantization, config.lora_r, config.target_modules, dtype.itemsize)
-    if not shape.is_fused or config.fused_blocks is False or config.lora_dropout > 0 or config.use_dora:
+    reason = _no_formula(config, model)
+    if reason is not None:
         raise ConfigError(
-            "no plan is known of layers that take the generic path",
-            found=f"{model.model_type}, fused_blocks: {config.fused_blocks}, lora_dropout: {config.lora_dropout}, "
-            f"use_dora: {config.use_dora}",
-            allowed="a family with fused blocks (docs/engine.md), no dropout, no DoRA",
+            "there is no plan for this run", found=reason, allowed="LoRA over fused blocks, see docs/engine.md"
         )
-    return shape
+    dtype = _DTYPES[config.bnb_4bit_compute_dtype]
+    return model_shape(model, choices.quantization(config), config.lora_r, config.target_modules, dtype.itemsize)
+
+
+def _no_formula(config: RunConfig, model: Any) -> str | None:
+    """Why it is not known what the run takes; `model`: its Transformers configuration."""
+    if config.adapter is None:
+        return "adapter: null (full fine-tuning)"
+    for key, is_generic in (
+        ("fused_blocks", config.fused_blocks is False),
+        ("lora_dropout", config.lora_dropout > 0),
+        ("use_dora", config.use_dora),
+        ("modules_to_save", bool(config.modules_to_save)),
+    ):
+        if is_generic:
+            return f"{key}: {getattr(config, key)} (layers take the generic path)"
+    family = FAMILIES.get(model.model_type)
+    if family is None or family.fused_layer is None:
+        return f"{model.model_type} (layers take the generic path)"
+    if getattr(model, "quantization_config", None) is not None:
+        return "a checkpoint that is quantized already"
+    return None
 
 
 def _optimizer(name: str, shape: ModelShape) -> OptimizerBytes:

@@ -36,9 +36,8 @@ def print_plan(config: RunConfig, gpu: Gpu, host_bytes: int | None, as_json: boo
     for one in helps:
         chosen = one.plan.chosen
         assert chosen is not None
-        keys = " ".join(f"--{key} {str(value).lower()}" for key, value in one.change.items())
         peak = chosen.footprint.peak_bytes / GIB
-        typer.echo(f"  would fit: {one.what} ({keys}): {chosen.tokens_per_second:,.0f} tokens/s, {peak:.2f} GiB")
+        typer.echo(f"  would fit: {one}: {chosen.tokens_per_second:,.0f} tokens/s, {peak:.2f} GiB")
     if made.chosen is None and not helps:
         typer.echo("  nothing known here makes it fit: take a smaller model, or a larger GPU")
     return made.chosen is not None

@@ -151,7 +151,7 @@ class RunConfig(BaseModel):
     recompute: RecomputePolicy | list[RecomputePolicy] | None = Field(
         None,
         description="What fused blocks compute again, and what waits in host memory; a list has one for each layer; "
-        "null: full with gradient_checkpointing, none without.",
+        "null: as planned, the fastest that fits the GPU; without a plan, full with gradient_checkpointing, else none.",
     )
     cuda_graphs: bool | None = Field(
         None,

@@ -83,6 +83,13 @@ class BlockMemory:
         }
 
     @property
+    def _attention_workspace(self) -> int:
+        """What cuDNN sums the gradient of q in, and, where heads of q share k and v, these gradients for each head."""
+        shape = self.shape
+        shared = 0 if shape.num_kv_heads == shape.num_heads else 2 * shape.element_size
+        return self.tokens * shape.features * (_FP32 + shared)
+
+    @property
     def part(self) -> int:
         """Tokens that the MLP works on at once."""
         policy = POLICIES[self.policy]
@@ -141,11 +148,13 @@ class BlockMemory:
         shape, tokens, weights, every = self.shape, self.tokens, self._weights, self._all
         kept = self.kept()
         normed1 = {"normed input": self._rows(tokens, shape.hidden, shape.qkv_rank), "rstd1": every["rstd1"]}
-        attended = {name: every[name] for name in ("x", "low_qkv", "qkv", "attention", "lse")}
+        attended: Tensors = {name: every[name] for name in ("x", "low_qkv", "qkv", "attention", "lse")}
         if shape.has_head_norms:
             attended["qkv, rotated"] = every["qkv"]
         first: Tensors = {**attended, **normed1, "weight of q, k, v": weights["weight of q, k, v"]}
-        so_far = {name: kept[name] for name in ("x", "qkv", "rstd1", "low_qkv", "attention", "lse") if name in kept}
+        so_far: Tensors = {
+            name: kept[name] for name in ("x", "qkv", "rstd1", "low_qkv", "attention", "lse") if name in kept
+        }
         second: Tensors = {
             **so_far,
             **{name: every[name] for name in ("attention", "lse", "low_out", "mid")},
@@ -197,8 +206,7 @@ class BlockMemory:
         grads = {
             "gradient of attention": every["attention"],
             "gradient of q, k, v by head": every["qkv"],
-            # What cuDNN sums the gradient of q in, and those of k and v for each head of q before it adds them up.
-            "workspace of attention": tokens * shape.features * (_FP32 + 2 * shape.element_size),
+            "workspace of attention": self._attention_workspace,
         }
         attention = {**rest, **incoming, **sums, **half, **grad_mid, **grads, "weight of o": weights["weight of o"]}
         if "qkv" not in keeps:
