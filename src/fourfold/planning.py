@@ -20,7 +20,18 @@ from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.families import FAMILIES
 from fourfold.models.model_shape import ModelShape, model_shape
 
-__all__ = ["Remedy", "Strategy", "compare", "find_gpu", "find_host", "kept_to", "plan", "plan_for_training", "remedies"]
+__all__ = [
+    "Remedy",
+    "Strategy",
+    "compare",
+    "find_gpu",
+    "find_host",
+    "kept_to",
+    "plan",
+    "plan_for_training",
+    "remedies",
+    "step_down",
+]
 
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -123,6 +134,19 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         allowed=f"what would fit: {'; '.join(helps) or 'nothing known here'}",
         hint="see `fourfold plan`; with recompute given, the run starts without a plan",
     )
+
+
+def step_down(config: RunConfig, failed: Plan) -> Plan | None:
+    """The next plan that takes at least a tenth less; None where there is none.
+
+    Args:
+        config: The run, as it was asked for.
+        failed: What did not fit.
+    """
+    assert failed.chosen is not None
+    usable = failed.chosen.footprint.peak_bytes * 9 // 10
+    made = _plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=config.per_device_train_batch_size)
+    return made if made.chosen is not None else None
 
 
 def kept_to(config: RunConfig, plan: Plan) -> RunConfig:

@@ -42,6 +42,10 @@ class Gpu:
         """What tensors may take at most: without the context, and what lies between them."""
         return int((self.memory_bytes - CONTEXT_BYTES) / (1 + FRAGMENTATION))
 
+    def with_usable(self, num_bytes: int) -> Gpu:
+        """The same GPU with so much for tensors."""
+        return replace(self, memory_bytes=int(num_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES)
+
 
 # Data sheets: dense bf16 tensor-core rate with fp32 sums, memory rate, and 80% of the PCIe link's.
 GPUS: dict[str, Gpu] = {
