@@ -229,6 +229,49 @@ def test_a_quantized_checkpoint_is_a_base_like_any_other(tiny_run, tmp_path, fin
         )
 
 
+def test_a_run_whose_base_streams_is_the_run_that_keeps_it(tiny_run, tiny_llama, tmp_path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(tiny_llama, dense)
+    # More layers than pass through memory at a time.
+    shape = transformers.LlamaConfig.from_pretrained(dense, num_hidden_layers=5)
+    transformers.set_seed(0)
+    transformers.LlamaForCausalLM(shape).save_pretrained(dense)
+    base = tmp_path / "base"
+    pipeline.quantize_checkpoint(tiny_run(tmp_path, model_name_or_path=str(dense)), base)
+    runs, measured, replies = {}, {}, {}
+    for source in (None, "host", "disk"):
+        config = tiny_run(
+            tmp_path, model_name_or_path=str(base), output_dir=str(tmp_path / str(source)), stream_base=source
+        )
+        runs[source] = pipeline.train(config, progress="silent")
+        measured[source] = pipeline.evaluate(config, progress="silent")
+        replies[source] = reply(runs[source].output_dir)
+    for source in ("host", "disk"):
+        ours, theirs = adapter_of(runs[source].output_dir), adapter_of(runs[None].output_dir)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert measured[source] == measured[None]
+        assert replies[source] == replies[None]
+    # The base alone, without an adapter.
+    alone = tiny_run(
+        tmp_path, model_name_or_path=str(base), output_dir=str(tmp_path / "none"), eval_generate_rows=2, adapter=None
+    )
+    with_stream = alone.model_copy(update={"stream_base": "host"})
+    assert pipeline.evaluate(with_stream, "silent") == pipeline.evaluate(alone, "silent")
+    # Resumed, and with a base that its initialisation changed, which is in no file as long as it was not saved.
+    pissa = tiny_run(
+        tmp_path,
+        model_name_or_path=str(dense),
+        output_dir=str(tmp_path / "pissa"),
+        init_lora_weights="pissa",
+        stream_base="host",
+    )
+    left = adapter_of(pipeline.train(pissa, progress="silent").output_dir)
+    again = pissa.model_copy(update={"resume_from_checkpoint": str(tmp_path / "pissa" / "checkpoint-2")})
+    again = again.model_copy(update={"stream_base": "disk"})
+    resumed = adapter_of(pipeline.train(again, progress="silent").output_dir)
+    assert all(torch.equal(resumed[name], left[name]) for name in left)
+
+
 # ---- Runs that are resumed, overwritten, moved ----
 
 

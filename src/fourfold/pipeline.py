@@ -47,6 +47,7 @@ from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.size import ModelSize, model_size
+from fourfold.models.streaming import stream_base
 from fourfold.planning import kept_to, plan_for_training, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.quantization.swapping import base_state_dict
@@ -117,7 +118,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     # A resumed run goes on upon the base that its initialisation left, not upon one made anew.
     former_base = checkpoint.parent / BASE_FOLDER if checkpoint else None
     base = str(former_base) if former_base and former_base.is_dir() else config.model_name_or_path
-    model = load_model(base, **choices.load_options(config, for_training=True))
+    model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
     say.result("model", model_size(model))
     # Here, so that the adapter starts alike however the base was loaded.
     transformers.set_seed(config.seed)
@@ -205,11 +206,13 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     eval_data = read_held_out(config, tokenizer)
     say.result("data", eval_data.report if eval_data else None)
     base = base_of(config) if has_adapter else config.model_name_or_path
-    model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config))
+    model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config, streams=True))
     if has_adapter:
-        model = load_adapter(model, adapter)
+        model = load_adapter(model, adapter, **choices.stream_options(config))
         say.line(f"measuring {adapter} on {base}")
     else:
+        if config.stream_base is not None:
+            stream_base(model, choices.device(config), source=config.stream_base)
         say.line(f"measuring {base} itself: there is no adapter in {adapter}")
     return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
 
@@ -320,8 +323,9 @@ def chat(
     if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
         return ChatSession(load_model(model), load_tokenizer(model), options)
     run = find_run(model)
-    base = load_model(base_of(run.config), **choices.load_options(run.config))
-    return ChatSession(load_adapter(base, run.adapter), load_tokenizer(run.adapter), options)
+    base = load_model(base_of(run.config), **choices.load_options(run.config, streams=True))
+    adapted = load_adapter(base, run.adapter, **choices.stream_options(run.config))
+    return ChatSession(adapted, load_tokenizer(run.adapter), options)
 
 
 class _Speaker:
@@ -365,6 +369,7 @@ def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -
         fused=config.fused_blocks,
         recompute=config.recompute,
         cuda_graphs=config.cuda_graphs,
+        **choices.stream_options(config),
     )
 
 

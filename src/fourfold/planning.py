@@ -114,12 +114,13 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         host_bytes: Host memory that may be used; None: any.
 
     Returns:
-        None where nothing is planned: off GPUs, where `recompute` is given, and where no formula is known.
+        None where nothing is planned: off GPUs, where `recompute` is given, and where no formula is known, as of a
+        base that streams.
 
     Raises:
         TrainingError: Nothing fits.
     """
-    if gpu is None or config.recompute is not None:
+    if gpu is None or config.recompute is not None or config.stream_base is not None:
         return None
     try:
         made = _plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)

@@ -19,6 +19,7 @@ def choices(key: str) -> set[str]:
         ("optim", "fourfold.training.options", "OPTIMIZERS", set()),
         ("lr_scheduler_type", "fourfold.training.options", "LR_SCHEDULERS", set()),
         ("recompute", "fourfold.models.recomputation", "POLICIES", set()),
+        ("stream_base", "fourfold.models.streaming", "SOURCES", set()),
         ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
         ("overlong", "fourfold.data.dataset", "OVERLONG", set()),
         ("eval_comparison", "fourfold.evaluation.exact_match", "COMPARISONS", set()),

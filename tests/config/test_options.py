@@ -32,6 +32,16 @@ def test_quantization_keys_reach_the_quantizer_and_false_means_none() -> None:
     assert options.load_options(config(device="cpu", load_in_4bit=False))["quantization"] is None
 
 
+def test_a_base_that_streams_is_loaded_to_the_cpu_by_whoever_lets_it_stream_then() -> None:
+    streams = config(device="cpu", stream_base="disk")
+    assert options.stream_options(streams) == {"stream_base": "disk", "device": torch.device("cpu")}
+    assert options.load_options(streams, streams=True)["device"] == torch.device("cpu")
+    if torch.cuda.is_available():
+        on_gpu = config(device="cuda:0", stream_base="host")
+        assert options.load_options(on_gpu, streams=True)["device"] == torch.device("cpu")
+        assert options.load_options(on_gpu)["device"] == options.stream_options(on_gpu)["device"]
+
+
 def test_adapter_keys_are_pefts_own() -> None:
     lora = options.lora_config(
         config(lora_r=3, lora_alpha=5, lora_dropout=0.5, use_rslora=True, init_lora_weights="gaussian")

@@ -102,6 +102,8 @@ def test_values_are_not_coerced(key, value):
         ({"load_in_4bit": False, "bnb_4bit_quant_type": "int8"}, "load_in_4bit is false"),
         ({"load_in_4bit": False, "quantize_lm_head": True}, "load_in_4bit is false"),
         ({"load_in_4bit": False, "init_lora_weights": "loftq"}, "load_in_4bit is false"),
+        ({"load_in_4bit": False, "stream_base": "host"}, "load_in_4bit is false"),
+        ({"cuda_graphs": True, "stream_base": "disk"}, "have no place of their own"),
         ({"quantize_lm_head": True, "modules_to_save": ["lm_head"]}, "modules_to_save lists lm_head"),
         ({"quantize_lm_head": True, "modules_to_not_convert": ["lm_head"]}, "lists lm_head"),
         ({"adapter": None, "use_dora": True}, "adapter is null"),

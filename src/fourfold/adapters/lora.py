@@ -62,6 +62,13 @@ class LoraQuantizedLinear(PeftLoraLinear):
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # A streamed weight is elsewhere than its products.
+        base = self.get_base_layer()
+        if device is None and isinstance(base, QuantizedLinear) and base.streamed is not None:
+            device = base.computes_on
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         if config.use_dora:
             return _QuantizedDoraVariant()
@@ -126,7 +133,7 @@ class LoraQuantizedLinear(PeftLoraLinear):
         W is dequantized in that dtype, as training saw it; the sum is formed in fp32 and rounded once.
         """
         base: QuantizedLinear = self.get_base_layer()
-        weight = base.quantized.dequantize(dtype or base.compute_dtype)
+        weight = base.read().dequantize(dtype or base.compute_dtype)
         merged = weight.float()
         for name in adapter_names:
             delta = self.get_delta_weight(name).float()

@@ -321,13 +321,13 @@ def bench(
         from fourfold.models.preparing import prepare
         from fourfold.training import bench as measuring
 
-        options = choices.load_options(run_config, for_training=True)
+        options = choices.load_options(run_config, for_training=True, streams=True)
         with _stdout_for_result(json):
             if shape is None:
                 model = load_model(run_config.model_name_or_path, **options)
             else:
                 model = measuring.random_model(
-                    shape.value, options["quantization"], options["dtype"], options["device"]
+                    shape.value, options["quantization"], options["dtype"], choices.device(run_config)
                 )
             report = measuring.bench(
                 prepare(
@@ -335,6 +335,7 @@ def bench(
                     choices.lora_config(run_config),
                     fused=run_config.fused_blocks,
                     cuda_graphs=run_config.cuda_graphs,
+                    **choices.stream_options(run_config),
                 ),
                 batch=batch or run_config.per_device_train_batch_size,
                 seq=seq or run_config.max_length,

@@ -25,6 +25,7 @@ __all__ = [
     "load_options",
     "lora_config",
     "quantization",
+    "stream_options",
     "training_options",
 ]
 
@@ -75,15 +76,21 @@ def quantization(config: RunConfig) -> FourfoldConfig | None:
     )
 
 
-def load_options(config: RunConfig, *, for_training: bool = False) -> dict[str, Any]:
-    """The keyword arguments of `load_model`."""
+def load_options(config: RunConfig, *, for_training: bool = False, streams: bool = False) -> dict[str, Any]:
+    """The keyword arguments of `load_model`; `streams`: what is loaded is given to `stream_options` then."""
     return {
         "quantization": quantization(config),
         "dtype": compute_dtype(config, for_training=for_training),
-        "device": device(config),
+        # So that no moment holds a base that streams on the GPU.
+        "device": torch.device("cpu") if streams and config.stream_base else device(config),
         "revision": config.model_revision,
         "attn_implementation": config.attn_implementation,
     }
+
+
+def stream_options(config: RunConfig) -> dict[str, Any]:
+    """The keyword arguments of `prepare` and `load_adapter` that say how the base streams."""
+    return {"stream_base": config.stream_base, "device": device(config)}
 
 
 def lora_config(config: RunConfig) -> LoraConfig:

@@ -87,6 +87,11 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu"] | CudaDevice = Field(
         "auto", description="Where the model lives; auto: the GPU if there is one."
     )
+    stream_base: Literal["host", "disk"] | None = Field(
+        None,
+        description="Where a base larger than the GPU waits, layer by layer: host memory, or the quantized checkpoint "
+        "on the disk; null: it stays on the GPU.",
+    )
 
     # Adapter
     adapter: Literal["lora"] | None = Field("lora", description="What is trained on top of the base model.")
@@ -333,6 +338,7 @@ def _quantization_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "bnb_4bit_quant_type": config.bnb_4bit_quant_type != "nf4",
             "quantize_lm_head": config.quantize_lm_head,
             "init_lora_weights": config.init_lora_weights == "loftq",
+            "stream_base": config.stream_base is not None,
         }.items():
             if is_set:
                 yield Contradiction(
@@ -340,6 +346,12 @@ def _quantization_contradictions(config: RunConfig) -> Iterator[Contradiction]:
                     f"{key} asks for a quantized base model, and load_in_4bit is false",
                     f"set load_in_4bit: true or leave {key} out",
                 )
+    if config.stream_base is not None and config.cuda_graphs:
+        yield Contradiction(
+            ("stream_base", "cuda_graphs"),
+            "cuda_graphs is true, and the weights of a base that streams have no place of their own",
+            "leave cuda_graphs out",
+        )
     for key in ("modules_to_not_convert", "modules_to_save"):
         if config.quantize_lm_head and "lm_head" in getattr(config, key):
             yield Contradiction(

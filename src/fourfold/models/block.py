@@ -22,6 +22,7 @@ from fourfold.models.fused_rotary import FusedRotary
 from fourfold.models.graphs import BlockGraphs
 from fourfold.models.linear_group import LinearGroup, Unsupported, refuse_hooks, view_linear
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
+from fourfold.quantization.linear import QuantizedWeight
 
 __all__ = ["FusedDecoderLayer", "drop_graphs", "fuse_blocks", "set_recomputation"]
 
@@ -250,7 +251,7 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, 
         recompute: A policy of `POLICIES` for all layers, or one for each; None follows the model's
             `gradient_checkpointing_enable()`.
         cuda_graphs: Whether batches that keep their shape are run by CUDA graphs (see `graphs`); None: those of at most
-            `AUTO_TOKENS` tokens.
+            `AUTO_TOKENS` tokens. Never where the base streams.
 
     Returns:
         How many layers were replaced, or were before.
@@ -270,7 +271,9 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, 
     ]
     offload, room, told = HostOffload(), GradientRoom(), set[str]()
     graphs = None
-    if cuda_graphs is not False:
+    streams = any(isinstance(module, QuantizedWeight) and module.streamed is not None for module in model.modules())
+    # Weights that stream move from one pass to the next, and a graph reads where it was captured.
+    if cuda_graphs is not False and not streams:
         graphs = BlockGraphs() if cuda_graphs is None else BlockGraphs(max_tokens=sys.maxsize)
     for index, (parent, name, layer) in enumerate(found):
         fused = layer

@@ -166,7 +166,7 @@ class LinearGroup:
         rows, columns = self.out_features, self.in_features
         out = new_extended(x, rows + self.rank, columns, self.rank)
         adapters = [_joined(linear.adapters) for linear in self.linears]
-        quantized = [linear.base.quantized for linear in self.linears if isinstance(linear.base, QuantizedLinear)]
+        quantized = [linear.base.read(x.device) for linear in self.linears if isinstance(linear.base, QuantizedLinear)]
         if len(quantized) == len(self.linears) and are_alike(quantized):
             lora_a, lora_b, scalings = zip(*adapters, strict=True)
             expand_alike_(out, quantized, lora_a, lora_b, scalings)
@@ -179,7 +179,7 @@ class LinearGroup:
         for linear, (lora_a, lora_b, scaling) in zip(self.linears, adapters, strict=True):
             place = {"row": row, "total_rows": self.out_features, "used_ranks": self.used_ranks, "rank_row": rank_row}
             if isinstance(linear.base, QuantizedLinear):
-                linear.base.quantized.expand_(out, lora_a=lora_a, lora_b=lora_b, scaling=scaling, **place)
+                linear.base.read(out.device).expand_(out, lora_a=lora_a, lora_b=lora_b, scaling=scaling, **place)
             else:
                 _place_dense(out, linear.base.weight, lora_a, lora_b, scaling, **place)
             row, rank_row = row + linear.base.out_features, rank_row + linear.rank

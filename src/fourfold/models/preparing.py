@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from fourfold.models.block import fuse_blocks
 from fourfold.models.checkpoint_files import check_safetensors
 from fourfold.models.families import default_target_modules
 from fourfold.models.recomputation import policies_of
+from fourfold.models.streaming import stream_base as stream_the_base
 from fourfold.models.weights import OriginalWeights
 from fourfold.quantization.linear import QuantizedLinear
 
@@ -41,6 +43,8 @@ def prepare(
     fused: bool | None = None,
     recompute: str | Sequence[str] | None = None,
     cuda_graphs: bool | None = None,
+    stream_base: str | None = None,
+    device: torch.device | str | None = None,
 ) -> PeftModel:
     """Put LoRA adapters on a model, quantized or not, and fused blocks in the place of its decoder layers.
 
@@ -58,6 +62,9 @@ def prepare(
             `gradient_checkpointing_enable()`: "full" after it, "none" without it.
         cuda_graphs: Whether fused blocks are replayed as CUDA graphs where batches keep their shape; None: batches of
             at most `fourfold.models.graphs.AUTO_TOKENS` tokens.
+        stream_base: "host" or "disk": quantized decoder layers stay there and pass through the GPU, so that a model
+            larger than it can be trained; load that to the CPU. See `fourfold.models.streaming.stream_base`.
+        device: Where a base that streams is computed; None: the current GPU, or the CPU.
 
     Returns:
         PEFT's model; its `save_pretrained` writes what plain PEFT reads. An adapter that changed its base (PiSSA, LoftQ
@@ -65,9 +72,12 @@ def prepare(
 
     Raises:
         AdapterError: Targets the model does not have, or an initialisation that does not fit.
-        ConfigError: An unknown policy, or policies where blocks are not fused.
+        ConfigError: An unknown policy, or policies where blocks are not fused; a base that cannot stream.
+        CheckpointError, TrainingError: As `fourfold.models.streaming.stream_base`.
     """
     prepared = _with_adapters(model, lora_config, init_lora_weights, original, loftq_iterations)
+    if stream_base is not None:
+        stream_the_base(prepared, device, source=stream_base)
     _fuse(prepared, fused, recompute, cuda_graphs)
     return prepared
 
@@ -137,9 +147,15 @@ def _fuse(
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False, fused: bool | None = None
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    is_trainable: bool = False,
+    fused: bool | None = None,
+    stream_base: str | None = None,
+    device: torch.device | str | None = None,
 ) -> PeftModel:
-    """Put a saved adapter on its base, and fused blocks as `prepare` does.
+    """Put a saved adapter on its base, and fused blocks as `prepare` does; the base streams if `prepare` would have it.
 
     Raises:
         CheckpointError: The folder holds no adapter, holds it as a pickle, or its files are damaged.
@@ -172,6 +188,8 @@ def load_adapter(
         _check_initialisation(config, folder)
         register(config)
     loaded = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    if stream_base is not None:
+        stream_the_base(loaded, device, source=stream_base)
     _fuse(loaded, fused, None, False)
     return loaded
 

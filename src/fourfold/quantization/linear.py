@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fourfold.errors import ConfigError
 from fourfold.kernels.low_rank import beside, low_rank_grad, working_dtype
 from fourfold.kernels.small_batch import MAX_ROWS
 from fourfold.quantization.formats import get_format
@@ -17,7 +18,18 @@ from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.scales import Scales
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
-__all__ = ["QuantizedLinear", "QuantizedWeight"]
+__all__ = ["QuantizedLinear", "QuantizedWeight", "Streamed"]
+
+
+class Streamed(Protocol):
+    """A weight that stays in host memory, and comes to the device when it is computed with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it comes to."""
+
+    def read(self) -> QuantizedTensor:
+        """The weight there, for work that is launched before the next read of any weight."""
 
 
 class QuantizedWeight:
@@ -29,16 +41,20 @@ class QuantizedWeight:
 
     number_format: NumberFormat
     _rest: QuantizedTensor | None
+    streamed: Streamed | None = None
+    _computes_on: torch.device
+    _parameters: dict[str, nn.Parameter | None]
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight as a quantized tensor; shares memory with the module."""
+        """The weight as a quantized tensor; shares memory with the module. Of a streamed weight, in host memory."""
         if self._rest is None:
             raise RuntimeError("the weight has not been loaded yet")
         return replace(self._rest, codes=self.weight.data)
 
     @quantized.setter
     def quantized(self, value: QuantizedTensor) -> None:
+        self._refuse_streamed()
         self.weight = nn.Parameter(value.codes, requires_grad=False)
         self.set_scales(value)
 
@@ -48,11 +64,44 @@ class QuantizedWeight:
         self._rest = replace(value, codes=value.codes[:0])
         self.number_format = value.format
 
+    def stream_from(self, streamed: Streamed) -> None:
+        """From here on, compute with what `streamed` gives: the same weight as this module's, which stays."""
+        self.streamed, self._computes_on = streamed, streamed.device
+
+    @property
+    def computes_on(self) -> torch.device:
+        """The device of the products."""
+        device: torch.device = self.weight.device if self.streamed is None else self._computes_on
+        return device
+
+    def read(self, device: torch.device | None = None) -> QuantizedTensor:
+        """The weight to compute with on `device` (default: `computes_on`): `quantized`, or the copy of a streamed one.
+
+        That copy is good for what is launched before the next read of any weight, so it is not to be kept.
+        """
+        streamed = self.streamed
+        return (
+            self.quantized if streamed is None or streamed.device != (device or self._computes_on) else streamed.read()
+        )
+
+    def _refuse_streamed(self) -> None:
+        if self.streamed is not None:
+            raise ConfigError("a streamed weight cannot be replaced", hint="change the base before it streams")
+
     @property
     def scales(self) -> Scales | None:
         return None if self._rest is None else self._rest.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.streamed is not None:
+            # The weight stays; all else, such as a bias, goes along.
+            weight, self._parameters["weight"] = self._parameters["weight"], None
+            try:
+                super()._apply(fn, recurse)  # type: ignore[misc]
+            finally:
+                self._parameters["weight"] = weight
+            self._computes_on = fn(torch.empty(0, device=self._computes_on)).device
+            return self
         module = super()._apply(fn, recurse)  # type: ignore[misc]
         if self._rest is not None:
 
@@ -81,6 +130,8 @@ class QuantizedWeight:
         error_msgs: list[str],
     ) -> None:
         key = prefix + "weight"
+        if key in state_dict:
+            self._refuse_streamed()
         if is_quantized(state_dict, key):
             loaded = from_state_dict(state_dict, key)
             if not local_metadata.get("assign_to_params_buffers", False):
@@ -179,20 +230,20 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
         bias = None if self.bias is None else self.bias.to(input.dtype)
         result: Tensor
         if low is None or lora_b is None:
-            result = _FrozenLinear.apply(input, bias, self.quantized)
+            result = _FrozenLinear.apply(input, bias, self)
             return result
         # Few rows to generate from: the codes are multiplied, and the adapter's product comes after that is rounded.
         few = input.is_cuda and input.numel() <= MAX_ROWS * self.in_features
         after = few and not (self.training or torch.is_grad_enabled())
-        result = _AdaptedLinear.apply(input, bias, self.quantized, low, lora_b, scaling, after)
+        result = _AdaptedLinear.apply(input, bias, self, low, lora_b, scaling, after)
         return result
 
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary layer with the dequantized weight, in `dtype` (default: the model's)."""
+        """An ordinary layer with the dequantized weight, in `dtype` (default: the model's), where it is computed."""
         dtype = dtype or self.compute_dtype
         with torch.device("meta"):
             layer = nn.Linear(self.in_features, self.out_features, bias=False)
-        layer.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
+        layer.weight = nn.Parameter(self.read().dequantize(dtype), requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.data.to(layer.weight.dtype), requires_grad=False)
         return layer
@@ -205,19 +256,22 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x W^T + b that keeps W quantized between forward and backward."""
+    """x W^T + b that keeps W quantized between forward and backward.
+
+    Each pass reads the weight from its layer: of a streamed one, what was read before may be another's by then.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, bias: Tensor | None, weight: QuantizedTensor) -> Tensor:
-        ctx.quantized = weight
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
         with torch.autocast(input.device.type, enabled=False):
-            return weight.linear(input, bias)
+            return layer.read(input.device).linear(input, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ ctx.quantized.dequantize(grad_output.dtype)
+            grad_input = grad_output @ ctx.layer.read(grad_output.device).dequantize(grad_output.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0)
         return grad_input, grad_bias, None
@@ -237,14 +291,15 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         bias: Tensor | None,
-        weight: QuantizedTensor,
+        layer: QuantizedLinear,
         low: Tensor,
         lora_b: Tensor,
         scaling: float,
         after: bool,
     ) -> Tensor:
         ctx.save_for_backward(low, lora_b)
-        ctx.quantized, ctx.scaling = weight, scaling
+        ctx.layer, ctx.scaling = layer, scaling
+        weight = layer.read(input.device)
         num_rows, num_columns = weight.shape
         flat, flat_low = input.reshape(-1, num_columns), low.reshape(-1, low.shape[-1])
         with torch.autocast(input.device.type, enabled=False):
@@ -262,7 +317,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_bias = grad_low = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ ctx.quantized.dequantize(grad_output.dtype)
+            grad_input = grad_output @ ctx.layer.read(grad_output.device).dequantize(grad_output.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(dim=0)
         if ctx.needs_input_grad[3]:
