@@ -1,11 +1,11 @@
-"""How `adamw_triton` launches for LoRA: aligned fp32 and bf16 parameters; and odd sizes."""
+"""How `optimizer_triton` launches for LoRA: aligned fp32 and bf16 parameters; and odd sizes."""
 
 from __future__ import annotations
 
 import triton.language as tl
 from compiling import Variant
 
-from fourfold.kernels.adamw_triton import (
+from fourfold.kernels.optimizer_triton import (
     FINISH_BLOCK,
     FINISH_WARPS,
     NUM_WARPS,
@@ -35,12 +35,16 @@ def norm(dtype: tl.dtype, aligned: bool) -> Variant:
 
 def update(dtype: tl.dtype, bits: int, aligned: bool) -> Variant:
     moment = "*u8" if bits == 8 else "*fp32"
-    names = ("absmax1", "absmax2", "map1", "map2", "threshold1", "threshold2", "row", "scale")
+    absmax = "*fp32" if bits == 8 else None
+    names = ("map1", "map2", "threshold1", "threshold2", "row", "scale")
     return Variant(
         update_kernel,
         {
             **COMMON,
             **{f"{name}_ptr": "*fp32" for name in names},
+            "absmax1_ptr": absmax,
+            "absmax2_ptr": absmax,
+            "chunk_offset_ptr": "*i64",
             "num_params": "i32",
             "first_ptr": moment,
             "second_ptr": moment,

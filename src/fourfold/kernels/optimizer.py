@@ -26,16 +26,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fourfold.kernels.adamw_state import BLOCK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
 from fourfold.kernels.availability import say_once, triton_refuses
+from fourfold.kernels.optimizer_state import BLOCK_SIZE, SMALLEST_ABSMAX, Hyperparameters, OptimizerState
 
-__all__ = ["adamw_step", "adamw_step_reference"]
+__all__ = ["optimizer_step", "optimizer_step_reference"]
 
 logger = logging.getLogger(__name__)
 
 
-def adamw_step(
-    state: AdamWState,
+def optimizer_step(
+    state: OptimizerState,
     grads: Sequence[Tensor | None],
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
@@ -53,22 +53,22 @@ def adamw_step(
     if state.steps.device.type != "cpu":
         refusal = triton_refuses(state.steps)
         if refusal is None:
-            from fourfold.kernels.adamw_triton import adamw_step_triton
+            from fourfold.kernels.optimizer_triton import optimizer_step_triton
 
-            adamw_step_triton(state, grads, groups, max_grad_norm, loss)
+            optimizer_step_triton(state, grads, groups, max_grad_norm, loss)
             return
         say_once(logger, f"AdamW runs in PyTorch, one parameter at a time and slower than by its kernel: {refusal}")
-    adamw_step_reference(state, grads, groups, max_grad_norm, loss)
+    optimizer_step_reference(state, grads, groups, max_grad_norm, loss)
 
 
-def adamw_step_reference(
-    state: AdamWState,
+def optimizer_step_reference(
+    state: OptimizerState,
     grads: Sequence[Tensor | None],
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
 ) -> None:
-    """`adamw_step` in PyTorch. It reads the norm, so on a GPU it waits for the device once."""
+    """`optimizer_step` in PyTorch. It reads the norm, so on a GPU it waits for the device once."""
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads if grad is not None]
     state.norm.copy_(torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(()))
     finite = state.norm.isfinite() if loss is None else state.norm.isfinite() & loss.isfinite()
@@ -86,9 +86,12 @@ def adamw_step_reference(
             _update(state.params[index], grad.float() * state.scale, state, index, group, steps[index] + 1)
 
 
-def _update(param: Tensor, grad: Tensor, state: AdamWState, index: int, group: Hyperparameters, step: float) -> None:
-    views = state.views(index)
-    if state.bits[index] == 32:
+def _update(
+    param: Tensor, grad: Tensor, state: OptimizerState, index: int, group: Hyperparameters, step: float
+) -> None:
+    # Paged moments are brought whole: copies that the host waits for, and none where they are resident.
+    views = {name: view.to(param.device) for name, view in state.views(index).items() if name != "step"}
+    if state.kinds[index].bits == 32:
         first, second = views["exp_avg"], views["exp_avg_sq"]
     else:
         first = _decode(views["state1"], views["absmax1"], state.maps.first)
@@ -102,9 +105,13 @@ def _update(param: Tensor, grad: Tensor, state: AdamWState, index: int, group: H
     updated.addcdiv_(first, denominator, value=-group.lr / (1 - group.beta1**step))
     if updated is not param:
         param.copy_(updated)
-    if state.bits[index] == 8:
+    if state.kinds[index].bits == 8:
         _encode(first, views["state1"], views["absmax1"], state.thresholds.first)
         _encode(second, views["state2"], views["absmax2"], state.thresholds.second)
+    if state.kinds[index].paged:
+        homes = state.views(index)
+        for name, view in views.items():
+            homes[name].copy_(view)
 
 
 def _blocks(values: Tensor) -> Tensor:

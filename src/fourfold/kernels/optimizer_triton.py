@@ -2,7 +2,8 @@
 """AdamW on the GPU: three launches a step (norm, finish, update), whatever the number of parameters.
 
 Kernels find their tensors by address, in a table that is sent each step: gradients are made anew by each backward pass.
-A launch covers the parameters of one `Pack`, so mixed dtypes or mixed state take one norm and one update launch each.
+A launch covers the parameters of one `Pack`, so mixed dtypes or mixed state take one norm and one update launch each;
+a paged one takes an update launch for each of its pages.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.adamw_state import BLOCK_SIZE, CHUNK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
+from fourfold.kernels.optimizer_state import (
+    BLOCK_SIZE,
+    CHUNK_SIZE,
+    MOMENTS,
+    SMALLEST_ABSMAX,
+    Hyperparameters,
+    OptimizerState,
+    Pack,
+)
 
-__all__ = ["adamw_step_triton", "finish_kernel", "nearest_code", "norm_kernel", "update_kernel", "update_warps"]
+__all__ = ["finish_kernel", "nearest_code", "norm_kernel", "optimizer_step_triton", "update_kernel", "update_warps"]
 
 NUM_WARPS = 4
 FINISH_WARPS = 8
@@ -36,7 +45,7 @@ _SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
 @triton.jit
 def norm_kernel(
     address_ptr,  # int64 [2, num_params]: gradients, parameters
-    table_ptr,  # int64 [num_params, 3]
+    table_ptr,  # int64 [num_params, 2]
     chunk_tensor_ptr,
     chunk_index_ptr,
     partial_ptr,  # fp32 [num_chunks]
@@ -51,7 +60,7 @@ def norm_kernel(
     address = tl.load(address_ptr + tensor)
     total = 0.0
     if address != 0:
-        numel = tl.load(table_ptr + tensor * 3)
+        numel = tl.load(table_ptr + tensor * 2)
         grad_ptr = address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
             grad_ptr = tl.multiple_of(grad_ptr, 16)
@@ -99,7 +108,7 @@ def finish_kernel(
         address = tl.load(address_ptr + at, mask=mask, other=0)
         step = tl.load(step_ptr + at, mask=mask, other=0.0) + tl.where(address != 0, counted, 0.0)
         tl.store(step_ptr + at, step, mask=mask)
-        hyper = hyper_ptr + tl.load(table_ptr + at * 3 + 2, mask=mask, other=0) * 5
+        hyper = hyper_ptr + tl.load(table_ptr + at * 2 + 1, mask=mask, other=0) * 5
         lr = tl.load(hyper)
         beta1 = tl.load(hyper + 1)
         beta2 = tl.load(hyper + 2)
@@ -173,6 +182,7 @@ def update_kernel(
     table_ptr,
     chunk_tensor_ptr,
     chunk_index_ptr,
+    chunk_offset_ptr,
     first_chunk,
     row_ptr,
     scale_ptr,
@@ -195,16 +205,15 @@ def update_kernel(
     # All that the tensors' addresses need is asked for at once: what waits for it, waits once.
     grad_address = tl.load(address_ptr + tensor)
     param_address = tl.load(address_ptr + num_params + tensor)
-    numel = tl.load(table_ptr + tensor * 3)
+    numel = tl.load(table_ptr + tensor * 2)
     # All is said to begin at multiples of 4 elements, though it be of more: a thread then takes 4 elements next to each
     # other of every tensor. Were it 16, as for codes of 1 byte it would be, then gradients and parameters would be read
     # in steps and go through shared memory.
-    begin = tl.multiple_of(tl.load(table_ptr + tensor * 3 + 1), 4)
+    begin = tl.multiple_of(tl.load(chunk_offset_ptr + chunk), 4)
     scale = tl.load(scale_ptr)
     if (grad_address != 0) & (scale >= 0.0):
         start = index.to(tl.int64) * _CHUNK
         left = tl.minimum(numel - start, _CHUNK).to(tl.int32)
-        begin += start
         grad_ptr = grad_address.to(tl.pointer_type(DTYPE))
         param_ptr = param_address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
@@ -265,14 +274,14 @@ def update_warps(bits: int, aligned: bool) -> int:
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def adamw_step_triton(
-    state: AdamWState,
+def optimizer_step_triton(
+    state: OptimizerState,
     grads: Sequence[Tensor | None],
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
 ) -> None:
-    """See `fourfold.kernels.adamw.adamw_step`."""
+    """See `fourfold.kernels.optimizer.optimizer_step`."""
     device = state.steps.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -282,7 +291,7 @@ def adamw_step_triton(
 
 
 def _step(
-    state: AdamWState,
+    state: OptimizerState,
     grads: Sequence[Tensor | None],
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
@@ -296,15 +305,15 @@ def _step(
     partials = torch.empty(num_chunks, dtype=torch.float32, device=device)
     rows = torch.empty(num_params * ROW, dtype=torch.float32, device=device)
 
-    for dtype, _, first_chunk, chunks in state.packs:
-        norm_kernel[(chunks,)](
+    for pack in state.packs:
+        norm_kernel[(pack.num_chunks,)](
             addresses,
             state.table,
             state.chunk_tensor,
             state.chunk_index,
             partials,
-            first_chunk,
-            DTYPE=_DTYPES[dtype],
+            pack.first_chunk,
+            DTYPE=_DTYPES[pack.dtype],
             ALIGNED=aligned,
             num_warps=NUM_WARPS,
         )
@@ -324,27 +333,36 @@ def _step(
         BLOCK=FINISH_BLOCK,
         num_warps=FINISH_WARPS,
     )
-    for dtype, bits, first_chunk, chunks in state.packs:
+
+    def update(pack: Pack, first_chunk: int, chunks: int, values: Sequence[Tensor], absmax: Sequence[Tensor]) -> None:
+        """Of chunks whose moments, and scales of moments of 8 bits, are in `values` and `absmax`."""
         update_kernel[(chunks,)](
             addresses,
             num_params,
             state.table,
             state.chunk_tensor,
             state.chunk_index,
+            state.chunk_offset,
             first_chunk,
             rows,
             state.scale,
-            state.state1 if bits == 8 else state.exp_avg,
-            state.state2 if bits == 8 else state.exp_avg_sq,
-            state.absmax1,
-            state.absmax2,
+            *values,
+            *(absmax or (None, None)),
             *state.maps,
             *state.thresholds,
-            DTYPE=_DTYPES[dtype],
-            BITS=bits,
+            DTYPE=_DTYPES[pack.dtype],
+            BITS=pack.kind.bits,
             ALIGNED=aligned,
-            num_warps=update_warps(bits, aligned),
+            num_warps=update_warps(pack.kind.bits, aligned),
         )
+
+    for pack in state.packs:
+        if state.pager is None or not pack.pages:
+            update(pack, pack.first_chunk, pack.num_chunks, *state.moments[pack.kind])
+            continue
+        for page, parts in state.pager.turn(pack.pages):
+            many = len(MOMENTS[state.rule])
+            update(pack, page.first_chunk, page.num_chunks, parts[:many], parts[many:])
 
 
 def _send(pointers: list[int], groups: Sequence[Hyperparameters], device: torch.device) -> tuple[Tensor, Tensor]:
