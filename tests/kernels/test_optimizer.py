@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.optimizer import optimizer_step_reference
-from fourfold.kernels.optimizer_state import Entry, Hyperparameters, OptimizerState, lay_out
+from fourfold.kernels.optimizer_state import MOMENTS, Entry, Hyperparameters, OptimizerState, lay_out
 from fourfold.optimizers.maps import state_maps
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -27,11 +27,13 @@ SHAPES = [(16, 256), (3, 1111), (5,), (2100,)]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
 
 
-def made(dtype: torch.dtype, bits: int, paged: tuple[bool, ...] = (False,) * 4, page_bytes: int = 0) -> OptimizerState:
+def made(
+    dtype: torch.dtype, bits: int, rule: str = "adamw", paged: tuple[bool, ...] = (False,) * 4, page_bytes: int = 0
+) -> OptimizerState:
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
     entries = [Entry(p, i % 2, bits if p.numel() >= 256 else 32, paged[i]) for i, p in enumerate(params)]
-    return lay_out(entries, state_maps(torch.device("cpu")), page_bytes=page_bytes)
+    return lay_out(entries, state_maps(torch.device("cpu")), rule, page_bytes)
 
 
 def gradients(state: OptimizerState, step: int) -> list[Tensor | None]:
@@ -50,8 +52,9 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
-    ours, wanted = made(dtype, bits), made(dtype, bits)
+@pytest.mark.parametrize("rule", MOMENTS)
+def test_kernels_equal_the_reference(rule: str, dtype: torch.dtype, bits: int) -> None:
+    ours, wanted = made(dtype, bits, rule), made(dtype, bits, rule)
     for step in range(3):
         for state, run in ((ours, optimizer_step_triton), (wanted, optimizer_step_reference)):
             run(state, gradients(state, step), GROUPS, 1.0, torch.tensor(0.5))
@@ -72,9 +75,12 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
 @pytest.mark.parametrize("page_bytes", [0, 40_000, 1 << 20])
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("paged", [(True,) * 4, (False, True, True, False)])
-def test_paged_numbers_are_the_resident_ones_bit_for_bit(paged: tuple[bool, ...], bits: int, page_bytes: int) -> None:
+@pytest.mark.parametrize("rule", MOMENTS)
+def test_paged_numbers_are_the_resident_ones_bit_for_bit(
+    rule: str, paged: tuple[bool, ...], bits: int, page_bytes: int
+) -> None:
     """Pages of one chunk, which split parameters; of some; and one for all."""
-    paged_state, resident = made(torch.float32, bits, paged, page_bytes), made(torch.float32, bits)
+    paged_state, resident = made(torch.float32, bits, rule, paged, page_bytes), made(torch.float32, bits, rule)
     assert paged_state.pager is not None
     for step in range(3):
         for slot in paged_state.pager.slots:
@@ -89,7 +95,7 @@ def test_paged_numbers_are_the_resident_ones_bit_for_bit(paged: tuple[bool, ...]
 
 
 def test_pages_cover_every_chunk_once_and_are_no_larger_than_asked() -> None:
-    state = made(torch.float32, 8, (True,) * 4, 10_000)
+    state = made(torch.float32, 8, paged=(True,) * 4, page_bytes=10_000)
     for pack in state.packs:
         chunks = [page.first_chunk + at for page in pack.pages for at in range(page.num_chunks)]
         assert chunks == list(range(pack.first_chunk, pack.first_chunk + pack.num_chunks))
@@ -128,7 +134,7 @@ def test_the_norm_is_of_all_chunks(num_partials: int) -> None:
     addresses, rows = torch.zeros(2 * count, dtype=torch.int64), torch.empty(count * ROW)
     finish_kernel[(1,)](
         *(partials, num_partials, None, math.inf, addresses, state.table, hyper, state.steps, rows),
-        *(state.norm, state.scale, count, FINISH_BLOCK),
+        *(state.norm, state.scale, count, False, FINISH_BLOCK),
     )
     assert distance(state.norm, partials.double().sum().sqrt()) < 1e-6
 
@@ -148,8 +154,9 @@ def test_unaligned_tensors_are_updated_too() -> None:
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize(("bad", "loss"), [(math.nan, 0.5), (math.inf, 0.5), (None, math.nan), (None, -math.inf)])
 @pytest.mark.parametrize("run", [optimizer_step_triton, optimizer_step_reference])
-def test_step_that_is_not_finite_changes_nothing(run, bad: float | None, loss: float, bits: int) -> None:
-    state = made(torch.float32, bits)
+@pytest.mark.parametrize("rule", MOMENTS)
+def test_step_that_is_not_finite_changes_nothing(rule: str, run, bad: float | None, loss: float, bits: int) -> None:
+    state = made(torch.float32, bits, rule)
     run(state, gradients(state, 0), GROUPS, 1.0, None)
     before = [(p.clone(), {k: v.clone() for k, v in state.views(i).items()}) for i, p in enumerate(state.params)]
     grads = gradients(state, 1)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from fourfold.errors import ConfigError
-from fourfold.optimizers import AdamW
+from fourfold.optimizers import AdamW, Lion
 from fourfold.optimizers.moments import MomentOptimizer
 
 SHAPES = [(16, 512), (3, 1111), (33,), (64, 100)]
-RULES = [AdamW]
+RULES = [AdamW, Lion]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

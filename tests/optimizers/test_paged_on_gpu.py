@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from fourfold.optimizers import AdamW
+from fourfold.optimizers import AdamW, Lion
 from fourfold.optimizers.moments import MomentOptimizer
 
 pytestmark = pytest.mark.gpu
 
 # Odd ones too; with pages of one chunk, some are split over several.
 SHAPES = [(16, 4096), (1024, 16), (3, 2111), (33,), (64, 2048)]
-RULES = [AdamW]
+RULES = [AdamW, Lion]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.05, "max_grad_norm": 10.0}
 
 

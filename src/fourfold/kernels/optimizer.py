@@ -1,11 +1,19 @@
-"""One step of AdamW for all parameters at once, with clipping and 32-bit or 8-bit moments.
+"""One step of AdamW or Lion for all parameters at once, with clipping and 32-bit or 8-bit moments.
 
-For a parameter p with gradient g, in fp32 (https://arxiv.org/abs/1711.05101, algorithm 2):
+For a parameter p with gradient g, in fp32,
 
     g = g * min(1, max_grad_norm / (norm of all gradients + 1e-6))
+
+and then by AdamW (https://arxiv.org/abs/1711.05101, algorithm 2)
+
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     p = p - lr * weight_decay * p - lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)
+
+or by Lion (https://arxiv.org/abs/2302.06675, algorithm 2)
+
+    p = p - lr * weight_decay * p - lr * sign(beta1 * m + (1 - beta1) * g)
+    m = beta2 * m + (1 - beta2) * g
 
 8-bit moments are codes in blocks of 256 that share a scale (https://arxiv.org/abs/2110.02861): an element is
 map[code] * absmax[block], with the signed dynamic map for m and the unsigned one for v, and the nearest code is taken.
@@ -21,13 +29,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fourfold.kernels.availability import say_once, triton_refuses
-from fourfold.kernels.optimizer_state import BLOCK_SIZE, SMALLEST_ABSMAX, Hyperparameters, OptimizerState
+from fourfold.kernels.optimizer_state import BLOCK_SIZE, MOMENTS, SMALLEST_ABSMAX, Hyperparameters, OptimizerState
 
 __all__ = ["optimizer_step", "optimizer_step_reference"]
 
@@ -57,7 +65,9 @@ def optimizer_step(
 
             optimizer_step_triton(state, grads, groups, max_grad_norm, loss)
             return
-        say_once(logger, f"AdamW runs in PyTorch, one parameter at a time and slower than by its kernel: {refusal}")
+        say_once(
+            logger, f"The optimizer runs in PyTorch, one parameter at a time, slower than by its kernel: {refusal}"
+        )
     optimizer_step_reference(state, grads, groups, max_grad_norm, loss)
 
 
@@ -92,26 +102,44 @@ def _update(
     # Paged moments are brought whole: copies that the host waits for, and none where they are resident.
     views = {name: view.to(param.device) for name, view in state.views(index).items() if name != "step"}
     if state.kinds[index].bits == 32:
-        first, second = views["exp_avg"], views["exp_avg_sq"]
+        moments = [views[name] for name in MOMENTS[state.rule]]
     else:
-        first = _decode(views["state1"], views["absmax1"], state.maps.first)
-        second = _decode(views["state2"], views["absmax2"], state.maps.second)
-    first.lerp_(grad, 1 - group.beta1)
-    second.mul_(group.beta2).addcmul_(grad, grad, value=1 - group.beta2)
-    denominator = (second.sqrt() / math.sqrt(1 - group.beta2**step)).add_(group.eps)
+        numbered = [(views[f"state{n}"], views[f"absmax{n}"]) for n in range(1, len(MOMENTS[state.rule]) + 1)]
+        moments = [_decode(*each, points) for each, points in zip(numbered, state.maps, strict=False)]
     updated = param.float()  # the parameter itself where it is fp32
     # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
     updated.sub_(updated, alpha=group.lr * group.weight_decay)
-    updated.addcdiv_(first, denominator, value=-group.lr / (1 - group.beta1**step))
+    _RULES[state.rule](updated, moments, grad, group, step)
     if updated is not param:
         param.copy_(updated)
     if state.kinds[index].bits == 8:
-        _encode(first, views["state1"], views["absmax1"], state.thresholds.first)
-        _encode(second, views["state2"], views["absmax2"], state.thresholds.second)
+        for each, moment, thresholds in zip(numbered, moments, state.thresholds, strict=False):
+            _encode(moment, *each, thresholds)
     if state.kinds[index].paged:
         homes = state.views(index)
         for name, view in views.items():
             homes[name].copy_(view)
+
+
+def _adamw(param: Tensor, moments: list[Tensor], grad: Tensor, group: Hyperparameters, step: float) -> None:
+    first, second = moments
+    first.lerp_(grad, 1 - group.beta1)
+    second.mul_(group.beta2).addcmul_(grad, grad, value=1 - group.beta2)
+    denominator = (second.sqrt() / math.sqrt(1 - group.beta2**step)).add_(group.eps)
+    param.addcdiv_(first, denominator, value=-group.lr / (1 - group.beta1**step))
+
+
+def _lion(param: Tensor, moments: list[Tensor], grad: Tensor, group: Hyperparameters, step: float) -> None:
+    (first,) = moments
+    param.sub_(first.lerp(grad, 1 - group.beta1).sign_(), alpha=group.lr)
+    first.lerp_(grad, 1 - group.beta2)
+
+
+# What a rule does to a parameter that has decayed, in fp32, and to its moments.
+_RULES: dict[str, Callable[[Tensor, list[Tensor], Tensor, Hyperparameters, float], None]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+}
 
 
 def _blocks(values: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""AdamW on the GPU: three launches a step (norm, finish, update), whatever the number of parameters.
+"""AdamW and Lion on the GPU: three launches a step (norm, finish, update), whatever the number of parameters.
 
 Kernels find their tensors by address, in a table that is sent each step: gradients are made anew by each backward pass.
 A launch covers the parameters of one `Pack`, so mixed dtypes or mixed state take one norm and one update launch each;
@@ -85,6 +85,7 @@ def finish_kernel(
     norm_ptr,
     scale_ptr,
     num_params,
+    LION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
@@ -119,6 +120,8 @@ def finish_kernel(
         correction1 = 1.0 - tl.exp(time * tl.log(beta1))
         correction2 = tl.sqrt(1.0 - tl.exp(time * tl.log(beta2)))
         row = row_ptr + at * _ROW
+        if LION:
+            correction1 = 1.0
         tl.store(row, (lr / correction1).to(tl.float32), mask=mask)
         tl.store(row + 1, (1.0 / correction2).to(tl.float32), mask=mask)
         tl.store(row + 2, (lr * weight_decay).to(tl.float32), mask=mask)
@@ -195,10 +198,11 @@ def update_kernel(
     threshold1_ptr,
     threshold2_ptr,
     DTYPE: tl.constexpr,
+    LION: tl.constexpr,
     BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """AdamW on one chunk of a parameter."""
+    """AdamW or Lion on one chunk of a parameter. Lion has no second moment: what belongs to it is None."""
     chunk = first_chunk + tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     index = tl.load(chunk_index_ptr + chunk)
@@ -223,7 +227,8 @@ def update_kernel(
         grad_ptr += start
         param_ptr += start
         first_ptr += begin
-        second_ptr += begin
+        if not LION:
+            second_ptr += begin
         row = row_ptr + tensor * _ROW
         step_size = tl.load(row)
         inverse_correction2 = tl.load(row + 1)
@@ -247,23 +252,32 @@ def update_kernel(
         if BITS == 8:
             some = rows * _COLUMNS < left
             absmax1_ptr += begin // _COLUMNS
-            absmax2_ptr += begin // _COLUMNS
             first = _load_moment(first_ptr, absmax1_ptr, map1_ptr, offsets, mask, rows, some, 127)
-            second = _load_moment(second_ptr, absmax2_ptr, map2_ptr, offsets, mask, rows, some, 0)
+            if not LION:
+                absmax2_ptr += begin // _COLUMNS
+                second = _load_moment(second_ptr, absmax2_ptr, map2_ptr, offsets, mask, rows, some, 0)
         else:
             first = tl.load(first_ptr + offsets, mask=mask, other=0.0)
-            second = tl.load(second_ptr + offsets, mask=mask, other=0.0)
+            if not LION:
+                second = tl.load(second_ptr + offsets, mask=mask, other=0.0)
 
-        first = first * beta1 + grad * one_minus_beta1
-        second = second * beta2 + grad * grad * one_minus_beta2
-        param -= step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
+        if LION:
+            direction = first * beta1 + grad * one_minus_beta1
+            param -= tl.where(direction > 0, step_size, tl.where(direction < 0, -step_size, 0.0))
+            first = first * beta2 + grad * one_minus_beta2
+        else:
+            first = first * beta1 + grad * one_minus_beta1
+            second = second * beta2 + grad * grad * one_minus_beta2
+            param -= step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
         tl.store(param_ptr + offsets, param.to(DTYPE), mask=mask)
         if BITS == 8:
             _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, offsets, mask, rows, some, True)
-            _store_moment(second, second_ptr, absmax2_ptr, threshold2_ptr, offsets, mask, rows, some, False)
+            if not LION:
+                _store_moment(second, second_ptr, absmax2_ptr, threshold2_ptr, offsets, mask, rows, some, False)
         else:
             tl.store(first_ptr + offsets, first, mask=mask)
-            tl.store(second_ptr + offsets, second, mask=mask)
+            if not LION:
+                tl.store(second_ptr + offsets, second, mask=mask)
 
 
 def update_warps(bits: int, aligned: bool) -> int:
@@ -301,6 +315,7 @@ def _step(
     pointers = [0 if grad is None else grad.data_ptr() for grad in grads]
     pointers += [param.data_ptr() for param in state.params]
     aligned = all(pointer % 16 == 0 for pointer in pointers) and all(p.numel() % 16 == 0 for p in state.params)
+    lion = state.rule == "lion"
     addresses, hyper = _send(pointers, groups, device)
     partials = torch.empty(num_chunks, dtype=torch.float32, device=device)
     rows = torch.empty(num_params * ROW, dtype=torch.float32, device=device)
@@ -330,6 +345,7 @@ def _step(
         state.norm,
         state.scale,
         num_params,
+        LION=lion,
         BLOCK=FINISH_BLOCK,
         num_warps=FINISH_WARPS,
     )
@@ -346,11 +362,12 @@ def _step(
             first_chunk,
             rows,
             state.scale,
-            *values,
-            *(absmax or (None, None)),
+            *_two(values),
+            *_two(absmax),
             *state.maps,
             *state.thresholds,
             DTYPE=_DTYPES[pack.dtype],
+            LION=lion,
             BITS=pack.kind.bits,
             ALIGNED=aligned,
             num_warps=update_warps(pack.kind.bits, aligned),
@@ -363,6 +380,11 @@ def _step(
         for page, parts in state.pager.turn(pack.pages):
             many = len(MOMENTS[state.rule])
             update(pack, page.first_chunk, page.num_chunks, parts[:many], parts[many:])
+
+
+def _two(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What a kernel takes for its first and second moment."""
+    return (*tensors, None, None)[:2]
 
 
 def _send(pointers: list[int], groups: Sequence[Hyperparameters], device: torch.device) -> tuple[Tensor, Tensor]:
