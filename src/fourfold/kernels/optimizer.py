@@ -37,7 +37,7 @@ from torch import Tensor
 from fourfold.kernels.availability import say_once, triton_refuses
 from fourfold.kernels.optimizer_state import BLOCK_SIZE, MOMENTS, SMALLEST_ABSMAX, Hyperparameters, OptimizerState
 
-__all__ = ["optimizer_step", "optimizer_step_reference"]
+__all__ = ["measure", "optimizer_step", "optimizer_step_reference"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,22 +78,26 @@ def optimizer_step_reference(
     max_grad_norm: float | None,
     loss: Tensor | None,
 ) -> None:
-    """`optimizer_step` in PyTorch. It reads the norm, so on a GPU it waits for the device once."""
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads if grad is not None]
-    state.norm.copy_(torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(()))
-    finite = state.norm.isfinite() if loss is None else state.norm.isfinite() & loss.isfinite()
-    if not finite.item():
-        state.scale.fill_(-1.0)
+    """`optimizer_step` in PyTorch. It reads the scale, so on a GPU it waits for the device."""
+    measure(state.norm, state.scale, grads, max_grad_norm, loss)
+    if state.scale.item() < 0:
         return
-    state.scale.fill_(1.0)
-    if max_grad_norm:
-        state.scale.copy_((max_grad_norm / (state.norm + 1e-6)).clamp(max=1.0))
     steps = state.steps.tolist()
     for index, grad in enumerate(grads):
         if grad is not None:
             state.steps[index] += 1
             group = groups[state.group_of[index]]
             _update(state.params[index], grad.float() * state.scale, state, index, group, steps[index] + 1)
+
+
+def measure(
+    norm: Tensor, scale: Tensor, grads: Sequence[Tensor | None], max_grad_norm: float | None, loss: Tensor | None
+) -> None:
+    """Set `norm` to that of all gradients, and `scale` to what they are to be multiplied by, or -1: change nothing."""
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads if grad is not None]
+    norm.copy_(torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(()))
+    finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    scale.copy_(torch.where(finite, ((max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0), -1.0))
 
 
 def _update(

@@ -2,7 +2,8 @@
 
 adamw.py        AdamW
 lion.py         Lion
-moments.py      what both share: the bits of their moments, and where those live
+adafactor.py    Adafactor
+moments.py      what the first two share: the bits of their moments, and where those live
 base.py         what all share: parameters, steps, checkpoints
 footprint.py    the bytes that their state takes
 maps.py         the code points of 8-bit state
@@ -10,7 +11,8 @@ maps.py         the code points of 8-bit state
 
 from __future__ import annotations
 
+from fourfold.optimizers.adafactor import Adafactor
 from fourfold.optimizers.adamw import AdamW
 from fourfold.optimizers.lion import Lion
 
-__all__ = ["AdamW", "Lion"]
+__all__ = ["Adafactor", "AdamW", "Lion"]
