@@ -15,8 +15,8 @@ where lr is multiplied by max(eps2, rms(p)) if steps are in proportion to the pa
 Rows and columns of a matrix of n x m take n + m numbers: they are fp32 and stay on the device, since 8 bits or another
 place would save nothing that could be noticed. There is no first moment, which would take what the factors save.
 
-It is PyTorch, one parameter at a time, some 15 launches each. Nothing waits for the device: where the gradients' norm or
-the loss is not finite, each result is chosen there to be what it was.
+It is PyTorch, one parameter at a time, some 20 launches each. Nothing waits for the device: where the gradients' norm
+or the loss is not finite, each result is chosen there to be what it was.
 """
 
 from __future__ import annotations

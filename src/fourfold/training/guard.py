@@ -63,9 +63,9 @@ class _Report:
 class StepGuard(TrainerCallback):
     """Times the optimizer steps and stops a run before a gradient that is not finite reaches the adapters.
 
-    An optimizer of `fourfold.optimizers` makes no update of such a step, so its numbers are looked at one step later, when
-    they have arrived: nothing waits for them. They are looked at without delay before anything is logged, evaluated,
-    saved or ended. With any other optimizer each step waits for its numbers before it is made.
+    The optimizers of `fourfold.optimizers` make no update of such a step, so its numbers are looked at one step later,
+    when they have arrived: nothing waits for them. They are looked at without delay before anything is logged,
+    evaluated, saved or ended. With any other optimizer each step waits for its numbers before it is made.
 
     Attributes:
         seconds: Spent in optimizer steps, without evaluation and saving, since it was last set to 0.
