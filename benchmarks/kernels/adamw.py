@@ -4,9 +4,9 @@
 
 448 fp32 tensors of 41.9M elements with fp32 gradients. Every candidate clips to a norm of 1.0. The limit is what a
 step must move (gradients read for the norm and again for the update, parameters and moments read and written) at the
-bandwidth of a copy, measured in the same run; for paged state, what its moments take over the link to the host, which
-goes both ways at once, at the bandwidth of a copy from it. "wall" is the time of a step when one waits for each, "host" what the
-CPU is busy for; "launches" counts kernels and copies.
+bandwidth of a copy, measured in the same run; for paged state, what its moments take over the link to the host, both
+ways at once, at the bandwidth of a copy from there. "wall" is the time of a step when one waits for each, "host" what
+the CPU is busy for; "launches" counts kernels and copies.
 """
 
 from __future__ import annotations

@@ -263,16 +263,17 @@ def cross_entropy() -> None:
         cross_entropy_triton.cross_entropy_triton(random(3, vocab), targets, gradient)
 
 
-def adamw() -> None:
+def optimizer() -> None:
     """Whole chunks, a short last block, less than a block, and one without a gradient; the last set is aligned."""
     odd = [(16, 256), (3, 1111), (5,), (2101,)]
     for shapes, bits, dtype in ((odd, 8, torch.float32), (odd, 32, torch.float16), ([(16, 256)], 8, torch.float32)):
         entries = [Entry(random(*shape, dtype=dtype), 0, bits if shape != (5,) else 32) for shape in shapes]
-        state = lay_out(entries, state_maps(DEVICE))
-        grads = [None if param.shape == (2101,) else torch.randn_like(param) for param in state.params]
         groups, loss = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1)], torch.ones((), device=DEVICE)
-        for _ in range(2):
-            optimizer_triton.optimizer_step_triton(state, grads, groups, 1.0, loss)
+        for rule, paged in (("adamw", False), ("adamw", True), ("lion", False)):
+            state = lay_out([entry._replace(paged=paged) for entry in entries], state_maps(DEVICE), rule, page_bytes=1)
+            grads = [None if param.shape == (2101,) else torch.randn_like(param) for param in state.params]
+            for _ in range(2):
+                optimizer_triton.optimizer_step_triton(state, grads, groups, 1.0, loss)
 
 
 def block(model_type: str, recompute: str) -> None:
@@ -325,7 +326,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "swiglu": swiglu,
     "swiglu's sums": swiglu_sums,
     "cross entropy": cross_entropy,
-    "AdamW": adamw,
+    "optimizers": optimizer,
 }
 BLOCKS: dict[str, Callable[[], None]] = {
     "Llama's block": lambda: block("llama", "selective"),

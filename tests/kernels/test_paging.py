@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import mmap
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from fourfold.errors import TrainingError
-from fourfold.kernels.paging import NUM_SLOTS, Page, Pager, host_zeros
+from fourfold.kernels.paging import NUM_SLOTS, Page, Pager
 
 CPU = torch.device("cpu")
 
@@ -35,36 +31,3 @@ def test_each_page_is_worked_on_once_a_turn_and_goes_back(size: int) -> None:
     pager.settle()
     assert torch.equal(numbers, torch.arange(1000) + 2.0)
     assert all(not page.home[1].any() for page in pages)
-
-
-def test_pinned_memory_refused_says_how_much_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(address: int, num_bytes: int, flags: int) -> int:
-        assert address % mmap.PAGESIZE == num_bytes % mmap.PAGESIZE == flags == 0
-        return 2
-
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=refuse))
-    with pytest.raises(TrainingError, match=r"400,000 bytes of pinned memory(.|\n)*error 2(.|\n)*paged_adamw_8bit"):
-        host_zeros(100_000, torch.float32, torch.device("cuda"))
-
-
-def test_more_memory_than_the_host_has_is_refused_alike() -> None:
-    with pytest.raises(TrainingError, match="pinned memory"):
-        host_zeros(1 << 60, torch.uint8, torch.device("cuda"))
-
-
-def test_pinned_memory_is_let_go_with_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[int] = []
-
-    def register(address: int, num_bytes: int, flags: int) -> int:
-        held.append(address)
-        return 0
-
-    calls = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=held.remove)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: calls)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    tensor = host_zeros(1001, torch.float32, torch.device("cuda"))
-    assert held == [tensor.data_ptr()]
-    assert tensor.shape == (1001,)
-    assert not tensor.any()
-    del tensor
-    assert held == []

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fourfold.kernels.paging import PAGE_BYTES, Page, Pager, host_zeros
+from fourfold.kernels.host_memory import host_zeros
+from fourfold.kernels.paging import PAGE_BYTES, Page, Pager
 
 __all__ = [
     "BLOCK_SIZE",

@@ -42,7 +42,7 @@ _ROW = tl.constexpr(ROW)
 _SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def norm_kernel(
     address_ptr,  # int64 [2, num_params]: gradients, parameters
     table_ptr,  # int64 [num_params, 2]
@@ -178,7 +178,7 @@ def _store_moment(moment, code_ptr, absmax_ptr, threshold_ptr, offsets, mask, bl
     tl.store(absmax_ptr + blocks, absmax, mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk", "num_params"])
 def update_kernel(
     address_ptr,
     num_params,
@@ -374,7 +374,7 @@ def _step(
         )
 
     for pack in state.packs:
-        if state.pager is None or not pack.pages:
+        if state.pager is None or not pack.pages:  # resident
             update(pack, pack.first_chunk, pack.num_chunks, *state.moments[pack.kind])
             continue
         for page, parts in state.pager.turn(pack.pages):

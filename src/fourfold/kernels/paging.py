@@ -7,17 +7,13 @@ before what it holds has gone. The host waits for nothing: all it does is to put
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fourfold.errors import TrainingError
-
-__all__ = ["NUM_SLOTS", "PAGE_BYTES", "Page", "Pager", "host_zeros", "slot_bytes"]
+__all__ = ["NUM_SLOTS", "PAGE_BYTES", "Page", "Pager", "slot_bytes"]
 
 PAGE_BYTES = 64 * 2**20
 """A page of this size takes 1 ms or so over PCIe: long beside a launch, and short beside a whole state."""
@@ -129,46 +125,3 @@ class Pager:
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source, non_blocking=True)
-
-
-def host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros in the host's memory, flat, pinned for copies to and from `device`; ordinary ones for a CPU.
-
-    Memory is registered with CUDA as it is, and not taken from PyTorch's pinned allocator, which rounds up to a power
-    of two: up to twice of what the moments of a whole model take. It is let go with the tensor.
-
-    Raises:
-        TrainingError: There is not so much memory, or it cannot be pinned.
-    """
-    if device.type != "cuda":
-        return torch.zeros(numel, dtype=dtype)
-    num_bytes = numel * dtype.itemsize
-    # Whole pages of the system, so that no two of these share one.
-    registered = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    try:
-        memory = torch.zeros(registered + mmap.PAGESIZE, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise _refused(num_bytes, error) from error
-    start = -memory.data_ptr() % mmap.PAGESIZE
-    address = memory.data_ptr() + start
-    code = int(torch.cuda.cudart().cudaHostRegister(address, registered, 0))
-    if code != 0:
-        raise _refused(num_bytes, f"cudaHostRegister returned error {code}")
-    tensor = memory[start : start + num_bytes].view(dtype)
-    weakref.finalize(tensor, _release, memory, address, device).atexit = False
-    return tensor
-
-
-def _release(memory: Tensor, address: int, device: torch.device) -> None:
-    """`memory` is here so that it is still there."""
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(address)
-
-
-def _refused(num_bytes: int, reason: object) -> TrainingError:
-    return TrainingError(
-        f"The host refuses {num_bytes:,} bytes of pinned memory for the optimizer's paged state",
-        found=reason,
-        hint="page less by an 8-bit optimizer (optim: paged_adamw_8bit), keep state on the GPU (optim: adamw_8bit), "
-        "or let the process have and lock more memory (free -h, ulimit -l)",
-    )
