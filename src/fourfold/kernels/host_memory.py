@@ -1,78 +1,87 @@
-"""The host's memory, pinned: what a GPU copies to and from beside its work."""
+"""Page-locked host memory, from which a GPU copies by itself."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fourfold.errors import TrainingError
 
-__all__ = ["available_bytes", "host_zeros"]
-
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
+__all__ = ["HostBuffer", "available_bytes", "rounded_to_pages"]
 
 
-def available_bytes() -> int:
-    """Bytes that the process may still take, without swapping, of the machine and of its control group (Linux, v2).
-
-    Where neither can be read, as on other systems, this is no limit: 2**63 - 1.
-    """
-    limits = [2**63 - 1]
-    if _MEMINFO.is_file():
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    limit, used, stat = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if all(file.is_file() for file in (limit, used, stat)) and limit.read_text().strip() != "max":
-        # Cached files are given up for others.
-        cached = dict(line.split() for line in stat.read_text().splitlines())["inactive_file"]
-        limits.append(int(limit.read_text()) - int(used.read_text()) + int(cached))
-    return max(0, min(limits))
+def rounded_to_pages(num_bytes: int) -> int:
+    """What a HostBuffer of `num_bytes` takes."""
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros in the host's memory, flat, pinned for copies to and from `device`; ordinary ones for a CPU.
+def available_bytes() -> int | None:
+    """Host memory that can still be had without swapping, by the kernel and by the control group; None if unknown."""
+    figures = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            figures.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        used = int((group / "memory.current").read_text())
+        # The group's page cache counts as used, and is let go when something else is wanted.
+        lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        figures.append(int(most) - used + int(lines.get("inactive_file", 0)) + int(lines.get("active_file", 0)))
+    return min(figures, default=None)
 
-    Memory is registered with CUDA as it is, and not taken from PyTorch's pinned allocator, which rounds up to a power
-    of two: up to twice of what the moments of a whole model take. It is let go with the tensor.
+
+class HostBuffer:
+    """uint8 [num_bytes] in host memory, page-locked for CUDA as long as this object lives.
+
+    PyTorch's own allocator of such memory gives the next power of two, up to twice what is asked for; this takes whole
+    pages.
+
+    Args:
+        num_bytes: Size.
+        pinned: Whether it is page-locked; needs CUDA.
+        purpose: What errors say it is for.
 
     Raises:
-        TrainingError: There is not so much memory, or it cannot be pinned.
+        TrainingError: The system has no such memory left, or refuses to lock it.
     """
-    if device.type != "cuda":
-        return torch.zeros(numel, dtype=dtype)
-    num_bytes = numel * dtype.itemsize
-    available = available_bytes()
-    if num_bytes > available:
-        # Linux gives out more than there is, and ends the process that uses it.
-        raise _refused(num_bytes, f"{available:,} bytes available")
-    # Whole pages of the system, so that no two of these share one.
-    registered = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = torch.zeros(registered + mmap.PAGESIZE, dtype=torch.uint8)
-    start = -memory.data_ptr() % mmap.PAGESIZE
-    address = memory.data_ptr() + start
-    code = int(torch.cuda.cudart().cudaHostRegister(address, registered, 0))
-    if code != 0:
-        raise _refused(num_bytes, f"cudaHostRegister returned error {code}")
-    tensor = memory[start : start + num_bytes].view(dtype)
-    weakref.finalize(tensor, _release, memory, address, device).atexit = False
-    return tensor
+
+    def __init__(self, num_bytes: int, *, pinned: bool, purpose: str) -> None:
+        if not pinned:
+            self.data = torch.empty(num_bytes, dtype=torch.uint8)
+            return
+        # Anonymous pages of its own: what is locked shares no page with anything else.
+        pages = mmap.mmap(-1, max(1, rounded_to_pages(num_bytes)))
+        whole = torch.frombuffer(pages, dtype=torch.uint8)
+        runtime: Any = torch.cuda.cudart()
+        status = runtime.cudaHostRegister(whole.data_ptr(), len(pages), 0)
+        if status != runtime.cudaError.success:
+            _forget_last_error()
+            raise TrainingError(
+                f"page-locked host memory was refused: {num_bytes / 2**20:,.0f} MiB for {purpose}",
+                found=f"CUDA error {int(status)}",
+                hint="raise the limit on locked memory (`ulimit -l unlimited`, `docker run --ulimit memlock=-1`), or "
+                "use less of it",
+            )
+        # Holds the pages: they are unlocked first, and given back then.
+        weakref.finalize(self, _unlock, pages, whole.data_ptr()).atexit = False
+        self.data = whole[:num_bytes]
 
 
-def _release(memory: Tensor, address: int, device: torch.device) -> None:
-    """`memory` is here so that it is still there."""
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(address)
+def _unlock(pages: mmap.mmap, address: int) -> None:
+    torch.cuda.synchronize()
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
 
 
-def _refused(num_bytes: int, reason: object) -> TrainingError:
-    return TrainingError(
-        f"The host refuses {num_bytes:,} bytes of pinned memory for the optimizer's paged state",
-        found=reason,
-        hint="page less by an 8-bit optimizer (optim: paged_adamw_8bit), keep state on the GPU (optim: adamw_8bit), "
-        "or let the process have and lock more memory (free -h, ulimit -l)",
-    )
+def _forget_last_error() -> None:
+    """CUDA keeps the last error for the next launch to report, which has nothing to do with it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fourfold.kernels.host_memory import host_zeros
-from fourfold.kernels.paging import PAGE_BYTES, Page, Pager
+from fourfold.kernels.host_memory import HostBuffer
+from fourfold.kernels.paging import PAGE_BYTES, Page, Pager, host_buffer
 
 __all__ = [
     "BLOCK_SIZE",
@@ -117,6 +117,7 @@ class OptimizerState:
         offsets: Where each parameter's moments begin in the buffers of its kind; whole blocks.
         packs: See `Pack`.
         moments: The buffers of each kind.
+        host: What those of paged kinds are parts of, one for each kind; pinned as long as this is there.
         pager: Brings pages to the device and back; None where nothing is paged.
         steps: Updates made of each parameter, fp32 [num_params].
         maps, thresholds: Code points, and the middles between them, ascending, then -inf, fp32 [256].
@@ -134,6 +135,7 @@ class OptimizerState:
     offsets: list[int]
     packs: list[Pack]
     moments: dict[Kind, Moments]
+    host: dict[Kind, HostBuffer]
     pager: Pager | None
     steps: Tensor
     maps: Maps
@@ -211,7 +213,8 @@ def lay_out(entries: Sequence[Entry], maps: Maps, rule: str = "adamw", page_byte
         chunk_begin += range(offsets[-1], offsets[-1] + len(chunks) * CHUNK_SIZE, CHUNK_SIZE)
         bounds.append((entry.param.dtype, kind, first, len(chunk_tensor)))
 
-    moments = {kind: _allocate(rule, kind, end, device) for kind, end in ends.items()}
+    host = {kind: host_buffer(moment_bytes(rule, kind.bits, end), device) for kind, end in ends.items() if kind.paged}
+    moments = {kind: _allocate(rule, kind, end, device, host.get(kind)) for kind, end in ends.items()}
     packs = list[Pack]()
     for dtype, kind, first, last in bounds:
         pages = list[Page]()
@@ -239,6 +242,7 @@ def lay_out(entries: Sequence[Entry], maps: Maps, rule: str = "adamw", page_byte
         offsets=offsets,
         packs=packs,
         moments=moments,
+        host=host,
         pager=Pager(paged, device) if paged else None,
         steps=torch.zeros(len(ordered), device=device),
         maps=maps,
@@ -252,19 +256,18 @@ def lay_out(entries: Sequence[Entry], maps: Maps, rule: str = "adamw", page_byte
     )
 
 
-def _allocate(rule: str, kind: Kind, numel: int, device: torch.device) -> Moments:
+def _allocate(rule: str, kind: Kind, numel: int, device: torch.device, host: HostBuffer | None) -> Moments:
     """Zeros: where state lives is decided here alone."""
-
-    def zeros(count: int, dtype: torch.dtype) -> Tensor:
-        return host_zeros(count, dtype, device) if kind.paged else torch.zeros(count, dtype=dtype, device=device)
-
-    many = range(len(MOMENTS[rule]))
-    if kind.bits == 32:
-        return Moments(tuple(zeros(numel, torch.float32) for _ in many), ())
-    return Moments(
-        tuple(zeros(numel, torch.uint8) for _ in many),
-        tuple(zeros(numel // BLOCK_SIZE, torch.float32) for _ in many),
-    )
+    many = len(MOMENTS[rule])
+    parts = [(numel, torch.float32)] * many
+    if kind.bits == 8:
+        parts = [(numel, torch.uint8)] * many + [(numel // BLOCK_SIZE, torch.float32)] * many
+    if host is None:
+        tensors = [torch.zeros(count, dtype=dtype, device=device) for count, dtype in parts]
+    else:
+        pieces = host.data.split([count * dtype.itemsize for count, dtype in parts])
+        tensors = [piece.view(dtype) for piece, (_, dtype) in zip(pieces, parts, strict=True)]
+    return Moments(tuple(tensors[:many]), tuple(tensors[many:]))
 
 
 def _slices(moments: Moments, begin: int, end: int) -> tuple[Tensor, ...]:

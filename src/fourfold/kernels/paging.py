@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NUM_SLOTS", "PAGE_BYTES", "Page", "Pager", "slot_bytes"]
+from fourfold.errors import TrainingError
+from fourfold.kernels.host_memory import HostBuffer, available_bytes
+
+__all__ = ["NUM_SLOTS", "PAGE_BYTES", "Page", "Pager", "host_buffer", "slot_bytes"]
 
 PAGE_BYTES = 64 * 2**20
 """A page of this size takes 1 ms or so over PCIe: long beside a launch, and short beside a whole state."""
@@ -125,3 +128,30 @@ class Pager:
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source, non_blocking=True)
+
+
+def host_buffer(num_bytes: int, device: torch.device) -> HostBuffer:
+    """Zeros in the host's memory for state that is paged to `device`: pinned, unless that is a CPU.
+
+    Raises:
+        TrainingError: There is not so much memory, or it cannot be pinned.
+    """
+    hint = (
+        "page less by an 8-bit optimizer (optim: paged_adamw_8bit), or keep state on the GPU (optim: adamw_8bit); "
+        "`ulimit -l` is the limit on pinned memory"
+    )
+    available = available_bytes()
+    if available is not None and num_bytes > available:
+        # Linux gives out more than there is, and ends the process that uses it.
+        raise TrainingError(
+            f"The host has no {num_bytes:,} bytes of memory left for the optimizer's paged state",
+            found=f"{available:,} bytes",
+            hint=hint,
+        )
+    try:
+        buffer = HostBuffer(num_bytes, pinned=device.type == "cuda", purpose="the optimizer's paged state")
+    except TrainingError as error:
+        raise TrainingError(error.what, found=f"{error.found}, for {num_bytes:,} bytes", hint=hint) from error
+    if device.type != "cuda":
+        buffer.data.zero_()  # what is pinned comes from the system, as zeros
+    return buffer
