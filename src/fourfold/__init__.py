@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fourfold.errors import FourfoldError
+    from fourfold.memory.planner import Plan
     from fourfold.models.loading import load_model
     from fourfold.models.preparing import load_adapter, prepare
     from fourfold.pipeline import Run, train
+    from fourfold.planning import plan
     from fourfold.quantization.hf_config import FourfoldConfig
     from fourfold.quantization.hf_quantizer import quantize_model
     from fourfold.quantization.linear import QuantizedLinear
@@ -21,11 +23,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "FourfoldConfig": "fourfold.quantization.hf_quantizer",
     "FourfoldError": "fourfold.errors",
+    "Plan": "fourfold.memory.planner",
     "QuantizedLinear": "fourfold.quantization.linear",
     "QuantizedTensor": "fourfold.quantization.tensor",
     "Run": "fourfold.pipeline",
     "load_adapter": "fourfold.models.preparing",
     "load_model": "fourfold.models.loading",
+    "plan": "fourfold.planning",
     "prepare": "fourfold.models.preparing",
     "quantize": "fourfold.quantization.tensor",
     "quantize_model": "fourfold.quantization.hf_quantizer",
@@ -35,11 +39,13 @@ _HOMES = {
 __all__ = [
     "FourfoldConfig",
     "FourfoldError",
+    "Plan",
     "QuantizedLinear",
     "QuantizedTensor",
     "Run",
     "load_adapter",
     "load_model",
+    "plan",
     "prepare",
     "quantize",
     "quantize_model",

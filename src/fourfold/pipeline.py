@@ -39,15 +39,22 @@ from fourfold.inputs import (
     require_free,
 )
 from fourfold.measuring import measure, summary
+from fourfold.memory.gpus import gpu_present
+from fourfold.memory.meter import free_host_bytes, reset_peak
+from fourfold.memory.planner import Plan
+from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.size import ModelSize, model_size
+from fourfold.planning import kept_to, plan_for_training, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.quantization.swapping import base_state_dict
 from fourfold.training import run_folder
+from fourfold.training.options import TrainingOptions
+from fourfold.training.out_of_memory import OutOfMemory, compare_parts, parts_in_use
 from fourfold.training.progress import ProgressCallback, ProgressStyle
-from fourfold.training.trainer import build_trainer
+from fourfold.training.trainer import FourfoldTrainer, build_trainer
 
 __all__ = [
     "ChatSession",
@@ -96,8 +103,13 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     say = _Speaker(progress)
+    device = choices.device(config)
+    gpu = gpu_present(device) if device.type == "cuda" else None
+    planned = plan_for_training(config, gpu, free_host_bytes())
+    asked, config = config, kept_to(config, planned) if planned else config
     options = choices.training_options(config)
     output, checkpoint = claim_output_dir(config)
+    say.result("plan", planned)
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
     for data in (train_data, eval_data):
@@ -110,26 +122,47 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     # Here, so that the adapter starts alike however the base was loaded.
     transformers.set_seed(config.seed)
     adapted = _adapt(config, model, is_initialised=checkpoint is not None)
-    trainer = build_trainer(
-        adapted,
-        tokenizer,
-        train_data.dataset,
-        eval_data.dataset if eval_data else None,
-        Collator(
-            tokenizer.pad_token_id,
-            width=config.max_length if config.packing else None,
-            multiple_of=64 if model.device.type == "cuda" else 1,
-        ),
-        options,
-        callbacks=[run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])],
-    )
+
+    def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
+        return build_trainer(
+            adapted,
+            tokenizer,
+            train_data.dataset,
+            eval_data.dataset if eval_data else None,
+            Collator(
+                tokenizer.pad_token_id,
+                width=config.max_length if config.packing else None,
+                multiple_of=64 if model.device.type == "cuda" else 1,
+            ),
+            options,
+            callbacks=[run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])],
+        )
+
+    trainer = trainer_of(options)
     if checkpoint is None:
         clear_former_run(output)
     # How this run was started is no part of what it is: made again from its folder, it starts like any other.
     started = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
-    run_folder.write_config(output, config.model_copy(update=started).to_yaml())
+    run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
     _save_base(config, output, adapted, tokenizer)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if gpu is not None:
+        # The peak of loading is another matter.
+        reset_peak(device)
+    while True:
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            break
+        except OutOfMemory as error:
+            smaller = step_down(asked, planned) if planned and asked.on_out_of_memory == "step_down" else None
+            if planned is None or planned.chosen is None or smaller is None:
+                raise
+            for line in (str(error), *compare_parts(planned.chosen.footprint.parts, error.parts)):
+                say.line(line)
+            checkpoint = error.checkpoint
+        planned, config = smaller, kept_to(asked, smaller)
+        say.result("plan", planned)
+        set_recomputation(adapted, config.recompute or "full")
+        trainer = trainer_of(choices.training_options(config))
     run_folder.save_adapter(output, adapted, tokenizer)
     step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
@@ -140,6 +173,13 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
     metrics = summary(records) | {"train_seconds": result.metrics["train_runtime"]} | measured
+    if planned and planned.chosen and "memory_peak_bytes" in metrics:
+        metrics["planned_peak_bytes"] = planned.chosen.footprint.peak_bytes
+        peaks = [metrics[key] / 2**30 for key in ("memory_peak_bytes", "planned_peak_bytes")]
+        say.line("peak of memory {:.2f} GiB, planned {:.2f} GiB".format(*peaks))
+        parts = parts_in_use(adapted, trainer.optimizer, metrics["memory_peak_bytes"])
+        for line in compare_parts(planned.chosen.footprint.parts, parts):
+            say.line(line)
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
     card = model_card(config, output, train_data.report, eval_data.report if eval_data else None, metrics)
     run_folder.write_model_card(output, card)
@@ -297,12 +337,13 @@ class _Speaker:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
-    def result(self, event: str, result: DataReport | ModelSize | None) -> None:
+    def result(self, event: str, result: DataReport | ModelSize | Plan | None) -> None:
         """Say a result by its `lines()`, or as a JSON event of its fields."""
         if result is None:
             return
         if self.progress == "json":
-            sys.stdout.write(json.dumps({"event": event, **asdict(result)}) + "\n")
+            fields = result.to_dict() if isinstance(result, Plan) else asdict(result)
+            sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
             sys.stdout.flush()
         for line in result.lines():
             self.line(line)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from twins import original_model
 
 from fourfold.errors import CheckpointError
-from fourfold.models.checkpoint_files import check_checkpoint, check_safetensors
+from fourfold.models.checkpoint_files import StoredTensor, check_checkpoint, check_safetensors, stored_tensors
 
 
 @pytest.fixture
@@ -98,3 +99,42 @@ def test_a_pickle_is_refused_and_not_opened(tmp_path: Path, name: str) -> None:
 def test_safetensors_beside_a_pickle_are_taken(sharded: Path) -> None:
     shutil.copy(shard(sharded), sharded / "pytorch_model.bin")
     check_checkpoint(sharded)
+
+
+def with_header(folder: Path, **entry: Any) -> None:
+    """One tensor of eight bytes beside four of another's, and what its header says of it instead."""
+    whole = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **entry}
+    header = {"a": {key: value for key, value in whole.items() if value is not None}}
+    text = json.dumps({**header, "b": {"dtype": "U8", "shape": [4], "data_offsets": [8, 12]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+
+
+def test_stored_tensors_are_where_the_header_says(tmp_path: Path) -> None:
+    with_header(tmp_path)
+    found = stored_tensors(tmp_path)
+    assert found is not None
+    path = tmp_path / "model.safetensors"
+    start = path.stat().st_size - 12
+    assert found["a"] == StoredTensor(path, start, 8, torch.float32, "F32", (2,))
+    assert found["b"] == StoredTensor(path, start + 8, 4, torch.uint8, "U8", (4,))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F8_E4M3"},
+        {"dtype": None},
+        {"dtype": []},
+        {"shape": [3]},
+        {"shape": ["2"]},
+        {"shape": None},
+        {"data_offsets": [0, 9]},
+        {"data_offsets": [4, 12]},
+        {"data_offsets": [0, 4], "shape": [1]},
+        {"data_offsets": [-8, 0]},
+    ],
+    ids=str,
+)
+def test_headers_that_are_not_understood_are_left_to_safetensors(tmp_path: Path, entry: dict[str, Any]) -> None:
+    with_header(tmp_path, **entry)
+    assert stored_tensors(tmp_path) is None

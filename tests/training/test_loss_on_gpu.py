@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fourfold.data import supervised_positions
+from fourfold.kernels import cross_entropy
 from fourfold.quantization.linear import QuantizedLinear
-from fourfold.training import loss as loss_module
 from fourfold.training.loss import supervised_cross_entropy
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +50,7 @@ def test_loss_and_gradient_are_no_further_from_float64_than_under_autograd(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocab: int, rows_per_chunk: int | None
 ) -> None:
     if rows_per_chunk is not None:
-        monkeypatch.setattr(loss_module, "_BYTES_PER_CHUNK_ON_GPU", rows_per_chunk * vocab * dtype.itemsize)
+        monkeypatch.setattr(cross_entropy, "BYTES_AT_ONCE", rows_per_chunk * vocab * dtype.itemsize)
     hidden, labels, head = problem(dtype, vocab)
     want_loss, want_grad = exact(hidden, labels, head.weight)
     ours = supervised_cross_entropy(hidden, labels, head, supervised_positions(labels))

@@ -253,6 +253,36 @@ def _converse(session: Any, opening: list[dict[str, str]]) -> None:
 
 
 @app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
+def plan(
+    context: typer.Context,
+    config: ConfigFile,
+    gpu: Annotated[
+        str | None, typer.Option(help="A GPU's name or memory (H200, 24GB); without it, the one here.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Host memory that may be used (64GB); without it, what is free here.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Strategies side by side.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="With --compare: draw it (.png, .svg, .pdf).")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what fits a GPU, which of it is the fastest, and what each byte is for. Nothing is loaded."""
+    with reporting_errors(json):
+        run_config = _read_config(config, context.args)
+        quiet_libraries(verbose)
+        from fourfold import planning
+        from fourfold.cli.planning import print_comparison, print_plan
+
+        card = planning.find_gpu(gpu)
+        host_bytes = planning.find_host(host, is_here=gpu is None)
+        if compare:
+            print_comparison(planning.compare(run_config, card, host_bytes), picture, json)
+        elif not print_plan(run_config, card, host_bytes, json):
+            raise typer.Exit(1)
+
+
+@app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
 def bench(
     context: typer.Context,
     config: Annotated[

@@ -24,6 +24,7 @@ __all__ = [
     "generation_options",
     "load_options",
     "lora_config",
+    "quantization",
     "training_options",
 ]
 
@@ -59,21 +60,25 @@ def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dty
     return dtype
 
 
+def quantization(config: RunConfig) -> FourfoldConfig | None:
+    """How the base is quantized; None: not at all."""
+    if not config.load_in_4bit:
+        return None
+    return FourfoldConfig(
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_blocksize=config.bnb_4bit_blocksize,
+        modules_to_not_convert=config.modules_to_not_convert,
+        quantize_lm_head=config.quantize_lm_head,
+        quantize_embeddings=config.quantize_embeddings,
+        calibration=config.calibration,
+    )
+
+
 def load_options(config: RunConfig, *, for_training: bool = False) -> dict[str, Any]:
     """The keyword arguments of `load_model`."""
-    quantization = None
-    if config.load_in_4bit:
-        quantization = FourfoldConfig(
-            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-            bnb_4bit_blocksize=config.bnb_4bit_blocksize,
-            modules_to_not_convert=config.modules_to_not_convert,
-            quantize_lm_head=config.quantize_lm_head,
-            quantize_embeddings=config.quantize_embeddings,
-            calibration=config.calibration,
-        )
     return {
-        "quantization": quantization,
+        "quantization": quantization(config),
         "dtype": compute_dtype(config, for_training=for_training),
         "device": device(config),
         "revision": config.model_revision,

@@ -164,12 +164,17 @@ class RunConfig(BaseModel):
     recompute: RecomputePolicy | list[RecomputePolicy] | None = Field(
         None,
         description="What fused blocks compute again, and what waits in host memory; a list has one for each layer; "
-        "null: full with gradient_checkpointing, none without.",
+        "null: as planned, the fastest that fits the GPU; without a plan, full with gradient_checkpointing, else none.",
     )
     cuda_graphs: bool | None = Field(
         None,
         description="Fused blocks replayed as CUDA graphs where all batches have one shape; null: batches of at most "
         "8192 tokens.",
+    )
+    on_out_of_memory: Literal["step_down", "stop"] = Field(
+        "step_down",
+        description="When memory runs out in a planned run: go on from the same step with a plan that takes less, or "
+        "stop; the steps before are in a checkpoint.",
     )
     fused_blocks: bool | None = Field(
         None, description="Decoder layers as one function each; null: where a GPU has the kernels."

@@ -16,11 +16,16 @@ from torch import Tensor
 
 from fourfold.kernels.availability import say_once, triton_refuses
 
-__all__ = ["IGNORE_INDEX", "cross_entropy_", "cross_entropy_reference"]
+__all__ = ["IGNORE_INDEX", "cross_entropy_", "cross_entropy_reference", "rows_at_once"]
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
+
+# Logits of a chunk: few enough to be cheap, many enough to keep the matrix product busy. 256 MiB in 16 bits are 1,024
+# positions of a vocabulary of 128,256, whose gradient [1024, 4096] is one wave of tiles on 132 processors.
+BYTES_AT_ONCE = 2**28
+GRADIENTS_AT_ONCE = 2**22
 
 torch.library.define(
     "fourfold::cross_entropy_",
@@ -61,6 +66,14 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, gradient: bool) -> 
         slope.scatter_add_(1, column, torch.full_like(column, -1, dtype=slope.dtype))
         logits.copy_(slope.masked_fill_(ignored[:, None], 0.0))
     return loss, ranked_first
+
+
+def rows_at_once(vocab: int, hidden: int, element_size: int) -> int:
+    """Rows of logits that a GPU should be given at a time, for a head [vocab, hidden]."""
+    num_logits = BYTES_AT_ONCE // element_size
+    # A narrow model's chunk is up to twice as long, so that the product back fills the processors, too.
+    rows = max(1, min(max(num_logits // vocab, GRADIENTS_AT_ONCE // hidden), 2 * num_logits // vocab))
+    return rows - rows % 128 if rows > 128 else rows  # whole tiles of the matrix product
 
 
 def _cuda(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:

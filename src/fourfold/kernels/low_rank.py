@@ -22,6 +22,7 @@ __all__ = [
     "fill_columns",
     "low_rank_grad",
     "new_extended",
+    "row_length",
     "with_room",
     "working_dtype",
 ]
@@ -54,10 +55,12 @@ def columns_refuse(*tensors: Tensor | None) -> str | None:
 
 def new_extended(like: Tensor, num_rows: int, width: int, rank: int) -> Tensor:
     """An unwritten [num_rows, width + rank] of the dtype and device of `like`, last stride 1, its rows aligned."""
-    if not rank:
-        return like.new_empty(num_rows, width)
-    stride = -(-(width + rank) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    return like.new_empty(num_rows, stride)[:, : width + rank]
+    return like.new_empty(num_rows, row_length(width, rank))[:, : width + rank]
+
+
+def row_length(width: int, rank: int) -> int:
+    """Elements from one row of an extended tensor to the next."""
+    return -(-(width + rank) // _ROW_MULTIPLE) * _ROW_MULTIPLE if rank else width
 
 
 def with_room(x: Tensor, rank: int) -> Tensor:

@@ -23,7 +23,7 @@ from fourfold.models.graphs import BlockGraphs
 from fourfold.models.linear_group import LinearGroup, Unsupported, refuse_hooks, view_linear
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
 
-__all__ = ["FusedDecoderLayer", "fuse_blocks", "set_recomputation"]
+__all__ = ["FusedDecoderLayer", "drop_graphs", "fuse_blocks", "set_recomputation"]
 
 logger = logging.getLogger(__name__)
 
@@ -308,6 +308,15 @@ def set_recomputation(model: nn.Module, recompute: str | Sequence[str]) -> None:
     blocks = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
     for block, name in zip(blocks, policies_of(recompute, len(blocks)), strict=True):
         block.recompute = name
+
+
+def drop_graphs(model: nn.Module) -> None:
+    """Free the CUDA graphs of a model's fused blocks, and what passes between blocks; they are made anew."""
+    for module in model.modules():
+        if isinstance(module, FusedDecoderLayer):
+            if module._graphs is not None:
+                module._graphs.clear()
+            module._room.clear()
 
 
 def _layer_class(model_type: str | None) -> type[nn.Module] | None:

@@ -38,6 +38,10 @@ class GradientRoom:
         """A copied model passes gradients of its own."""
         return GradientRoom()
 
+    def clear(self) -> None:
+        """Forget what was left."""
+        self._left = None
+
     def leave(self, extended: Tensor, width: int) -> Tensor:
         """The gradient of [tokens, width + room], whose memory is kept until the next `take`."""
         self._left = extended

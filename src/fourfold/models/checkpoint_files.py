@@ -1,13 +1,32 @@
-"""Checks of a checkpoint's files before anything of it is loaded."""
+"""Checks of a checkpoint's files before anything of it is loaded, and what tensors lie where in them."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fourfold.errors import CheckpointError
 
-__all__ = ["check_checkpoint", "check_safetensors"]
+__all__ = ["StoredTensor", "check_checkpoint", "check_safetensors", "stored_tensors"]
+
+# Those of safetensors' names whose elements are whole bytes of a dtype that all supported releases of torch have.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 _PICKLES = (
     "pytorch_model.bin",
@@ -79,3 +98,74 @@ def check_safetensors(path: Path) -> None:
             allowed=f"{expected} bytes",
             hint="get the checkpoint again",
         )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file.
+
+    Args:
+        path: The file.
+        offset: The tensor's first byte, counted from the file's.
+        num_bytes: Its length.
+        dtype: Its dtype.
+        dtype_name: The same as the file names it.
+        shape: Its shape.
+    """
+
+    path: Path
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+    dtype_name: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor] | None:
+    """The tensors of a folder that `check_checkpoint` has found whole, by name.
+
+    The files are those that Transformers takes: `model.safetensors`, or every shard that the index names.
+
+    Returns:
+        None if both are there, of which one may not have been checked, or if a header holds what is not known here: a
+        dtype, a length that is not its shape's, tensors that overlap.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() == index.is_file():
+        return None
+    if single.is_file():
+        paths = [single]
+    else:
+        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        found = _read_header(path)
+        if found is None:
+            return None
+        tensors |= found
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor] | None:
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    try:
+        tensors = {name: _stored_tensor(path, 8 + header_size, entry) for name, entry in header.items()}
+    except (KeyError, TypeError, ValueError):
+        return None
+    # As safetensors wants it: one tensor begins where another ends.
+    end = 8 + header_size
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            return None
+        end += tensor.num_bytes
+    return tensors
+
+
+def _stored_tensor(path: Path, data_offset: int, entry: dict[str, Any]) -> StoredTensor:
+    dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes are no tensor of shape {shape}")
+    return StoredTensor(path, data_offset + begin, end - begin, dtype, entry["dtype"], shape)

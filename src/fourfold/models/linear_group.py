@@ -28,10 +28,15 @@ from fourfold.kernels.low_rank_pair import low_rank_pair_
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.tensor import are_alike, expand_alike_
 
-__all__ = ["AdaptedLinear", "LinearGroup", "Unsupported", "refuse_hooks", "view_linear"]
+__all__ = ["AdaptedLinear", "LinearGroup", "Unsupported", "padded_rank", "refuse_hooks", "view_linear"]
 
 # Rows of a 16-bit matrix stay 16-byte aligned, and a tile of the tensor cores is full.
 _RANK_MULTIPLE = 16
+
+
+def padded_rank(used_ranks: int) -> int:
+    """Low-rank columns that a group with so many ranks gets."""
+    return -(-used_ranks // _RANK_MULTIPLE) * _RANK_MULTIPLE
 
 
 class Unsupported(Exception):  # noqa: N818  # no error: the generic path takes over
@@ -136,7 +141,7 @@ class LinearGroup:
         self.in_features = linears[0].base.in_features
         self.out_features = sum(linear.base.out_features for linear in linears)
         self.used_ranks = sum(linear.rank for linear in linears)
-        self.rank = -(-self.used_ranks // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        self.rank = padded_rank(self.used_ranks)
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each adapter, in the order of `gradients`."""

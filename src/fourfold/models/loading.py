@@ -19,11 +19,15 @@ from transformers import (
 
 from fourfold.errors import CheckpointError
 from fourfold.models.checkpoint_files import check_checkpoint
+from fourfold.models.fast_loading import load_ahead, loadable_ahead
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
 from fourfold.quantization.hf_quantizer import quantize_model
 from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["default_device", "default_dtype", "load_model", "load_tokenizer"]
+
+# A CPU quantizes weights where the file is mapped into memory: to copy them first would gain it nothing.
+READ_AHEAD_FOR = ("cuda",)
 
 
 def default_device() -> torch.device:
@@ -77,20 +81,27 @@ def load_model(
         entry = entry if isinstance(entry, dict) else entry.to_dict()
         config.quantization_config = _our_entry(str(path_or_name), entry)
         quantization = None
+    options: dict[str, Any] = {
+        "quantization_config": quantization,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        # Refused below, by name.
+        "ignore_mismatched_sizes": True,
+    }
+    stored = loadable_ahead(path, config) if target.type in READ_AHEAD_FOR else None
     model: PreTrainedModel
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(path_or_name),
-        config=config,
-        quantization_config=quantization,
-        dtype=dtype,
-        device_map={"": target},
-        revision=revision,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        # Both are refused below, by name.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    if stored is not None:
+        model, report = load_ahead(path, stored, config, target, **options)
+    else:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(path_or_name),
+            config=config,
+            device_map={"": target},
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     _check_loaded(str(path_or_name), model, report)
     return model
 
@@ -116,9 +127,13 @@ def _check_loaded(name: str, model: nn.Module, report: dict[str, Any]) -> None:
             found="; ".join(wrong[:4]),
             hint="config.json and the weights do not belong together: get the checkpoint again",
         )
-    for path, parameter in model.named_parameters():
-        # A sum is finite only if all is; one that overflows is looked at element by element.
-        if parameter.is_floating_point() and not parameter.sum(dtype=torch.float32).isfinite():
+    dense = {path: parameter for path, parameter in model.named_parameters() if parameter.is_floating_point()}
+    # A sum is finite only if all is; one that overflows is looked at element by element. All are looked at together,
+    # so that the GPU is waited for once.
+    sums = [parameter.detach().sum(dtype=torch.float32) for parameter in dense.values()]
+    are_finite = torch.stack(sums).isfinite().tolist() if sums else []
+    for (path, parameter), is_finite in zip(dense.items(), are_finite, strict=True):
+        if not is_finite:
             bad = int((~parameter.isfinite()).sum())
             if bad:
                 raise CheckpointError(

@@ -34,6 +34,13 @@ def dynamic_map(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
+@functools.cache
+def _thresholds(device: torch.device) -> Tensor:
+    """The middles between neighbouring values of the dynamic map: fp32 [255]."""
+    code_map = dynamic_map(device)
+    return (code_map[1:] + code_map[:-1]) / 2
+
+
 @dataclass(frozen=True)
 class PlainScales:
     """Scales in fp32.
@@ -86,10 +93,9 @@ class NestedScales:
         padded = padded.view(blocks, NESTED_BLOCK_SIZE)
         nested = padded.abs().amax(dim=1) if blocks else padded.new_zeros(0)
         normalized = (padded * (1.0 / nested.clamp_min(1e-38))[:, None]).reshape(-1)[: centred.numel()]
-        code_map = dynamic_map(absmax.device)
-        thresholds = (code_map[1:] + code_map[:-1]) / 2
+        thresholds = _thresholds(absmax.device)
         codes = torch.bucketize(normalized.clamp_(-1, 1), thresholds, out_int32=True).to(torch.uint8)
-        return cls(codes, nested, offset, code_map)
+        return cls(codes, nested, offset, dynamic_map(absmax.device))
 
     def dequantize(self) -> Tensor:
         """The scales, fp32 [num_blocks]."""

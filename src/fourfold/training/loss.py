@@ -17,16 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fourfold.data import supervised_positions
-from fourfold.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_
+from fourfold.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_, rows_at_once
 from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["IGNORE_INDEX", "SupervisedLoss", "supervised_cross_entropy"]
 
-# Logits of a chunk: few enough to be cheap, many enough to keep the matrix product busy. 256 MiB in 16 bits are 1,024
-# positions of a vocabulary of 128,256, whose gradient [1024, 4096] is one wave of tiles on 132 processors.
-_BYTES_PER_CHUNK_ON_GPU = 2**28
-_GRADIENTS_PER_CHUNK = 2**22
-# Elsewhere, and where autograd needs a copy in fp32: 128 MiB in fp32.
+# Logits of a chunk off the GPU, and where autograd needs a copy in fp32: 128 MiB in fp32.
 _LOGITS_PER_CHUNK = 2**25
 
 
@@ -120,13 +116,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
         vocab = weight.shape[0]
-        rows = _LOGITS_PER_CHUNK // vocab
+        rows = max(1, _LOGITS_PER_CHUNK // vocab)
         if hidden.is_cuda:
-            num_logits = _BYTES_PER_CHUNK_ON_GPU // weight.element_size()
-            # A narrow model's chunk is up to twice as long, so that the product back fills the processors, too.
-            rows = min(max(num_logits // vocab, _GRADIENTS_PER_CHUNK // weight.shape[1]), 2 * num_logits // vocab)
-        rows = max(1, rows)
-        rows -= rows % 128 if rows > 128 else 0  # whole tiles of the matrix product
+            rows = rows_at_once(vocab, weight.shape[1], weight.element_size())
         # Rows start on 128 bytes whatever the vocabulary is: the products and the kernel load vectors.
         buffer = weight.new_empty(min(rows, len(positions)), -(-vocab // 64) * 64)[:, :vocab]
         grad_hidden = torch.zeros_like(hidden) if differentiable else None

@@ -27,6 +27,7 @@ from fourfold.data import model_inputs
 from fourfold.errors import ConfigError, DataError, TrainingError
 from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
+from fourfold.models.block import drop_graphs
 from fourfold.training.batches import ROW_NUMBERS, Collator, NumberedCollator, boundary_mask, looks_back_only
 from fourfold.training.checkpoint import (
     checkpoint_path,
@@ -48,6 +49,7 @@ from fourfold.training.interrupt import (
 )
 from fourfold.training.loss import IGNORE_INDEX, SupervisedLoss, supervised_cross_entropy
 from fourfold.training.options import TrainingOptions, own_optimizer_arguments, to_sft_config
+from fourfold.training.out_of_memory import OutOfMemory, let_go, parts_in_use
 from fourfold.training.progress import ProgressCallback
 
 __all__ = ["FourfoldTrainer", "build_trainer"]
@@ -247,6 +249,7 @@ class FourfoldTrainer(SFTTrainer):
         Raises:
             CheckpointError: The checkpoint is missing, not whole, a pickle, or of another model.
             TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+            OutOfMemory: A step did not fit; a checkpoint of those before was saved.
             TrainingError: The loss is not finite, or the disk is full.
         """
         resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
@@ -266,6 +269,8 @@ class FourfoldTrainer(SFTTrainer):
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
             except EvaluationInterrupted:
                 self._save_checkpoint(self.model, None)
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from None
             finally:
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, ProgressCallback):
@@ -274,6 +279,19 @@ class FourfoldTrainer(SFTTrainer):
         if signal_number is not None and (output is None or step < self.state.max_steps):
             raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
         return output
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
+        """Gives up the step that did not fit, and saves those before."""
+        reason = str(error).splitlines()[0]
+        parts = parts_in_use(self.model, self.optimizer, memory_used(self.args.device).peak_bytes)
+        let_go(error)
+        self.model.zero_grad(set_to_none=True)
+        drop_graphs(self.model)
+        step = self.state.global_step
+        folder = checkpoint_path(Path(self.args.output_dir), step) if step else None
+        if folder is not None and not folder.is_dir():
+            self._save_checkpoint(self.model, None)
+        return OutOfMemory(step, folder, parts, reason)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self._guard.check()

@@ -1,0 +1,226 @@
+"""The footprint that is predicted from a model's configuration alone, and what training steps then take.
+
+    python benchmarks/memory.py [--settings 8b-4x2048-none ...] [--json FILE]
+
+Models have random weights, quantized layer by layer, so that none is ever whole in 16 bits. Predicted is the peak of
+`fourfold.memory.footprint`; measured is torch's max_memory_allocated from the first training step on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import fourfold
+from fourfold.data import supervised_positions
+from fourfold.memory.footprint import Step, footprint
+from fourfold.models.attention import Documents
+from fourfold.models.attention_interface import document_mask
+from fourfold.models.block import set_recomputation
+from fourfold.models.model_shape import model_shape
+from fourfold.optimizers import AdamW
+from fourfold.optimizers.footprint import state_bytes
+from fourfold.quantization.linear import QuantizedLinear
+from fourfold.quantization.swapping import dense_linears
+from fourfold.training.loss import supervised_cross_entropy
+
+# Llama's own, LLaMA-1's (whose papers name memory), and SmolLM2's.
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "vocab_size": 128256},
+    "33b": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52}
+    | {"num_key_value_heads": 52, "vocab_size": 32000},
+    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
+    | {"num_key_value_heads": 64, "vocab_size": 32000},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    | {"num_key_value_heads": 8, "vocab_size": 128256},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how.
+
+    Args:
+        is_quantized: QLoRA over NF4; otherwise LoRA over 16 bits.
+        state_bits: Of the optimizer.
+    """
+
+    shape: str
+    batch: int
+    seq: int
+    policy: str
+    rank: int = 16
+    is_quantized: bool = True
+    state_bits: int = 8
+
+    @property
+    def name(self) -> str:
+        more = "" if self.is_quantized else "-lora"
+        more += f"-r{self.rank}" if self.rank != 16 else ""
+        return f"{self.shape}-{self.batch}x{self.seq}-{self.policy}{more}" + ("-32bit" if self.state_bits == 32 else "")
+
+
+SETTINGS = [
+    Setting("135m", 8, 512, "none"),
+    Setting("135m", 16, 2048, "none"),
+    Setting("135m", 8, 2048, "selective"),
+    Setting("135m", 8, 1024, "mlp", is_quantized=False),
+    Setting("1b", 4, 2048, "full", is_quantized=False),
+    Setting("1b", 1, 16384, "full", state_bits=32),
+    Setting("1b", 8, 1024, "mlp"),
+    Setting("8b", 1, 512, "none"),
+    Setting("8b", 1, 2048, "none"),
+    Setting("8b", 1, 2048, "selective", is_quantized=False),
+    Setting("8b", 1, 4096, "mlp", rank=64, state_bits=32),
+    Setting("8b", 2, 8192, "none", rank=32),
+    Setting("8b", 1, 16384, "selective_offload"),
+    Setting("8b", 2, 8192, "full_offload", rank=64),
+    Setting("8b", 1, 65536, "mlp_offload"),
+    Setting("33b", 1, 2048, "full", rank=64),
+    Setting("33b", 2, 2048, "selective"),
+    Setting("65b", 1, 2048, "full_offload"),
+    Setting("70b", 1, 2048, "selective"),
+    Setting("70b", 1, 8192, "selective_offload", state_bits=32),
+]
+
+
+def random_model(config: LlamaConfig, is_quantized: bool, device: torch.device) -> PreTrainedModel:
+    """A bf16 model with random weights, its decoder's linear layers in NF4."""
+    with torch.device("meta"):
+        model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    for name, linear in list(dense_linears(model)):
+        if linear is head:
+            continue
+        dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device=device, dtype=torch.bfloat16)
+        nn.init.normal_(dense.weight, std=0.02)
+        dense.requires_grad_(False)
+        model.set_submodule(name, QuantizedLinear.from_linear(dense) if is_quantized else dense)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type == "meta":
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                nn.init.ones_(values) if values.dim() == 1 else nn.init.normal_(values, std=0.02)
+                setattr(module, name, nn.Parameter(values, requires_grad=False))
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model
+
+
+def measure(model: PreTrainedModel, setting: Setting, device: torch.device) -> dict[str, Any]:
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapter = LoraConfig(r=setting.rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    prepared = fourfold.prepare(model, adapter, fused=True, recompute=setting.policy)
+    prepared.train()
+    base = prepared.get_base_model()
+    set_recomputation(base, setting.policy)
+    trained = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
+    optimizer = AdamW(trained, lr=1e-5, state_bits=setting.state_bits, max_grad_norm=1.0)
+    ids = torch.randint(10, base.config.vocab_size, (setting.batch, setting.seq), device=device)
+    positions = supervised_positions(torch.zeros(setting.batch, setting.seq, dtype=torch.int64)).to(device)
+    tokens = setting.batch * setting.seq
+    boundaries = torch.arange(0, tokens + 1, setting.seq, dtype=torch.int32, device=device)
+    mask = document_mask(Documents(boundaries, setting.seq))
+
+    def step() -> Tensor:
+        hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        loss = supervised_cross_entropy(hidden, ids, base.get_output_embeddings(), positions).loss_sum / tokens
+        del hidden
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    # Graphs are captured in the third step; without them, state is there from the second step on.
+    seconds = []
+    for _ in range(4 if tokens <= 8192 else 2):
+        start = time.perf_counter()
+        loss = float(step())
+        seconds.append(time.perf_counter() - start)
+    result = {"loss": loss, "step_seconds": min(seconds)}
+    if device.type == "cuda":
+        result["measured_bytes"] = torch.cuda.max_memory_allocated()
+        result["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return result
+
+
+def predict(config: LlamaConfig, setting: Setting) -> dict[str, Any]:
+    shape = model_shape(config, fourfold.FourfoldConfig() if setting.is_quantized else None, setting.rank)
+    optimizer = state_bytes("adamw", setting.state_bits, shape.adapter_shapes)
+    policies = [setting.policy] * len(shape.blocks)
+    held = footprint(shape, Step(setting.batch, setting.seq, policies, optimizer_bytes=optimizer))
+    return {"predicted_bytes": held.peak_bytes, "moment": held.moment, "parts": held.parts}
+
+
+def rows(settings: list[Setting], device: torch.device) -> Iterator[dict[str, Any]]:
+    for setting in settings:
+        torch.manual_seed(0)
+        config = LlamaConfig(**SHAPES[setting.shape], max_position_embeddings=131072)
+        result = {"name": setting.name, "setting": asdict(setting), **predict(config, setting)}
+        model = random_model(config, setting.is_quantized, device)
+        try:
+            result |= measure(model, setting, device)
+        except torch.OutOfMemoryError as error:
+            result["error"] = str(error).splitlines()[0]
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = {setting.name: setting for setting in SETTINGS}
+    parser.add_argument("--settings", nargs="+", choices=names, default=list(names), metavar="SETTING")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = []
+    print(f"{'setting':<34} {'predicted GiB':>14} {'measured GiB':>13} {'off by':>8}  peak in")
+    for row in rows([names[name] for name in args.settings], device):
+        results.append(row)
+        measured = row.get("measured_bytes")
+        off = "" if measured is None else f"{100 * (row['predicted_bytes'] / measured - 1):+.2f}%"
+        shown = "" if measured is None else f"{measured / 2**30:.3f}"
+        predicted = row["predicted_bytes"] / 2**30
+        print(f"{row['name']:<34} {predicted:>14.3f} {shown:>13} {off:>8}  {row['moment']} {row.get('error', '')}")
+        sys.stdout.flush()
+    if args.json is not None:
+        about = {
+            "command": f"python benchmarks/memory.py --json {args.json}",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": peft.__version__,
+            },
+        }
+        args.json.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

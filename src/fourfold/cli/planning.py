@@ -1,0 +1,76 @@
+"""What `fourfold plan` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fourfold.cli.terminal import print_json
+
+if TYPE_CHECKING:
+    from fourfold.config import RunConfig
+    from fourfold.memory.gpus import Gpu
+    from fourfold.planning import Strategy
+
+__all__ = ["print_comparison", "print_plan"]
+
+GIB = 2**30
+
+
+def print_plan(config: RunConfig, gpu: Gpu, host_bytes: int | None, as_json: bool) -> bool:
+    """The plan, or what would fit; returns whether something does."""
+    from fourfold.planning import plan, remedies
+
+    made = plan(config, gpu, host_bytes)
+    helps = [] if made.chosen else list(remedies(config, gpu, host_bytes))
+    if as_json:
+        entries = [{"what": one.what, "change": one.change, "plan": one.plan.to_dict()} for one in helps]
+        print_json({**made.to_dict(), "remedies": entries})
+        return made.chosen is not None
+    for line in made.lines():
+        typer.echo(line)
+    for one in helps:
+        chosen = one.plan.chosen
+        assert chosen is not None
+        peak = chosen.footprint.peak_bytes / GIB
+        typer.echo(f"  would fit: {one}: {chosen.tokens_per_second:,.0f} tokens/s, {peak:.2f} GiB")
+    if made.chosen is None and not helps:
+        typer.echo("  nothing known here makes it fit: take a smaller model, or a larger GPU")
+    return made.chosen is not None
+
+
+def print_comparison(strategies: list[Strategy], picture: Path | None, as_json: bool) -> None:
+    """The strategies as a table, and as a picture where one is asked for."""
+    shown = [(one.name, one.plan, one.plan.chosen or one.plan.smallest) for one in strategies]
+    if picture is not None:
+        from fourfold.memory.picture import draw_footprints
+
+        gpu = shown[0][1].gpu
+        held = {name: candidate.footprint for name, _, candidate in shown if candidate is not None}
+        draw_footprints(picture, held, gpu.usable_bytes, title=gpu.name)
+    if as_json:
+        rows: list[dict[str, Any]] = [{"strategy": one.name, **one.plan.to_dict()} for one in strategies]
+        print_json({"strategies": rows, "picture": picture})
+        return
+    table = Table(box=None, pad_edge=False, title=f"for {shown[0][1].gpu.name}", title_justify="left")
+    for name in ("strategy", "rows", "tokens/s", "peak GiB", "host GiB", ""):
+        table.add_column(name, justify="left" if name in ("strategy", "") else "right", no_wrap=True)
+    for name, made, candidate in shown:
+        assert candidate is not None
+        fits = made.chosen is not None
+        table.add_row(
+            name,
+            f"{candidate.batch} x {candidate.accumulation}",
+            f"{candidate.tokens_per_second:,.0f}" if fits else "",
+            f"{candidate.footprint.peak_bytes / GIB:.2f}",
+            f"{candidate.footprint.host_bytes / GIB:.1f}" if candidate.footprint.host_bytes else "",
+            "" if fits else made.why_not(candidate),
+            style=None if fits else "dim",
+        )
+    Console().print(table)
+    if picture is not None:
+        typer.echo(f"picture: {picture}")

@@ -1,0 +1,117 @@
+"""GPUs by name: what a plan needs to know of one that is not there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from fourfold.errors import ConfigError
+
+__all__ = ["GPUS", "Gpu", "gpu_by_name", "gpu_present", "parse_bytes"]
+
+GIB = 2**30
+# Context, code and libraries of a process, outside what torch's allocator holds.
+CONTEXT_BYTES = 600 * 2**20
+# Of the allocator's memory, what lies between tensors. Where memory is short it gives back what is cached and asks
+# again, so that this is less than the gap between "reserved" and "allocated" of a run that has room.
+FRAGMENTATION = 0.04
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Args:
+        name: As its maker calls it.
+        memory_bytes: All of it.
+        matmul_rate: Dense bf16 products, floating-point operations a second, of the data sheet.
+        memory_rate: Bytes a second, of the data sheet.
+        link_rate: Bytes a second to and from the host, one way.
+    """
+
+    name: str
+    memory_bytes: int
+    matmul_rate: float
+    memory_rate: float
+    link_rate: float
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors may take at most: without the context, and what lies between them."""
+        return int((self.memory_bytes - CONTEXT_BYTES) / (1 + FRAGMENTATION))
+
+    def with_usable(self, num_bytes: int) -> Gpu:
+        """The same GPU with so much for tensors."""
+        return replace(self, memory_bytes=int(num_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES)
+
+
+# Data sheets: dense bf16 tensor-core rate with fp32 sums, memory rate, and 80% of the PCIe link's.
+GPUS: dict[str, Gpu] = {
+    gpu.name.lower(): gpu
+    for gpu in (
+        Gpu("RTX 3060", 12 * GIB, 51e12, 360e9, 25e9),
+        Gpu("RTX 3090", 24 * GIB, 71e12, 936e9, 25e9),
+        Gpu("RTX 4060 Ti", 16 * GIB, 88e12, 288e9, 12e9),
+        Gpu("RTX 4080", 16 * GIB, 97e12, 717e9, 25e9),
+        Gpu("RTX 4090", 24 * GIB, 165e12, 1008e9, 25e9),
+        Gpu("RTX 5090", 32 * GIB, 210e12, 1792e9, 50e9),
+        Gpu("A10", 24 * GIB, 125e12, 600e9, 25e9),
+        Gpu("L4", 24 * GIB, 121e12, 300e9, 25e9),
+        Gpu("L40S", 48 * GIB, 362e12, 864e9, 25e9),
+        Gpu("A6000", 48 * GIB, 155e12, 768e9, 25e9),
+        Gpu("A100 40GB", 40 * GIB, 312e12, 1555e9, 25e9),
+        Gpu("A100 80GB", 80 * GIB, 312e12, 2039e9, 25e9),
+        Gpu("H100", 80 * GIB, 989e12, 3350e9, 50e9),
+        Gpu("H200", 140 * GIB, 989e12, 4800e9, 50e9),
+    )
+}
+# Where only an amount is given: a card of that class.
+_BY_MEMORY = ((12, "rtx 3060"), (16, "rtx 4080"), (24, "rtx 4090"), (32, "rtx 5090"), (48, "l40s"), (80, "a100 80gb"))
+
+
+def gpu_by_name(text: str) -> Gpu:
+    """A GPU by its name, or by its memory: "H200", "rtx 4090", "24GB", "7.5 GiB".
+
+    A GB is taken as 2**30 bytes, as makers of cards do.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    wanted = re.sub(r"[\s_-]+", " ", text.strip().lower()).removeprefix("nvidia ").removeprefix("geforce ")
+    for name, gpu in GPUS.items():
+        if wanted.replace(" ", "") == name.replace(" ", ""):
+            return gpu
+    try:
+        size = parse_bytes(text)
+    except ConfigError:
+        known = [gpu.name for gpu in GPUS.values()]
+        raise ConfigError("unknown GPU", found=text, allowed=known, hint="or its memory: 24GB") from None
+    like = next((name for least, name in _BY_MEMORY if size <= least * GIB), "h200")
+    return replace(GPUS[like], name=f"{size / GIB:g} GB, as fast as an {GPUS[like].name}", memory_bytes=size)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GB", "7.5 GiB" or "80g", a GB taken as 2**30 bytes.
+
+    Raises:
+        ConfigError: No such amount.
+    """
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", text.strip().lower())
+    if amount is None or float(amount[1]) <= 0:
+        raise ConfigError("no amount of memory", found=text, allowed="24GB, 7.5 GiB and the like")
+    return int(float(amount[1]) * GIB)
+
+
+def gpu_present(device: torch.device | None = None) -> Gpu | None:
+    """The GPU that is there, less what others hold of it; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name(device)
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    known = [gpu for key, gpu in GPUS.items() if key.replace(" ", "") in name.lower().replace(" ", "")]
+    like = max(known, key=lambda gpu: len(gpu.name), default=None) or gpu_by_name(f"{total / GIB:.0f}GB")
+    # Of what is not free, some is this process's context already.
+    return replace(like, name=name, memory_bytes=min(total, free + own + CONTEXT_BYTES))

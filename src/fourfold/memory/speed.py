@@ -1,0 +1,98 @@
+"""How long a training step takes, from what it must compute and move.
+
+Products with weights and attention are counted in floating-point operations, everything else in the bytes that its
+kernels read and write (`models.block_forward`, `block_backward`). The shares of the data sheet's rates that are reached
+are those of one H200 (docs/memory.md), and taken for all GPUs alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fourfold.memory.gpus import Gpu
+from fourfold.models.block_memory import BlockMemory, BlockShape
+from fourfold.models.model_shape import ModelShape
+from fourfold.models.recomputation import POLICIES
+
+__all__ = ["step_seconds"]
+
+# Shares of the data sheet's rates.
+MATMUL_SHARE, MEMORY_SHARE = 0.68, 0.78
+# Products with few rows do not fill a large GPU: at this many tokens they reach half of the share.
+HALF_RATE_TOKENS = 80
+# Attention: the share that rows without end reach, and the tokens of a row at which it is half of that.
+ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.60, 376), (0.57, 946)
+# Of that, with heads narrower than 128.
+NARROW_HEADS = 0.75
+# Before the first layer is launched, and gaps between kernels, by layer.
+START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
+
+
+def step_seconds(shape: ModelShape, gpu: Gpu, batch: int, seq: int, policies: Sequence[str]) -> float:
+    """Seconds of one forward and backward pass over a microbatch, with the update's share left out."""
+    tokens = batch * seq
+    filled = tokens / (tokens + HALF_RATE_TOKENS)
+    matmul = gpu.matmul_rate * MATMUL_SHARE * filled
+    memory = gpu.memory_rate * MEMORY_SHARE
+    seconds = START_SECONDS
+    # The head, forward and back, and its logits: written, read twice, written, read.
+    seconds += 4 * tokens * shape.vocab_size * shape.hidden_size / matmul
+    seconds += 5 * tokens * shape.vocab_size * shape.blocks[0].element_size / memory
+    for block, name in zip(shape.blocks, policies, strict=True):
+        policy = POLICIES[name]
+        forward, backward = _attention_operations(block, tokens, seq)
+        again = 0 if "attention" in policy.keeps else 1
+        work = tokens * _product_operations(block, policy.keeps) / matmul
+        work += forward * (1 + again) / _attention_rate(block, seq, gpu, *ATTENTION_FORWARD)
+        work += backward / _attention_rate(block, seq, gpu, *ATTENTION_BACKWARD)
+        work += (tokens * _moved_bytes(block, policy.keeps) + _weight_bytes(block)) / memory
+        if policy.offload:
+            moved = sum(BlockMemory(block, tokens, name).offloaded().values())
+            # There and back, beside the work; what is left over is waited for.
+            work = max(work, 2 * moved / gpu.link_rate)
+        seconds += work + LAYER_SECONDS
+    return seconds
+
+
+def _products(block: BlockShape) -> dict[str, int]:
+    """Weights of each group."""
+    return {
+        "qkv": block.qkv_width * block.hidden,
+        "out": block.features * block.hidden,
+        "gate_up": 2 * block.intermediate * block.hidden,
+        "down": block.intermediate * block.hidden,
+    }
+
+
+def _product_operations(block: BlockShape, keeps: frozenset[str]) -> int:
+    """A token's: forward, gradient of the input, and what is computed again."""
+    sizes = _products(block)
+    again = sum(size for name, size in sizes.items() if name in ("qkv", "gate_up") and name not in keeps)
+    if "mid" not in keeps:
+        again += sizes["out"]
+    return 2 * (2 * sum(sizes.values()) + again)
+
+
+def _attention_operations(block: BlockShape, tokens: int, seq: int) -> tuple[int, int]:
+    """Forward and backward, what causality leaves out not counted: two products, and five."""
+    scores = tokens * seq * block.features
+    return 2 * scores, 5 * scores
+
+
+def _attention_rate(block: BlockShape, seq: int, gpu: Gpu, share: float, half: int) -> float:
+    narrow = NARROW_HEADS if block.head_dim < 128 else 1.0
+    return gpu.matmul_rate * share * narrow * seq / (seq + half)
+
+
+def _weight_bytes(block: BlockShape) -> int:
+    """Dequantizing, once in each pass: codes are read, 16-bit weights written."""
+    return int(2 * sum(_products(block).values()) * (0.53 + block.element_size))
+
+
+def _moved_bytes(block: BlockShape, keeps: frozenset[str]) -> int:
+    """A token's activations that kernels beside the products read and write."""
+    hidden, features, qkv, wide = block.hidden, block.features, block.qkv_width, block.intermediate
+    forward = 9 * hidden + 2 * qkv + 2 * features + 3 * wide
+    backward = 12 * hidden + 3 * qkv + features + 7 * wide
+    again = (2 * qkv + 3 * hidden if "qkv" not in keeps else 0) + (3 * hidden if "gate_up" not in keeps else 0)
+    return block.element_size * (forward + backward + again)

@@ -1,0 +1,288 @@
+"""From a run's configuration to its plan: what fits a GPU and is the fastest of that, and what would help if nothing
+does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from fourfold.config import RunConfig
+from fourfold.config import options as choices
+from fourfold.errors import CheckpointError, ConfigError, TrainingError
+from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes
+from fourfold.memory.meter import free_host_bytes
+from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
+from fourfold.models.families import FAMILIES
+from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.optimizers import AdamW
+from fourfold.optimizers.footprint import staging_bytes, state_bytes
+from fourfold.training.options import OPTIMIZERS, OptimizerRow
+
+__all__ = [
+    "Remedy",
+    "Strategy",
+    "compare",
+    "find_gpu",
+    "find_host",
+    "kept_to",
+    "plan",
+    "plan_for_training",
+    "remedies",
+    "step_down",
+]
+
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of the configuration after which something fits.
+
+    Args:
+        what: For people.
+        change: Keys and their values.
+        plan: What then fits.
+    """
+
+    what: str
+    change: dict[str, Any]
+    plan: Plan
+
+    def __str__(self) -> str:
+        keys = " ".join(f"--{key} {str(value).lower()}" for key, value in self.change.items())
+        return f"{self.what} ({keys})"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of a comparison: the fastest way of its kind that fits, or, where none does, the smallest."""
+
+    name: str
+    plan: Plan
+
+
+def find_gpu(name: str | None) -> Gpu:
+    """The GPU of that name or size, or the one that is present.
+
+    Raises:
+        ConfigError: An unknown name, or no name and no GPU.
+    """
+    if name is not None:
+        return gpu_by_name(name)
+    present = gpu_present()
+    if present is None:
+        raise ConfigError("there is no GPU here to plan for", hint="name one: --gpu 24GB, or --gpu H200")
+    return present
+
+
+def find_host(amount: str | None, *, is_here: bool) -> int | None:
+    """Host memory that a run may use: what is named, or what is free here; None, any, for a GPU that is elsewhere.
+
+    Raises:
+        ConfigError: No amount of memory.
+    """
+    if amount is not None:
+        return parse_bytes(amount)
+    return free_host_bytes() if is_here else None
+
+
+def plan(config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None = None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: The run.
+        gpu: Where to: a GPU, its name or its memory; None: the one that is present.
+        host_bytes: Host memory that may be used; None: any.
+
+    The number of rows of an optimizer step is the configuration's; how many of them make a microbatch is chosen.
+
+    Raises:
+        CheckpointError: There is no such model.
+        ConfigError: What no formula is known of: a model without fused blocks, full fine-tuning.
+    """
+    return _plan(config, gpu if isinstance(gpu, Gpu) else find_gpu(gpu), host_bytes)
+
+
+def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None = None) -> Plan | None:
+    """The plan that a run keeps to: microbatches of at most the configuration's rows, as fast as what fits.
+
+    Args:
+        config: The run.
+        gpu: Where it trains; None: not on a GPU.
+        host_bytes: Host memory that may be used; None: any.
+
+    Returns:
+        None where nothing is planned: off GPUs, where `recompute` is given, and where no formula is known.
+
+    Raises:
+        TrainingError: Nothing fits.
+    """
+    if gpu is None or config.recompute is not None:
+        return None
+    try:
+        made = _plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)
+    except ConfigError:
+        return None
+    if made.chosen is not None:
+        return made
+    helps = [str(remedy) for remedy in remedies(config, gpu, host_bytes)]
+    raise TrainingError(
+        made.lines()[-1],
+        found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}",
+        allowed=f"what would fit: {'; '.join(helps) or 'nothing known here'}",
+        hint="see `fourfold plan`; with recompute given, the run starts without a plan",
+    )
+
+
+def step_down(config: RunConfig, failed: Plan) -> Plan | None:
+    """The next plan that takes at least a tenth less; None where there is none.
+
+    Args:
+        config: The run, as it was asked for.
+        failed: What did not fit.
+    """
+    assert failed.chosen is not None
+    usable = failed.chosen.footprint.peak_bytes * 9 // 10
+    made = _plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=config.per_device_train_batch_size)
+    return made if made.chosen is not None else None
+
+
+def kept_to(config: RunConfig, plan: Plan) -> RunConfig:
+    """The configuration with what was planned."""
+    assert plan.chosen is not None
+    return config.model_copy(
+        update={
+            "per_device_train_batch_size": plan.chosen.batch,
+            "gradient_accumulation_steps": plan.chosen.accumulation,
+            "recompute": plan.chosen.recompute,
+        }
+    )
+
+
+def _plan(
+    config: RunConfig,
+    gpu: Gpu,
+    host_bytes: int | None = None,
+    policies: list[str] | None = None,
+    most: int | None = None,
+) -> Plan:
+    shape = _shape(config)
+    has_evaluation = config.eval_dataset is not None or config.eval_split_fraction > 0
+    wanted = config.recompute
+    if policies is None and wanted is not None:
+        policies = [wanted] if isinstance(wanted, str) else None
+    return make_plan(
+        shape,
+        gpu,
+        rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        seq=config.max_length,
+        optimizers=[_optimizer(config.optim, shape)],
+        batches=range(1, most + 1) if most else None,
+        policies=policies,
+        host_bytes=host_bytes,
+        eval_batch=config.per_device_eval_batch_size if has_evaluation else 0,
+        cuda_graphs=config.cuda_graphs,
+    )
+
+
+def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> Iterator[Remedy]:
+    """Where nothing fits: each change, from the easiest to the hardest, after which something does.
+
+    Changes are looked at one by one, and then each on top of those before it.
+    """
+    together: dict[str, Any] = {}
+    found = False
+    for what, change in _changes(config):
+        together |= change
+        for update in (change, together):
+            made = _plan(config.model_copy(update=update), gpu, host_bytes)
+            if made.chosen is not None:
+                found = True
+                yield Remedy(what if update is change else f"{what}, with all before", dict(update), made)
+                break
+        if found and together != change:
+            # What is harder would fit as well, and is not asked for.
+            return
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    if config.bnb_4bit_compute_dtype == "float32":
+        yield "bf16", {"bnb_4bit_compute_dtype": "bfloat16"}
+    if config.recompute is not None:
+        yield "recompute as planned", {"recompute": None}
+    in_8_bits = _optimizer_row(config.optim)._replace(state_bits=8)
+    name = next((name for name, row in OPTIMIZERS.items() if row == in_8_bits), config.optim)
+    if name != config.optim:
+        yield "8-bit optimizer state", {"optim": name}
+    if not config.load_in_4bit:
+        yield "QLoRA: the base in 4 bits", {"load_in_4bit": True}
+    if config.lora_r > 16:
+        yield "rank 16", {"lora_r": 16}
+    length = config.max_length // 2
+    while length >= 256:
+        yield f"rows of {length} tokens", {"max_length": length}
+        length //= 2
+
+
+def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> list[Strategy]:
+    """LoRA over 16 bits and over 4, each with every way to recompute, side by side."""
+    rows = []
+    for base, in_4bit in (("LoRA", False), ("QLoRA", True)):
+        quantized = config.model_copy(update={"load_in_4bit": in_4bit})
+        for name in ("none", "mlp", "selective", "full", "mlp_offload", "selective_offload", "full_offload"):
+            rows.append(Strategy(f"{base}, {name}", _plan(quantized, gpu, host_bytes, [name])))
+    return rows
+
+
+def _shape(config: RunConfig) -> ModelShape:
+    try:
+        model = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no model {config.model_name_or_path!r}: {str(error).splitlines()[0]}",
+            allowed="a folder with config.json, or a name on the hub",
+        ) from error
+    reason = _no_formula(config, model)
+    if reason is not None:
+        raise ConfigError(
+            "there is no plan for this run", found=reason, allowed="LoRA over fused blocks, see docs/engine.md"
+        )
+    dtype = _DTYPES[config.bnb_4bit_compute_dtype]
+    return model_shape(model, choices.quantization(config), config.lora_r, config.target_modules, dtype.itemsize)
+
+
+def _no_formula(config: RunConfig, model: Any) -> str | None:
+    """Why it is not known what the run takes; `model`: its Transformers configuration."""
+    if config.adapter is None:
+        return "adapter: null (full fine-tuning)"
+    for key, is_generic in (
+        ("fused_blocks", config.fused_blocks is False),
+        ("lora_dropout", config.lora_dropout > 0),
+        ("use_dora", config.use_dora),
+        ("modules_to_save", bool(config.modules_to_save)),
+    ):
+        if is_generic:
+            return f"{key}: {getattr(config, key)} (layers take the generic path)"
+    family = FAMILIES.get(model.model_type)
+    if family is None or family.fused_layer is None:
+        return f"{model.model_type} (layers take the generic path)"
+    if getattr(model, "quantization_config", None) is not None:
+        return "a checkpoint that is quantized already"
+    return None
+
+
+def _optimizer_row(name: str) -> OptimizerRow:
+    # What the Trainer makes keeps the state of `adamw`.
+    return OPTIMIZERS[name] or OptimizerRow(AdamW, "adamw")
+
+
+def _optimizer(name: str, shape: ModelShape) -> OptimizerBytes:
+    row = _optimizer_row(name)
+    state = state_bytes(row.rule, row.state_bits, shape.adapter_shapes)
+    if row.placement == "resident":
+        return OptimizerBytes(name, state)
+    return OptimizerBytes(name, 0, staging_bytes(row.rule, row.state_bits, shape.adapter_shapes), state)

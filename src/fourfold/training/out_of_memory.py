@@ -1,0 +1,93 @@
+"""When memory runs out all the same: what is told, and what is left in good order."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fourfold.errors import TrainingError
+from fourfold.models.size import model_size
+
+__all__ = ["OutOfMemory", "compare_parts", "let_go", "parts_in_use"]
+
+GIB = 2**30
+# What a plan's parts are called -> what can be told apart in a run.
+_KINDS = {
+    "weights, 16 bits": "weights",
+    "weights, quantized": "weights",
+    "quantization state": "weights",
+    "adapters": "adapters",
+    "optimizer state": "optimizer state",
+}
+_REST = "activations, gradients and what is worked in"
+
+
+class OutOfMemory(TrainingError):  # noqa: N818 - named as torch names it
+    """A step did not fit. No update was made of it; whatever was made before is in the checkpoint.
+
+    Attributes:
+        step: The last step that was made.
+        checkpoint: Its checkpoint; None before the first.
+        parts: Bytes in use at the peak, see `parts_in_use`.
+    """
+
+    def __init__(self, step: int, checkpoint: Path | None, parts: Mapping[str, int], reason: str) -> None:
+        self.step, self.checkpoint, self.parts = step, checkpoint, dict(parts)
+        told = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
+        super().__init__(
+            f"memory ran out in step {step + 1}; no update was made of it",
+            found=f"{reason}; at the peak {told}",
+            hint="a smaller per_device_train_batch_size or max_length, or another recompute; `fourfold plan` shows them"
+            + (f"; {checkpoint} holds all steps before" if checkpoint else ""),
+        )
+
+
+def parts_in_use(model: nn.Module, optimizer: Optimizer | None, peak_bytes: int) -> dict[str, int]:
+    """What of the peak belongs to weights, adapters and optimizer; the rest is all else."""
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    states = [] if optimizer is None else list(optimizer.state.values())
+    held = _storages(value for state in states for value in state.values() if isinstance(value, Tensor))
+    parts = {
+        "weights": model_size(model).num_bytes - trained,
+        "adapters": trained,
+        "optimizer state": held,
+    }
+    return {**parts, _REST: max(0, peak_bytes - sum(parts.values()))}
+
+
+def _storages(tensors: Iterable[Tensor]) -> int:
+    """Bytes on GPUs, what several views share counted once."""
+    found = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.is_cuda}
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def compare_parts(planned: Mapping[str, int], measured: Mapping[str, int]) -> list[str]:
+    """Lines that set a plan's parts beside what was in use."""
+    kinds = dict.fromkeys(measured, 0)
+    for part, size in planned.items():
+        kinds[_KINDS.get(part, _REST)] += size
+    lines = [f"{'':46}{'planned':>10}{'in use':>10}  GiB"]
+    for kind, size in measured.items():
+        lines.append(f"{kind:<46}{kinds[kind] / GIB:>10.2f}{size / GIB:>10.2f}")
+    totals = sum(kinds.values()), sum(measured.values())
+    lines.append(f"{'together':<46}{totals[0] / GIB:>10.2f}{totals[1] / GIB:>10.2f}")
+    return lines
+
+
+def let_go(error: BaseException) -> None:
+    """Free what a failed step still holds: the frames of its traceback, and the allocator's cache."""
+    while error.__context__ is not None or error.__traceback__ is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        if error.__context__ is None:
+            break
+        error = error.__context__
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,98 @@
+"""The footprint against what training steps took on a GPU, and against tensors that are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from fourfold.kernels.low_rank import new_extended
+from fourfold.memory.footprint import Step, footprint
+from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.models.recomputation import POLICIES
+from fourfold.optimizers.footprint import state_bytes
+from fourfold.quantization.hf_config import FourfoldConfig
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+}
+
+
+def shape_of(name: str, rank: int = 16) -> ModelShape:
+    config = LlamaConfig(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, **SHAPES[name])
+    return model_shape(config, FourfoldConfig(), rank)
+
+
+def recorded() -> list[tuple[str, dict[str, Any], int]]:
+    """Setting and peak of every training step of ours that was measured beside the peers'."""
+    found = []
+    for name in ("end_to_end", "end_to_end_policies", "end_to_end_long_row"):
+        for key, row in json.loads((RESULTS / f"{name}.json").read_text())["results"].items():
+            for run in row["systems"]["fourfold"]:
+                found.append((key, row["setting"], int(run["peak_gib"] * 2**30)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "setting", "peak"), recorded(), ids=[row[0] for row in recorded()])
+def test_peaks_that_were_measured_on_a_gpu_are_foretold_within_1_percent(
+    name: str, setting: dict[str, Any], peak: int
+) -> None:
+    shape = shape_of(setting["shape"])
+    policies = [setting["policy"]] * len(shape.blocks)
+    step = Step(
+        setting["batch"], setting["seq"], policies, optimizer_bytes=state_bytes("adamw", 8, shape.adapter_shapes)
+    )
+    assert abs(footprint(shape, step).peak_bytes / peak - 1) < 0.01
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_parts_add_up_to_the_highest_moment(policy: str) -> None:
+    shape = shape_of("8b")
+    held = footprint(shape, Step(2, 1024, [policy] * 32, optimizer_bytes=1000, staging_bytes=77, eval_batch=8))
+    assert held.peak_bytes == max(held.moments.values()) == held.moments[held.moment]
+    assert sum(held.detail.values()) == held.parts["working memory"]
+    assert bool(held.host) == POLICIES[policy].offload
+
+
+def test_layers_that_keep_less_take_less_and_a_mixture_lies_between() -> None:
+    shape = shape_of("8b")
+
+    def peak(*policies: str) -> int:
+        return footprint(shape, Step(1, 4096, policies)).peak_bytes
+
+    none, full = peak(*["none"] * 32), peak(*["full"] * 32)
+    mixed = peak(*["full"] * 16, *["none"] * 16)
+    assert full < peak(*["selective"] * 32) < peak(*["mlp"] * 32) < none
+    assert full < mixed < none
+
+
+def test_extended_tensors_take_what_their_formula_says() -> None:
+    from fourfold.models.block_memory import BlockMemory
+
+    block = shape_of("8b").blocks[0]
+    kept = BlockMemory(block, 64, "none").kept()
+    made = new_extended(torch.empty(0, dtype=torch.bfloat16), 64, 2 * block.intermediate, block.gate_up_rank)
+    assert kept["gate_up"] == made.untyped_storage().nbytes()
+
+
+def test_a_large_batch_of_evaluation_can_be_the_peak() -> None:
+    shape = shape_of("1b")
+    small = Step(1, 2048, ["full"] * 16, cuda_graphs=False)
+    large = Step(1, 2048, ["full"] * 16, cuda_graphs=False, eval_batch=64)
+    assert footprint(shape, small).moment != "evaluation"
+    assert footprint(shape, large).moment == "evaluation"
+
+
+def test_graphs_hold_gradients_of_their_own() -> None:
+    shape = shape_of("8b")
+    held = footprint(shape, Step(1, 2048, ["mlp"] * 32))
+    assert held.parts["gradients in graphs"] == 4 * shape.num_adapter
+    without = footprint(shape, Step(1, 2048, ["mlp"] * 32, cuda_graphs=False))
+    assert "gradients in graphs" not in without.parts
+    assert without.peak_bytes < held.peak_bytes

@@ -1,0 +1,187 @@
+"""Plans from configurations, what helps where nothing fits, and what `fourfold plan` prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, LlamaConfig
+from typer.testing import CliRunner
+
+from fourfold.cli import app
+from fourfold.config import RunConfig
+from fourfold.errors import CheckpointError, ConfigError, TrainingError
+from fourfold.memory.gpus import gpu_by_name
+from fourfold.planning import compare, find_gpu, kept_to, plan, plan_for_training, remedies
+from fourfold.training.options import OPTIMIZERS
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of Llama-3-8B, and no weights."""
+    folder = tmp_path_factory.mktemp("llama-8b")
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ).save_pretrained(folder)
+    return folder
+
+
+def configured(model: Path, **keys: Any) -> RunConfig:
+    defaults = {"train_dataset": "rows.jsonl", "output_dir": "run", "optim": "adamw_8bit", "max_length": 2048}
+    return RunConfig(model_name_or_path=str(model), **{**defaults, **keys})
+
+
+def test_a_plan_needs_a_configuration_and_no_weights(llama: Path) -> None:
+    made = plan(configured(llama), gpu_by_name("24GB"))
+    assert made.chosen is not None
+    assert made.chosen.batch * made.chosen.accumulation == 16
+    assert made.chosen.optimizer == "adamw_8bit"
+
+
+def test_state_is_where_the_optimizer_keeps_it(llama: Path) -> None:
+    made = {name: plan(configured(llama, optim=name), gpu_by_name("80GB")).chosen for name in OPTIMIZERS}
+    for name, candidate in made.items():
+        assert candidate is not None
+        assert candidate.optimizer == name
+        parts, host = candidate.footprint.parts, candidate.footprint.host
+        assert ("optimizer state" in parts) is ("paged" not in name)
+        assert ("optimizer state" in host) is ("paged" in name)
+
+
+def test_a_policy_that_is_asked_for_is_kept_to(llama: Path) -> None:
+    made = plan(configured(llama, recompute="full"), gpu_by_name("80GB"))
+    assert made.chosen is not None
+    assert made.chosen.recompute == "full"
+
+
+def test_held_out_rows_are_in_the_plan(llama: Path) -> None:
+    keys = {"per_device_eval_batch_size": 512, "recompute": "full", "cuda_graphs": False}
+    with_rows = plan(configured(llama, eval_split_fraction=0.1, **keys), gpu_by_name("80GB"))
+    without = plan(configured(llama, **keys), gpu_by_name("80GB"))
+    assert without.chosen is not None
+    candidate = with_rows.chosen or with_rows.smallest
+    assert candidate is not None
+    assert candidate.footprint.moment == "evaluation"
+
+
+def test_a_run_keeps_to_its_plan_with_the_same_rows_a_step(llama: Path) -> None:
+    config = configured(llama, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    made = plan_for_training(config, gpu_by_name("16GB"))
+    assert made is not None
+    assert made.chosen is not None
+    kept = kept_to(config, made)
+    assert kept.per_device_train_batch_size * kept.gradient_accumulation_steps == 16
+    assert kept.per_device_train_batch_size <= 8
+    assert kept.recompute == made.chosen.recompute
+
+
+def test_nothing_is_planned_off_gpus_nor_over_what_is_asked_for_nor_without_formulas(llama: Path) -> None:
+    gpu = gpu_by_name("24GB")
+    assert plan_for_training(configured(llama), None) is None
+    assert plan_for_training(configured(llama, recompute="full"), gpu) is None
+    assert plan_for_training(configured(llama, lora_dropout=0.1), gpu) is None
+
+
+def test_a_run_that_cannot_fit_does_not_begin_and_says_what_would(llama: Path) -> None:
+    with pytest.raises(TrainingError) as error:
+        plan_for_training(configured(llama, load_in_4bit=False), gpu_by_name("12GB"))
+    assert "nothing fits" in str(error.value)
+    assert "QLoRA: the base in 4 bits (--load_in_4bit true)" in str(error.value)
+
+
+def test_remedies_are_named_from_the_easiest_on_and_each_makes_it_fit(llama: Path) -> None:
+    config = configured(llama, load_in_4bit=False, optim="adamw", bnb_4bit_compute_dtype="float32")
+    gpu = gpu_by_name("16GB")
+    assert plan(config, gpu).chosen is None
+    found = list(remedies(config, gpu))
+    assert found
+    for remedy in found:
+        remade = plan(config.model_copy(update=remedy.change), gpu)
+        assert remade.chosen is not None
+    assert "load_in_4bit" in found[0].change
+
+
+def test_where_no_change_helps_none_is_named(llama: Path) -> None:
+    assert list(remedies(configured(llama), gpu_by_name("3GB"))) == []
+
+
+def test_strategies_are_compared_side_by_side(llama: Path) -> None:
+    rows = compare(configured(llama), gpu_by_name("24GB"))
+    peaks = {row.name: (row.plan.chosen or row.plan.smallest) for row in rows}
+    assert len(peaks) == 14
+    for name, candidate in peaks.items():
+        assert candidate is not None
+        if name.startswith("LoRA"):
+            twin = peaks[f"Q{name}"]
+            assert twin is not None
+            weights = candidate.footprint.parts["weights, 16 bits"]
+            assert weights > 2.5 * twin.footprint.parts["weights, 16 bits"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"),
+    [
+        ({"lora_dropout": 0.1}, "generic path"),
+        ({"use_dora": True}, "generic path"),
+        ({"fused_blocks": False}, "generic path"),
+    ],
+)
+def test_what_no_formula_is_known_of_is_refused(llama: Path, keys: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        plan(configured(llama, **keys), gpu_by_name("24GB"))
+
+
+def test_models_without_fused_blocks_and_missing_models_are_refused(tmp_path: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=32, n_head=2).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match="generic path"):
+        plan(configured(tmp_path / "gpt2"), gpu_by_name("24GB"))
+    with pytest.raises(CheckpointError, match="no model"):
+        plan(configured(tmp_path / "nothing"), gpu_by_name("24GB"))
+
+
+def run_plan(llama: Path, tmp_path: Path, *words: str) -> Any:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model_name_or_path: {llama}\ntrain_dataset: rows.jsonl\noutput_dir: run\nmax_length: 2048\n")
+    return CliRunner().invoke(app, ["plan", str(config), *words])
+
+
+def test_the_verb_prints_the_plan_for_people_and_for_machines(llama: Path, tmp_path: Path) -> None:
+    told = run_plan(llama, tmp_path, "--gpu", "24GB")
+    assert told.exit_code == 0, told.output
+    assert "tokens/s, peak" in told.stdout
+    assert "weights, quantized" in told.stdout
+    made = json.loads(run_plan(llama, tmp_path, "--gpu", "24GB", "--json").stdout)
+    assert made["chosen"]["peak_bytes"] == sum(made["chosen"]["parts"].values())
+    assert made["remedies"] == []
+
+
+def test_the_verb_fails_where_nothing_fits_and_says_what_would(llama: Path, tmp_path: Path) -> None:
+    told = run_plan(llama, tmp_path, "--gpu", "12GB", "--no-load_in_4bit")
+    assert told.exit_code == 1
+    assert "would fit: QLoRA: the base in 4 bits (--load_in_4bit true)" in told.stdout
+
+
+def test_strategies_are_printed_and_drawn(llama: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "bars.png"
+    told = run_plan(llama, tmp_path, "--gpu", "24GB", "--compare", "--picture", str(picture))
+    assert told.exit_code == 0, told.output
+    assert "QLoRA, selective_offload" in told.stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    rows = json.loads(run_plan(llama, tmp_path, "--gpu", "24GB", "--compare", "--json").stdout)["strategies"]
+    assert len(rows) == 14
+
+
+def test_without_a_gpu_one_must_be_named() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match="no GPU here"):
+        find_gpu(None)
