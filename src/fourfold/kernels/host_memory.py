@@ -46,7 +46,7 @@ class HostBuffer:
 
     Args:
         num_bytes: Size.
-        pinned: Whether it is page-locked; needs CUDA.
+        pinned: Whether it is page-locked, through the current CUDA device and for all of them.
         purpose: What errors say it is for.
 
     Raises:
@@ -71,14 +71,15 @@ class HostBuffer:
                 "use less of it",
             )
         # Holds the pages: they are unlocked first, and given back then.
-        weakref.finalize(self, _unlock, pages, whole.data_ptr()).atexit = False
+        weakref.finalize(self, _unlock, pages, whole.data_ptr(), torch.cuda.current_device()).atexit = False
         self.data = whole[:num_bytes]
 
 
-def _unlock(pages: mmap.mmap, address: int) -> None:
-    torch.cuda.synchronize()
-    runtime: Any = torch.cuda.cudart()
-    runtime.cudaHostUnregister(address)
+def _unlock(pages: mmap.mmap, address: int, device: int) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        runtime: Any = torch.cuda.cudart()
+        runtime.cudaHostUnregister(address)
 
 
 def _forget_last_error() -> None:
