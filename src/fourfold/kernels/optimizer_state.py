@@ -6,6 +6,7 @@ ones in the host's pinned memory, from which `fourfold.kernels.paging` brings th
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,7 +214,11 @@ def lay_out(entries: Sequence[Entry], maps: Maps, rule: str = "adamw", page_byte
         chunk_begin += range(offsets[-1], offsets[-1] + len(chunks) * CHUNK_SIZE, CHUNK_SIZE)
         bounds.append((entry.param.dtype, kind, first, len(chunk_tensor)))
 
-    host = {kind: host_buffer(moment_bytes(rule, kind.bits, end), device) for kind, end in ends.items() if kind.paged}
+    # Before such memory is let go, what copies to and from it is waited for: on the device that was the current one.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        host = {
+            kind: host_buffer(moment_bytes(rule, kind.bits, end), device) for kind, end in ends.items() if kind.paged
+        }
     moments = {kind: _allocate(rule, kind, end, device, host.get(kind)) for kind, end in ends.items()}
     packs = list[Pack]()
     for dtype, kind, first, last in bounds:
