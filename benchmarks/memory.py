@@ -34,7 +34,7 @@ from fourfold.models.attention_interface import document_mask
 from fourfold.models.block import set_recomputation
 from fourfold.models.model_shape import model_shape
 from fourfold.optimizers import AdamW
-from fourfold.planning import adamw_bytes
+from fourfold.optimizers.footprint import state_bytes
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.swapping import dense_linears
 from fourfold.training.loss import supervised_cross_entropy
@@ -168,7 +168,7 @@ def measure(model: PreTrainedModel, setting: Setting, device: torch.device) -> d
 
 def predict(config: LlamaConfig, setting: Setting) -> dict[str, Any]:
     shape = model_shape(config, fourfold.FourfoldConfig() if setting.is_quantized else None, setting.rank)
-    optimizer = adamw_bytes(shape.adapter_shapes, setting.state_bits)
+    optimizer = state_bytes("adamw", setting.state_bits, shape.adapter_shapes)
     policies = [setting.policy] * len(shape.blocks)
     held = footprint(shape, Step(setting.batch, setting.seq, policies, optimizer_bytes=optimizer))
     return {"predicted_bytes": held.peak_bytes, "moment": held.moment, "parts": held.parts}

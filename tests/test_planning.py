@@ -15,6 +15,7 @@ from fourfold.config import RunConfig
 from fourfold.errors import CheckpointError, ConfigError, TrainingError
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.planning import compare, find_gpu, kept_to, plan, plan_for_training, remedies
+from fourfold.training.options import OPTIMIZERS
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,16 @@ def test_a_plan_needs_a_configuration_and_no_weights(llama: Path) -> None:
     assert made.chosen is not None
     assert made.chosen.batch * made.chosen.accumulation == 16
     assert made.chosen.optimizer == "adamw_8bit"
+
+
+def test_state_is_where_the_optimizer_keeps_it(llama: Path) -> None:
+    made = {name: plan(configured(llama, optim=name), gpu_by_name("80GB")).chosen for name in OPTIMIZERS}
+    for name, candidate in made.items():
+        assert candidate is not None
+        assert candidate.optimizer == name
+        parts, host = candidate.footprint.parts, candidate.footprint.host
+        assert ("optimizer state" in parts) is ("paged" not in name)
+        assert ("optimizer state" in host) is ("paged" in name)
 
 
 def test_a_policy_that_is_asked_for_is_kept_to(llama: Path) -> None:

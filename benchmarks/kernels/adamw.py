@@ -4,8 +4,9 @@
 
 448 fp32 tensors of 41.9M elements with fp32 gradients. Every candidate clips to a norm of 1.0. The limit is what a
 step must move (gradients read for the norm and again for the update, parameters and moments read and written) at the
-bandwidth of a copy, measured in the same run. "wall" is the time of a step when one waits for each, "host" what the
-CPU is busy for; "launches" counts kernels and copies.
+bandwidth of a copy, measured in the same run; for paged state, what its moments take over the link to the host, both
+ways at once, at the bandwidth of a copy from there. "wall" is the time of a step when one waits for each, "host" what
+the CPU is busy for; "launches" counts kernels and copies.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def candidates() -> dict[str, tuple[Callable[[], object], int]]:
 
         return step
 
-    def ours(bits: int) -> Callable[[], object]:
-        return AdamW(parameters(), **SETTINGS, state_bits=bits, max_grad_norm=CLIP).step
+    def ours(bits: int, placement: str = "resident") -> Callable[[], object]:
+        return AdamW(parameters(), **SETTINGS, state_bits=bits, max_grad_norm=CLIP, placement=placement).step
 
     def theirs(make: Callable[..., torch.optim.Optimizer], **options: object) -> Callable[[], object]:
         params = parameters()
@@ -64,6 +65,8 @@ def candidates() -> dict[str, tuple[Callable[[], object], int]]:
     return {
         "ours, 8-bit": (ours(8), 4),
         "ours, 32-bit": (ours(32), 16),
+        "ours, 8-bit, paged": (ours(8, "paged"), 4),
+        "ours, 32-bit, paged": (ours(32, "paged"), 16),
         "bitsandbytes AdamW8bit": (theirs(bitsandbytes.optim.AdamW8bit), 4),
         "bitsandbytes PagedAdamW8bit": (theirs(bitsandbytes.optim.PagedAdamW8bit), 4),
         "torch AdamW fused": (theirs(torch.optim.AdamW, fused=True), 16),
@@ -71,18 +74,28 @@ def candidates() -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Bytes a second that a copy on the GPU reads and writes."""
     source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
+    return 2 * source.nbytes / copy_seconds(source)
+
+
+def link_bandwidth() -> float:
+    """Bytes a second that come from the host's pinned memory."""
+    source = torch.empty(1 << 26, dtype=torch.float32, pin_memory=True)
+    return source.nbytes / copy_seconds(source)
+
+
+def copy_seconds(source: torch.Tensor) -> float:
+    target = torch.empty_like(source, device="cuda")
     times = []
     for _ in range(20):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        target.copy_(source)
+        target.copy_(source, non_blocking=True)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / statistics.median(times)
+    return statistics.median(times)
 
 
 def launches(step: Callable[[], object]) -> int:
@@ -123,14 +136,16 @@ def main() -> None:
 
     numel = sum(param.numel() for param in parameters())
     made = candidates()
-    bandwidth = copy_bandwidth()
+    bandwidth, link = copy_bandwidth(), link_bandwidth()
     times = measure({name: step for name, (step, _) in made.items()}, arguments.repeats)
     rows = []
-    print(f"{numel / 1e6:.1f}M parameters; copy {bandwidth / 1e12:.2f} TB/s")
+    print(f"{numel / 1e6:.1f}M parameters; copy {bandwidth / 1e12:.2f} TB/s, from the host {link / 1e9:.1f} GB/s")
     print(f"{'':<28} {'wall ms':>8} {'host ms':>8} {'device ms':>9} {'launches':>8} {'limit ms':>8} {'of limit':>8}")
     for name, (step, moment_bytes) in made.items():
         # A parameter is read and written, a gradient read for the norm and for the update.
         limit = numel * (8 + 8 + moment_bytes) / bandwidth * 1e3
+        if name.endswith("paged"):
+            limit = max(limit, numel * moment_bytes / 2 / link * 1e3)
         median = {kind: statistics.median(values) for kind, values in times[name].items()}
         count = launches(step)
         print(
@@ -145,6 +160,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name(),
             "parameters": numel,
             "copy_bytes_per_second": bandwidth,
+            "link_bytes_per_second": link,
             "versions": {
                 "python": platform.python_version(),
                 **{package: importlib.metadata.version(package) for package in ("torch", "triton", "bitsandbytes")},

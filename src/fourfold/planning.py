@@ -3,7 +3,7 @@ does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from transformers import AutoConfig
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.errors import CheckpointError, ConfigError, TrainingError
-from fourfold.kernels.adamw_state import BLOCK_SIZE
 from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes
 from fourfold.memory.meter import free_host_bytes
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.families import FAMILIES
 from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.optimizers import AdamW
+from fourfold.optimizers.footprint import staging_bytes, state_bytes
+from fourfold.training.options import OPTIMIZERS, OptimizerRow
 
 __all__ = [
     "Remedy",
@@ -213,8 +215,10 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "bf16", {"bnb_4bit_compute_dtype": "bfloat16"}
     if config.recompute is not None:
         yield "recompute as planned", {"recompute": None}
-    if not config.optim.endswith("8bit"):
-        yield "8-bit optimizer state", {"optim": "adamw_8bit"}
+    in_8_bits = _optimizer_row(config.optim)._replace(state_bits=8)
+    name = next((name for name, row in OPTIMIZERS.items() if row == in_8_bits), config.optim)
+    if name != config.optim:
+        yield "8-bit optimizer state", {"optim": name}
     if not config.load_in_4bit:
         yield "QLoRA: the base in 4 bits", {"load_in_4bit": True}
     if config.lora_r > 16:
@@ -272,15 +276,14 @@ def _no_formula(config: RunConfig, model: Any) -> str | None:
     return None
 
 
+def _optimizer_row(name: str) -> OptimizerRow:
+    # What the Trainer makes keeps the state of `adamw`.
+    return OPTIMIZERS[name] or OptimizerRow(AdamW, "adamw")
+
+
 def _optimizer(name: str, shape: ModelShape) -> OptimizerBytes:
-    return OptimizerBytes(name, adamw_bytes(shape.adapter_shapes, 8 if name.endswith("8bit") else 32))
-
-
-def adamw_bytes(shapes: Iterable[tuple[int, int]], state_bits: int) -> int:
-    """State of AdamW: two moments of 32 bits; or of 8, with a scale each for every 256 elements."""
-    total = 0
-    for rows, columns in shapes:
-        count = rows * columns
-        blocks = -(-count // BLOCK_SIZE)
-        total += 2 * blocks * (BLOCK_SIZE + 4) if state_bits == 8 and count >= 4096 else 8 * blocks * BLOCK_SIZE
-    return total
+    row = _optimizer_row(name)
+    state = state_bytes(row.rule, row.state_bits, shape.adapter_shapes)
+    if row.placement == "resident":
+        return OptimizerBytes(name, state)
+    return OptimizerBytes(name, 0, staging_bytes(row.rule, row.state_bits, shape.adapter_shapes), state)

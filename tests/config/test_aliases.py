@@ -214,11 +214,20 @@ def test_an_unsupported_key_is_refused_unless_it_is_switched_off(tmp_path, key):
         load(tmp_path, f"model_name_or_path: m\n{key}: 8\n")
 
 
+@pytest.mark.parametrize("key", ["optim", "optimizer"])
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [("paged_adamw", "paged_adamw_32bit"), ("paged_lion", "paged_lion_32bit"), ("lion_32bit", "lion")],
+)
+def test_the_trainers_other_names_of_an_optimizer_are_taken(tmp_path, key, given, ours):
+    assert load(tmp_path, f"model_name_or_path: m\n{key}: {given}\n").optim == ours
+
+
 def test_the_tables_do_not_overlap():
     assert not ALIASES.keys() & UNSUPPORTED.keys()
     assert not UNSUPPORTED.keys() & RunConfig.model_fields.keys()
-    # These two are our own keys whose values in other systems mean more.
-    assert ALIASES.keys() & RunConfig.model_fields.keys() == {"adapter", "resume_from_checkpoint"}
+    # These are our own keys whose values in other systems mean more.
+    assert ALIASES.keys() & RunConfig.model_fields.keys() == {"adapter", "optim", "resume_from_checkpoint"}
 
 
 @pytest.mark.parametrize("alias", sorted(ALIASES))

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.adamw_state import lay_out
-from fourfold.kernels.adamw_triton import nearest_code
+from fourfold.kernels.optimizer_state import Entry, lay_out
+from fourfold.kernels.optimizer_triton import nearest_code
 from fourfold.optimizers.maps import state_maps
 
 BLOCK = 1024
@@ -25,7 +25,7 @@ def _kernel(value_ptr, code_ptr, numel, threshold_ptr, signed: tl.constexpr, blo
 def thresholds(device: torch.device, signed: bool) -> Tensor:
     """fp32 [256] as the state holds them; the last is padding."""
     param = torch.zeros(1, device=device)
-    both = lay_out([(param, 0, 8)], state_maps(device), lambda n, dtype, at: torch.zeros(n, dtype=dtype, device=at))
+    both = lay_out([Entry(param, 0, 8)], state_maps(device))
     return both.thresholds.first if signed else both.thresholds.second
 
 

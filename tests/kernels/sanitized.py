@@ -36,7 +36,6 @@ from few_rows import parts
 
 import fourfold.kernels
 from fourfold.kernels import (
-    adamw_triton,
     angles_triton,
     blockwise_triton,
     cross_entropy_triton,
@@ -47,6 +46,7 @@ from fourfold.kernels import (
     low_rank_beside_triton,
     low_rank_pair_triton,
     norm_triton,
+    optimizer_triton,
     rotary_triton,
     small_batch_hopper_triton,
     small_batch_tiles,
@@ -54,8 +54,8 @@ from fourfold.kernels import (
     swiglu_low_rank_triton,
     swiglu_triton,
 )
-from fourfold.kernels.adamw_state import Hyperparameters, lay_out
 from fourfold.kernels.low_rank import new_extended
+from fourfold.kernels.optimizer_state import Entry, Hyperparameters, lay_out
 from fourfold.kernels.swiglu import ACTIVATIONS
 from fourfold.optimizers.maps import state_maps
 from fourfold.quantization.formats import FORMATS
@@ -263,20 +263,17 @@ def cross_entropy() -> None:
         cross_entropy_triton.cross_entropy_triton(random(3, vocab), targets, gradient)
 
 
-def adamw() -> None:
+def optimizer() -> None:
     """Whole chunks, a short last block, less than a block, and one without a gradient; the last set is aligned."""
     odd = [(16, 256), (3, 1111), (5,), (2101,)]
     for shapes, bits, dtype in ((odd, 8, torch.float32), (odd, 32, torch.float16), ([(16, 256)], 8, torch.float32)):
-        entries = [(random(*shape, dtype=dtype), 0, bits if shape != (5,) else 32) for shape in shapes]
-        state = lay_out(
-            entries,
-            state_maps(DEVICE),
-            lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device),
-        )
-        grads = [None if param.shape == (2101,) else torch.randn_like(param) for param in state.params]
+        entries = [Entry(random(*shape, dtype=dtype), 0, bits if shape != (5,) else 32) for shape in shapes]
         groups, loss = [Hyperparameters(1e-2, 0.9, 0.999, 1e-8, 0.1)], torch.ones((), device=DEVICE)
-        for _ in range(2):
-            adamw_triton.adamw_step_triton(state, grads, groups, 1.0, loss)
+        for rule, paged in (("adamw", False), ("adamw", True), ("lion", False)):
+            state = lay_out([entry._replace(paged=paged) for entry in entries], state_maps(DEVICE), rule, page_bytes=1)
+            grads = [None if param.shape == (2101,) else torch.randn_like(param) for param in state.params]
+            for _ in range(2):
+                optimizer_triton.optimizer_step_triton(state, grads, groups, 1.0, loss)
 
 
 def block(model_type: str, recompute: str) -> None:
@@ -329,7 +326,7 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "swiglu": swiglu,
     "swiglu's sums": swiglu_sums,
     "cross entropy": cross_entropy,
-    "AdamW": adamw,
+    "optimizers": optimizer,
 }
 BLOCKS: dict[str, Callable[[], None]] = {
     "Llama's block": lambda: block("llama", "selective"),

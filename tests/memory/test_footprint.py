@@ -14,7 +14,7 @@ from fourfold.kernels.low_rank import new_extended
 from fourfold.memory.footprint import Step, footprint
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
-from fourfold.planning import adamw_bytes
+from fourfold.optimizers.footprint import state_bytes
 from fourfold.quantization.hf_config import FourfoldConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -45,7 +45,9 @@ def test_peaks_that_were_measured_on_a_gpu_are_foretold_within_1_percent(
 ) -> None:
     shape = shape_of(setting["shape"])
     policies = [setting["policy"]] * len(shape.blocks)
-    step = Step(setting["batch"], setting["seq"], policies, optimizer_bytes=adamw_bytes(shape.adapter_shapes, 8))
+    step = Step(
+        setting["batch"], setting["seq"], policies, optimizer_bytes=state_bytes("adamw", 8, shape.adapter_shapes)
+    )
     assert abs(footprint(shape, step).peak_bytes / peak - 1) < 0.01
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourfold.kernels.adamw import adamw_step_reference
-from fourfold.kernels.adamw_state import Hyperparameters
+from fourfold.kernels.optimizer import optimizer_step_reference
+from fourfold.kernels.optimizer_state import Hyperparameters
 from fourfold.optimizers import AdamW
 
 pytestmark = pytest.mark.gpu
@@ -78,7 +78,7 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, bits: int) -> None:
         flat = other._flat()
         with torch.no_grad():
             groups = [Hyperparameters(1e-2, 0.9, 0.99, 1e-8, 0.05)]
-            adamw_step_reference(flat, [param.grad for param in flat.params], groups, 10.0, None)
+            optimizer_step_reference(flat, [param.grad for param in flat.params], groups, 10.0, None)
         for param, before in zip(ours, wanted, strict=True):
             torch.testing.assert_close(optimizer.state[param]["step"], other.state[before]["step"])
     assert distance([optimizer.grad_norm], [other.grad_norm]) < 1e-6

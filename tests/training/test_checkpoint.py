@@ -44,7 +44,7 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(finished, tmp_path: Pa
     assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch", "adafactor"])
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch", "adafactor", "paged_adamw_32bit", "paged_lion_8bit"])
 def test_resumed_run_is_the_uninterrupted_one_with_every_kind_of_state(tmp_path: Path, optim: str) -> None:
     losses, weights = run(tmp_path / "whole", optim=optim, r=64, save_strategy="steps", save_steps=3)
     resumed = run(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-6", optim=optim, r=64)

@@ -28,7 +28,11 @@ class Poison(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("optim", "last"), [("adamw", False), ("adamw_8bit", False), ("adamw_8bit", True), ("adamw_torch", True)]
+    ("optim", "last"),
+    [
+        *(("adamw", False), ("adamw_8bit", False), ("adamw_8bit", True), ("adamw_torch", True)),
+        *(("paged_adamw_8bit", False), ("adafactor", False)),
+    ],
 )
 def test_bad_step_is_noticed_before_anything_is_saved_after_it(tmp_path: Path, optim: str, last: bool) -> None:
     trainer = tiny.trainer(

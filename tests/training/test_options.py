@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourfold.errors import ConfigError
 from fourfold.optimizers import AdamW
@@ -49,8 +50,19 @@ def test_own_optimizers_are_handed_over_with_their_options(tmp_path: Path) -> No
     options = TrainingOptions(output_dir=tmp_path, optim="adamw_8bit", learning_rate=1e-3, max_grad_norm=0.5)
     optimizer, arguments = own_optimizer_arguments(options)
     assert optimizer is AdamW
-    assert arguments == {"lr": 1e-3, "state_bits": 8, "max_grad_norm": 0.5}
-    assert own_optimizer_arguments(TrainingOptions(output_dir=tmp_path, optim="adafactor")) is None
+    assert arguments == {"lr": 1e-3, "state_bits": 8, "placement": "resident", "max_grad_norm": 0.5}
+    assert own_optimizer_arguments(TrainingOptions(output_dir=tmp_path, optim="adamw_torch")) is None
+
+
+@pytest.mark.parametrize("optim", [name for name, row in OPTIMIZERS.items() if row is not None])
+def test_a_name_says_rule_bits_and_placement(tmp_path: Path, optim: str) -> None:
+    optimizer, arguments = own_optimizer_arguments(TrainingOptions(output_dir=tmp_path, optim=optim))
+    made = optimizer([torch.nn.Parameter(torch.zeros(2))], **arguments)
+    assert type(made).__name__.lower() in optim
+    assert OPTIMIZERS[optim].rule in optim
+    if optim != "adafactor":
+        assert made.state_bits == (8 if "8bit" in optim else 32)
+        assert made.placement == ("paged" if "paged" in optim else "resident")
 
 
 def test_trl_neither_truncates_nor_packs_nor_prepares(tmp_path: Path) -> None:

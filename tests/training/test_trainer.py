@@ -348,7 +348,7 @@ def test_non_finite_loss_stops_the_run_and_names_step_and_checkpoint(tmp_path: P
     assert all(torch.isfinite(value).all() for value in tiny.adapter_weights(trainer.model).values())
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "paged_lion_8bit", "adafactor", "adamw_torch"])
 def test_non_finite_loss_names_the_rows_of_its_microbatch(tmp_path: Path, optim: str) -> None:
     rows = [dict(row) for row in tiny.rows(12)]
     rows = [{key: [4 if token == 3 else token for token in row[key]] for key in row} for row in rows]

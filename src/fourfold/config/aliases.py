@@ -71,6 +71,12 @@ def _resume(value: Any) -> dict[str, Any]:
     return {"resume_from_checkpoint": value}
 
 
+def _optim(value: Any) -> dict[str, Any]:
+    """Our own key too; the Trainer has several names for some."""
+    names = {"paged_adamw": "paged_adamw_32bit", "paged_lion": "paged_lion_32bit", "lion_32bit": "lion"}
+    return {"optim": names.get(value, value) if isinstance(value, str) else value}
+
+
 def _one_dataset(key: str) -> Conversion:
     """LLaMA-Factory's `dataset`: our data sets are files, folders or names on the hub, one a run."""
 
@@ -159,7 +165,8 @@ ALIASES: dict[str, Conversion] = {
     "eval_batch_size": _same_value("per_device_eval_batch_size"),
     "num_epochs": _same_value("num_train_epochs"),
     "lr_scheduler": _same_value("lr_scheduler_type"),
-    "optimizer": _same_value("optim"),
+    "optimizer": _optim,
+    "optim": _optim,
     "auto_resume_from_checkpoints": _on({"resume_from_checkpoint": "auto"}),
     "evals_per_epoch": _per_epoch("eval_steps"),
     "saves_per_epoch": _per_epoch("save_steps"),

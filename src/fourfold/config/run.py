@@ -22,6 +22,19 @@ ChatTemplate = Annotated[
     ),
 ]
 RecomputePolicy = Literal["none", "mlp", "selective", "full", "mlp_offload", "selective_offload", "full_offload"]
+Optimizer = Literal[
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "adafactor",
+    "adamw_torch",
+    "adamw_torch_fused",
+]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -182,8 +195,8 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    optim: Literal["adamw", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "adafactor"] = Field(
-        "adamw", description="Optimizer; adamw and adamw_8bit (state in 8 bits) update all adapters at once."
+    optim: Optimizer = Field(
+        "adamw", description="Optimizer; 8bit: state in 8 bits; paged: state in the host's memory, brought in pieces."
     )
     logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
     eval_steps: Count | None = Field(None, description="Optimizer steps between two evaluations; null: once an epoch.")

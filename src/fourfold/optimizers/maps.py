@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fourfold.kernels.adamw_state import Maps
+from fourfold.kernels.optimizer_state import Maps
 from fourfold.quantization.scales import dynamic_map
 
 __all__ = ["state_maps", "unsigned_dynamic_map"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fourfold.errors import TrainingError
-from fourfold.optimizers import AdamW
+from fourfold.optimizers.base import OwnOptimizer
 from fourfold.training.checkpoint import list_checkpoints
 
 __all__ = ["StepGuard", "own_optimizer"]
@@ -63,9 +63,9 @@ class _Report:
 class StepGuard(TrainerCallback):
     """Times the optimizer steps and stops a run before a gradient that is not finite reaches the adapters.
 
-    `fourfold.optimizers.AdamW` makes no update of such a step, so its numbers are looked at one step later, when
-    they have arrived: nothing waits for them. They are looked at without delay before anything is logged, evaluated,
-    saved or ended. With any other optimizer each step waits for its numbers before it is made.
+    The optimizers of `fourfold.optimizers` make no update of such a step, so its numbers are looked at one step later,
+    when they have arrived: nothing waits for them. They are looked at without delay before anything is logged,
+    evaluated, saved or ended. With any other optimizer each step waits for its numbers before it is made.
 
     Attributes:
         seconds: Spent in optimizer steps, without evaluation and saving, since it was last set to 0.
@@ -160,7 +160,7 @@ class StepGuard(TrainerCallback):
         self.check()
 
 
-def own_optimizer(optimizer: Any) -> AdamW | None:
-    """Our AdamW, where that is what accelerate has wrapped; else None."""
+def own_optimizer(optimizer: Any) -> OwnOptimizer | None:
+    """Our optimizer, where one is what accelerate has wrapped; else None."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, AdamW) else None
+    return inner if isinstance(inner, OwnOptimizer) else None

@@ -6,32 +6,63 @@ import dataclasses
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from trl import SFTConfig
 
 from fourfold.errors import ConfigError
-from fourfold.optimizers import AdamW
+from fourfold.optimizers import Adafactor, AdamW, Lion
+from fourfold.optimizers.base import OwnOptimizer
+from fourfold.optimizers.moments import MomentOptimizer
 
 __all__ = [
     "COMPUTE_DTYPES",
     "LR_SCHEDULERS",
     "OPTIMIZERS",
     "STRATEGIES",
+    "OptimizerRow",
     "TrainingOptions",
     "own_optimizer_arguments",
     "to_sft_config",
 ]
 
-# name -> bits of its state, for `fourfold.optimizers.AdamW`; None: the Trainer makes it, by this name. All keep their
-# state in plain tensors, as the checkpoint needs.
-OPTIMIZERS: dict[str, int | None] = {
-    "adamw": 32,
-    "adamw_8bit": 8,
+
+class OptimizerRow(NamedTuple):
+    """An optimizer of ours: its class, and how its state is kept, for which see `fourfold.optimizers.moments`.
+
+    Attributes:
+        rule: The update rule's name, as `fourfold.optimizers.footprint` knows it.
+        state_bits: 32 or 8; Adafactor knows no 8.
+        placement: "resident" or "paged".
+    """
+
+    optimizer: type[OwnOptimizer]
+    rule: str
+    state_bits: int = 32
+    placement: str = "resident"
+
+    def arguments(self) -> dict[str, Any]:
+        """What its class is made with, of these."""
+        if not issubclass(self.optimizer, MomentOptimizer):
+            return {}
+        return {"state_bits": self.state_bits, "placement": self.placement}
+
+
+# name -> our optimizer; None: the Trainer makes it, by this name. All keep their state in plain tensors, as the
+# checkpoint needs.
+OPTIMIZERS: dict[str, OptimizerRow | None] = {
+    "adamw": OptimizerRow(AdamW, "adamw"),
+    "adamw_8bit": OptimizerRow(AdamW, "adamw", 8),
+    "paged_adamw_32bit": OptimizerRow(AdamW, "adamw", 32, "paged"),
+    "paged_adamw_8bit": OptimizerRow(AdamW, "adamw", 8, "paged"),
+    "lion": OptimizerRow(Lion, "lion"),
+    "lion_8bit": OptimizerRow(Lion, "lion", 8),
+    "paged_lion_32bit": OptimizerRow(Lion, "lion", 32, "paged"),
+    "paged_lion_8bit": OptimizerRow(Lion, "lion", 8, "paged"),
+    "adafactor": OptimizerRow(Adafactor, "adafactor"),
     "adamw_torch": None,
     "adamw_torch_fused": None,
-    "adafactor": None,
 }
 
 # name -> whether it knows a warm-up
@@ -197,16 +228,12 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
     )
 
 
-def own_optimizer_arguments(options: TrainingOptions) -> tuple[type[AdamW], dict[str, Any]] | None:
+def own_optimizer_arguments(options: TrainingOptions) -> tuple[type[OwnOptimizer], dict[str, Any]] | None:
     """The Trainer's `optimizer_cls_and_kwargs` where the optimizer is ours; None where the Trainer makes it."""
-    state_bits = OPTIMIZERS[options.optim]
-    if state_bits is None:
+    row = OPTIMIZERS[options.optim]
+    if row is None:
         return None
-    return AdamW, {
-        "lr": options.learning_rate,
-        "state_bits": state_bits,
-        "max_grad_norm": options.max_grad_norm,
-    }
+    return row.optimizer, {"lr": options.learning_rate, "max_grad_norm": options.max_grad_norm, **row.arguments()}
 
 
 def _recomputation(on: bool) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""AdamW on the GPU: three launches a step (norm, finish, update), whatever the number of parameters.
+"""AdamW and Lion on the GPU: three launches a step (norm, finish, update), whatever the number of parameters.
 
 Kernels find their tensors by address, in a table that is sent each step: gradients are made anew by each backward pass.
-A launch covers the parameters of one `Pack`, so mixed dtypes or mixed state take one norm and one update launch each.
+A launch covers the parameters of one `Pack`, so mixed dtypes or mixed state take one norm and one update launch each;
+a paged one takes an update launch for each of its pages.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.adamw_state import BLOCK_SIZE, CHUNK_SIZE, SMALLEST_ABSMAX, AdamWState, Hyperparameters
+from fourfold.kernels.optimizer_state import (
+    BLOCK_SIZE,
+    CHUNK_SIZE,
+    MOMENTS,
+    SMALLEST_ABSMAX,
+    Hyperparameters,
+    OptimizerState,
+    Pack,
+)
 
-__all__ = ["adamw_step_triton", "finish_kernel", "nearest_code", "norm_kernel", "update_kernel", "update_warps"]
+__all__ = ["finish_kernel", "nearest_code", "norm_kernel", "optimizer_step_triton", "update_kernel", "update_warps"]
 
 NUM_WARPS = 4
 FINISH_WARPS = 8
@@ -33,10 +42,10 @@ _ROW = tl.constexpr(ROW)
 _SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def norm_kernel(
     address_ptr,  # int64 [2, num_params]: gradients, parameters
-    table_ptr,  # int64 [num_params, 3]
+    table_ptr,  # int64 [num_params, 2]
     chunk_tensor_ptr,
     chunk_index_ptr,
     partial_ptr,  # fp32 [num_chunks]
@@ -51,7 +60,7 @@ def norm_kernel(
     address = tl.load(address_ptr + tensor)
     total = 0.0
     if address != 0:
-        numel = tl.load(table_ptr + tensor * 3)
+        numel = tl.load(table_ptr + tensor * 2)
         grad_ptr = address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
             grad_ptr = tl.multiple_of(grad_ptr, 16)
@@ -76,6 +85,7 @@ def finish_kernel(
     norm_ptr,
     scale_ptr,
     num_params,
+    LION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The norm, what to multiply gradients by, the steps counted on, and each parameter's row; one program."""
@@ -99,7 +109,7 @@ def finish_kernel(
         address = tl.load(address_ptr + at, mask=mask, other=0)
         step = tl.load(step_ptr + at, mask=mask, other=0.0) + tl.where(address != 0, counted, 0.0)
         tl.store(step_ptr + at, step, mask=mask)
-        hyper = hyper_ptr + tl.load(table_ptr + at * 3 + 2, mask=mask, other=0) * 5
+        hyper = hyper_ptr + tl.load(table_ptr + at * 2 + 1, mask=mask, other=0) * 5
         lr = tl.load(hyper)
         beta1 = tl.load(hyper + 1)
         beta2 = tl.load(hyper + 2)
@@ -110,6 +120,8 @@ def finish_kernel(
         correction1 = 1.0 - tl.exp(time * tl.log(beta1))
         correction2 = tl.sqrt(1.0 - tl.exp(time * tl.log(beta2)))
         row = row_ptr + at * _ROW
+        if LION:
+            correction1 = 1.0
         tl.store(row, (lr / correction1).to(tl.float32), mask=mask)
         tl.store(row + 1, (1.0 / correction2).to(tl.float32), mask=mask)
         tl.store(row + 2, (lr * weight_decay).to(tl.float32), mask=mask)
@@ -166,13 +178,14 @@ def _store_moment(moment, code_ptr, absmax_ptr, threshold_ptr, offsets, mask, bl
     tl.store(absmax_ptr + blocks, absmax, mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk", "num_params"])
 def update_kernel(
     address_ptr,
     num_params,
     table_ptr,
     chunk_tensor_ptr,
     chunk_index_ptr,
+    chunk_offset_ptr,
     first_chunk,
     row_ptr,
     scale_ptr,
@@ -185,26 +198,26 @@ def update_kernel(
     threshold1_ptr,
     threshold2_ptr,
     DTYPE: tl.constexpr,
+    LION: tl.constexpr,
     BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """AdamW on one chunk of a parameter."""
+    """AdamW or Lion on one chunk of a parameter. Lion has no second moment: what belongs to it is None."""
     chunk = first_chunk + tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     index = tl.load(chunk_index_ptr + chunk)
     # All that the tensors' addresses need is asked for at once: what waits for it, waits once.
     grad_address = tl.load(address_ptr + tensor)
     param_address = tl.load(address_ptr + num_params + tensor)
-    numel = tl.load(table_ptr + tensor * 3)
+    numel = tl.load(table_ptr + tensor * 2)
     # All is said to begin at multiples of 4 elements, though it be of more: a thread then takes 4 elements next to each
     # other of every tensor. Were it 16, as for codes of 1 byte it would be, then gradients and parameters would be read
     # in steps and go through shared memory.
-    begin = tl.multiple_of(tl.load(table_ptr + tensor * 3 + 1), 4)
+    begin = tl.multiple_of(tl.load(chunk_offset_ptr + chunk), 4)
     scale = tl.load(scale_ptr)
     if (grad_address != 0) & (scale >= 0.0):
         start = index.to(tl.int64) * _CHUNK
         left = tl.minimum(numel - start, _CHUNK).to(tl.int32)
-        begin += start
         grad_ptr = grad_address.to(tl.pointer_type(DTYPE))
         param_ptr = param_address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
@@ -214,7 +227,8 @@ def update_kernel(
         grad_ptr += start
         param_ptr += start
         first_ptr += begin
-        second_ptr += begin
+        if not LION:
+            second_ptr += begin
         row = row_ptr + tensor * _ROW
         step_size = tl.load(row)
         inverse_correction2 = tl.load(row + 1)
@@ -238,23 +252,32 @@ def update_kernel(
         if BITS == 8:
             some = rows * _COLUMNS < left
             absmax1_ptr += begin // _COLUMNS
-            absmax2_ptr += begin // _COLUMNS
             first = _load_moment(first_ptr, absmax1_ptr, map1_ptr, offsets, mask, rows, some, 127)
-            second = _load_moment(second_ptr, absmax2_ptr, map2_ptr, offsets, mask, rows, some, 0)
+            if not LION:
+                absmax2_ptr += begin // _COLUMNS
+                second = _load_moment(second_ptr, absmax2_ptr, map2_ptr, offsets, mask, rows, some, 0)
         else:
             first = tl.load(first_ptr + offsets, mask=mask, other=0.0)
-            second = tl.load(second_ptr + offsets, mask=mask, other=0.0)
+            if not LION:
+                second = tl.load(second_ptr + offsets, mask=mask, other=0.0)
 
-        first = first * beta1 + grad * one_minus_beta1
-        second = second * beta2 + grad * grad * one_minus_beta2
-        param -= step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
+        if LION:
+            direction = first * beta1 + grad * one_minus_beta1
+            param -= tl.where(direction > 0, step_size, tl.where(direction < 0, -step_size, 0.0))
+            first = first * beta2 + grad * one_minus_beta2
+        else:
+            first = first * beta1 + grad * one_minus_beta1
+            second = second * beta2 + grad * grad * one_minus_beta2
+            param -= step_size * (first / (tl.sqrt(second) * inverse_correction2 + eps))
         tl.store(param_ptr + offsets, param.to(DTYPE), mask=mask)
         if BITS == 8:
             _store_moment(first, first_ptr, absmax1_ptr, threshold1_ptr, offsets, mask, rows, some, True)
-            _store_moment(second, second_ptr, absmax2_ptr, threshold2_ptr, offsets, mask, rows, some, False)
+            if not LION:
+                _store_moment(second, second_ptr, absmax2_ptr, threshold2_ptr, offsets, mask, rows, some, False)
         else:
             tl.store(first_ptr + offsets, first, mask=mask)
-            tl.store(second_ptr + offsets, second, mask=mask)
+            if not LION:
+                tl.store(second_ptr + offsets, second, mask=mask)
 
 
 def update_warps(bits: int, aligned: bool) -> int:
@@ -265,14 +288,14 @@ def update_warps(bits: int, aligned: bool) -> int:
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def adamw_step_triton(
-    state: AdamWState,
+def optimizer_step_triton(
+    state: OptimizerState,
     grads: Sequence[Tensor | None],
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
 ) -> None:
-    """See `fourfold.kernels.adamw.adamw_step`."""
+    """See `fourfold.kernels.optimizer.optimizer_step`."""
     device = state.steps.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -282,7 +305,7 @@ def adamw_step_triton(
 
 
 def _step(
-    state: AdamWState,
+    state: OptimizerState,
     grads: Sequence[Tensor | None],
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
@@ -292,19 +315,20 @@ def _step(
     pointers = [0 if grad is None else grad.data_ptr() for grad in grads]
     pointers += [param.data_ptr() for param in state.params]
     aligned = all(pointer % 16 == 0 for pointer in pointers) and all(p.numel() % 16 == 0 for p in state.params)
+    lion = state.rule == "lion"
     addresses, hyper = _send(pointers, groups, device)
     partials = torch.empty(num_chunks, dtype=torch.float32, device=device)
     rows = torch.empty(num_params * ROW, dtype=torch.float32, device=device)
 
-    for dtype, _, first_chunk, chunks in state.packs:
-        norm_kernel[(chunks,)](
+    for pack in state.packs:
+        norm_kernel[(pack.num_chunks,)](
             addresses,
             state.table,
             state.chunk_tensor,
             state.chunk_index,
             partials,
-            first_chunk,
-            DTYPE=_DTYPES[dtype],
+            pack.first_chunk,
+            DTYPE=_DTYPES[pack.dtype],
             ALIGNED=aligned,
             num_warps=NUM_WARPS,
         )
@@ -321,30 +345,46 @@ def _step(
         state.norm,
         state.scale,
         num_params,
+        LION=lion,
         BLOCK=FINISH_BLOCK,
         num_warps=FINISH_WARPS,
     )
-    for dtype, bits, first_chunk, chunks in state.packs:
+
+    def update(pack: Pack, first_chunk: int, chunks: int, values: Sequence[Tensor], absmax: Sequence[Tensor]) -> None:
+        """Of chunks whose moments, and scales of moments of 8 bits, are in `values` and `absmax`."""
         update_kernel[(chunks,)](
             addresses,
             num_params,
             state.table,
             state.chunk_tensor,
             state.chunk_index,
+            state.chunk_offset,
             first_chunk,
             rows,
             state.scale,
-            state.state1 if bits == 8 else state.exp_avg,
-            state.state2 if bits == 8 else state.exp_avg_sq,
-            state.absmax1,
-            state.absmax2,
+            *_two(values),
+            *_two(absmax),
             *state.maps,
             *state.thresholds,
-            DTYPE=_DTYPES[dtype],
-            BITS=bits,
+            DTYPE=_DTYPES[pack.dtype],
+            LION=lion,
+            BITS=pack.kind.bits,
             ALIGNED=aligned,
-            num_warps=update_warps(bits, aligned),
+            num_warps=update_warps(pack.kind.bits, aligned),
         )
+
+    for pack in state.packs:
+        if state.pager is None or not pack.pages:  # resident
+            update(pack, pack.first_chunk, pack.num_chunks, *state.moments[pack.kind])
+            continue
+        for page, parts in state.pager.turn(pack.pages):
+            many = len(MOMENTS[state.rule])
+            update(pack, page.first_chunk, page.num_chunks, parts[:many], parts[many:])
+
+
+def _two(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What a kernel takes for its first and second moment."""
+    return (*tensors, None, None)[:2]
 
 
 def _send(pointers: list[int], groups: Sequence[Hyperparameters], device: torch.device) -> tuple[Tensor, Tensor]:
