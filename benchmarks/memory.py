@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,52 +174,68 @@ def predict(config: LlamaConfig, setting: Setting) -> dict[str, Any]:
     return {"predicted_bytes": held.peak_bytes, "moment": held.moment, "parts": held.parts}
 
 
-def rows(settings: list[Setting], device: torch.device) -> Iterator[dict[str, Any]]:
-    for setting in settings:
-        torch.manual_seed(0)
-        config = LlamaConfig(**SHAPES[setting.shape], max_position_embeddings=131072)
-        result = {"name": setting.name, "setting": asdict(setting), **predict(config, setting)}
-        model = random_model(config, setting.is_quantized, device)
-        try:
-            result |= measure(model, setting, device)
-        except torch.OutOfMemoryError as error:
-            result["error"] = str(error).splitlines()[0]
-        del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        yield result
+def run(setting: Setting, device: torch.device) -> dict[str, Any]:
+    """One setting, in this process."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[setting.shape], max_position_embeddings=131072)
+    result = {"name": setting.name, "setting": asdict(setting), **predict(config, setting)}
+    model = random_model(config, setting.is_quantized, device)
+    try:
+        return result | measure(model, setting, device)
+    except torch.OutOfMemoryError as error:
+        return result | {"error": str(error).splitlines()[0]}
+
+
+def run_apart(name: str) -> dict[str, Any]:
+    """One setting in a process of its own, so that none meets what the libraries keep of another's streams."""
+    command = [sys.executable, __file__, "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def shown(row: dict[str, Any]) -> str:
+    measured = row.get("measured_bytes")
+    off = "" if measured is None else f"{100 * (row['predicted_bytes'] / measured - 1):+.2f}%"
+    taken = "" if measured is None else f"{measured / 2**30:.3f}"
+    predicted = row["predicted_bytes"] / 2**30
+    return f"{row['name']:<34} {predicted:>14.3f} {taken:>13} {off:>8}  {row['moment']} {row.get('error', '')}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {setting.name: setting for setting in SETTINGS}
     parser.add_argument("--settings", nargs="+", choices=names, default=list(names), metavar="SETTING")
+    parser.add_argument("--jobs", type=int, default=1, help="settings at a time, where the GPU has room for them")
+    parser.add_argument("--only", choices=names, metavar="SETTING", help="measure one here, and print it as JSON")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = []
+    if args.only is not None:
+        print(json.dumps(run(names[args.only], device)))
+        return
     print(f"{'setting':<34} {'predicted GiB':>14} {'measured GiB':>13} {'off by':>8}  peak in")
-    for row in rows([names[name] for name in args.settings], device):
-        results.append(row)
-        measured = row.get("measured_bytes")
-        off = "" if measured is None else f"{100 * (row['predicted_bytes'] / measured - 1):+.2f}%"
-        shown = "" if measured is None else f"{measured / 2**30:.3f}"
-        predicted = row["predicted_bytes"] / 2**30
-        print(f"{row['name']:<34} {predicted:>14.3f} {shown:>13} {off:>8}  {row['moment']} {row.get('error', '')}")
-        sys.stdout.flush()
-    if args.json is not None:
-        about = {
-            "command": f"python benchmarks/memory.py --json {args.json}",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": peft.__version__,
-            },
-        }
-        args.json.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n")
+    results = []
+    about = {
+        "command": f"python benchmarks/memory.py --json {args.json}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+    }
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(run_apart, args.settings):
+            results.append(row)
+            print(shown(row), flush=True)
+            if args.json is not None:
+                # Written after each: what was measured is not lost with what was not.
+                args.json.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

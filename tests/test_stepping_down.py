@@ -48,6 +48,7 @@ def folder(parent: Path, name: str) -> Path:
 def without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what they take, all plans of a tiny model are alike."""
     monkeypatch.setattr(footprint, "LIBRARY_BYTES", 0)
+    monkeypatch.setattr(footprint, "GRAPH_LIBRARY_BYTES", 0)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, *at: int) -> list[tuple[int, int]]:

@@ -186,7 +186,8 @@ def _plan(
         policies=policies,
         host_bytes=host_bytes,
         eval_batch=config.per_device_eval_batch_size if has_evaluation else 0,
-        cuda_graphs=config.cuda_graphs,
+        # Packed rows run without them: their documents lie differently in each batch.
+        cuda_graphs=False if config.packing else config.cuda_graphs,
     )
 
 

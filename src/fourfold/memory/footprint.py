@@ -27,9 +27,10 @@ from fourfold.models.recomputation import POLICIES
 __all__ = ["Footprint", "Step", "footprint"]
 
 _FP32 = 4
-# What cuBLAS works in: 32 MiB on Hopper, for each of two of its interfaces (torch's `getChosenWorkspaceSize`); one more
-# of each where graphs are captured, on a stream of their own.
+# What cuBLAS works in: 32 MiB on Hopper, for each of two of its interfaces (torch's `getChosenWorkspaceSize`); and once
+# more on the stream on which graphs are captured.
 LIBRARY_BYTES = 2 * 2**25
+GRAPH_LIBRARY_BYTES = 2**25
 # Where layers' tensors wait in host memory, those of so many layers are still, or again, on the GPU.
 IN_FLIGHT_FORWARD, IN_FLIGHT_BACKWARD = 2, 1
 
@@ -110,7 +111,7 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         "quantization state": shape.scale_bytes,
         "adapters": shape.num_adapter * _FP32,
         "optimizer state": step.optimizer_bytes,
-        "libraries": LIBRARY_BYTES * (2 if step.runs_by_graphs else 1),
+        "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if step.runs_by_graphs else 0),
     }
     pairs = zip(shape.blocks, step.policies, strict=True)
     blocks = [BlockMemory(block, step.tokens, policy) for block, policy in pairs]
@@ -208,8 +209,9 @@ def _backward(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory], *, a
     before, last = blocks[:-1], blocks[-1]
     moments = last.backward_moments()
     if after_loss:
-        # Its memory has no room for low-rank columns; it is there beside the copy that has.
-        moments[0]["gradient of the last norm's input"] = step.tokens * shape.hidden_size * last.shape.element_size
+        # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
+        for moment in moments:
+            moment["gradient of the last norm's input"] = step.tokens * shape.hidden_size * last.shape.element_size
     working = max(moments, key=lambda moment: sum(moment.values()))
     gradients = working.pop("sums for adapters", 0)
     kept = _on_gpu(before) + _in_flight(before[-IN_FLIGHT_BACKWARD:])

@@ -61,6 +61,7 @@ def block_backward(
         The gradient of the input, [tokens, hidden] and room.
     """
     x, mid, half = saved.x, saved.mid, None
+    saved.mid = None
     assert x is not None
     if mid is None or saved.attention is None:
         # Only the attention leads to the MLP's input. Where both were kept, this half waits until the MLP's wide

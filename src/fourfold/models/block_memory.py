@@ -209,8 +209,6 @@ class BlockMemory:
             "workspace of attention": self._attention_workspace,
         }
         attention = {**rest, **incoming, **sums, **half, **grad_mid, **grads, "weight of o": weights["weight of o"]}
-        if "qkv" not in keeps:
-            attention["normed input"] = self._rows(tokens, shape.hidden, shape.qkv_rank)
         grad_qkv = {"gradient of q, k, v": self._rows(tokens, shape.qkv_width, shape.qkv_rank)}
         end = {**rest, **incoming, **sums, **half, **grad_mid, **grad_qkv}
         end |= {"gradient of normed input": every["x"], "gradient of the input": incoming["gradient of the output"]}
