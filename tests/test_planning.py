@@ -109,7 +109,15 @@ def test_remedies_are_named_from_the_easiest_on_and_each_makes_it_fit(llama: Pat
 
 
 def test_where_no_change_helps_none_is_named(llama: Path) -> None:
-    assert list(remedies(configured(llama), gpu_by_name("3GB"))) == []
+    assert list(remedies(configured(llama), gpu_by_name("2GB"))) == []
+
+
+def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
+    found = list(remedies(configured(llama), gpu_by_name("5GB")))
+    assert found
+    assert found[0].change["stream_base"] == "host"
+    assert found[0].plan.chosen is not None
+    assert found[0].plan.chosen.footprint.host["weights"] > 3 * 2**30
 
 
 def test_strategies_are_compared_side_by_side(llama: Path) -> None:

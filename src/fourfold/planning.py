@@ -116,13 +116,12 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         host_bytes: Host memory that may be used; None: any.
 
     Returns:
-        None where nothing is planned: off GPUs, where `recompute` is given, and where no formula is known, as of a
-        base that streams.
+        None where nothing is planned: off GPUs, where `recompute` is given, and where no formula is known.
 
     Raises:
         TrainingError: Nothing fits.
     """
-    if gpu is None or config.recompute is not None or config.stream_base is not None:
+    if gpu is None or config.recompute is not None:
         return None
     try:
         made = _plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)
@@ -188,6 +187,7 @@ def _plan(
         eval_batch=config.per_device_eval_batch_size if has_evaluation else 0,
         # Packed rows run without them: their documents lie differently in each batch.
         cuda_graphs=False if config.packing else config.cuda_graphs,
+        streams=config.stream_base,
     )
 
 
@@ -224,6 +224,10 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "QLoRA: the base in 4 bits", {"load_in_4bit": True}
     if config.lora_r > 16:
         yield "rank 16", {"lora_r": 16}
+    if _optimizer_row(config.optim).placement == "resident":
+        yield "paged optimizer state", {"optim": "paged_adamw_8bit"}
+    if config.stream_base is None:
+        yield "the base streams from host memory", {"stream_base": "host", "load_in_4bit": True}
     length = config.max_length // 2
     while length >= 256:
         yield f"rows of {length} tokens", {"max_length": length}

@@ -89,6 +89,27 @@ def test_a_large_batch_of_evaluation_can_be_the_peak() -> None:
     assert footprint(shape, large).moment == "evaluation"
 
 
+def test_layers_that_stream_leave_a_ring_on_the_gpu_and_themselves_in_host_memory() -> None:
+    shape = shape_of("8b")
+    stays = footprint(shape, Step(1, 2048, ["full"] * 32, cuda_graphs=False))
+    streams = footprint(shape, Step(1, 2048, ["full"] * 32, streams="host"))
+    ring = streams.parts["layers on their way"]
+    assert ring == 3 * max(shape.layer_bytes)
+    saved = shape.code_bytes + shape.scale_bytes
+    assert stays.peak_bytes - streams.peak_bytes == saved - ring
+    assert saved <= streams.host["weights"] < 1.01 * saved
+    from_disk = footprint(shape, Step(1, 2048, ["full"] * 32, streams="disk"))
+    assert from_disk.peak_bytes == streams.peak_bytes
+    assert from_disk.host["weights"] < streams.host["weights"] / 4
+
+
+def test_paged_state_leaves_its_pages_on_the_gpu() -> None:
+    shape = shape_of("8b")
+    held = footprint(shape, Step(1, 2048, ["full"] * 32, staging_bytes=1000, host_optimizer_bytes=5000))
+    assert held.parts["pages of optimizer state"] == 1000
+    assert held.host["optimizer state"] == 5000
+
+
 def test_graphs_hold_gradients_of_their_own() -> None:
     shape = shape_of("8b")
     held = footprint(shape, Step(1, 2048, ["mlp"] * 32))

@@ -122,6 +122,27 @@ def test_a_step_takes_longer_the_more_is_computed_again(shape: ModelShape) -> No
     assert step_seconds(shape, slow_link, 4, 2048, ["mlp_offload"] * 32) > 2 * seconds[1]
 
 
+def test_a_large_base_streams_through_a_small_gpu_as_fast_as_the_link_allows() -> None:
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    shape = model_shape(config, FourfoldConfig(), 16)
+    gpu = gpu_by_name("24GB")
+    assert planned(shape, gpu, rows=1).chosen is None
+    chosen = planned(shape, gpu, rows=1, streams="host").chosen
+    assert chosen is not None
+    over_the_link = 2 * sum(shape.layer_bytes) / gpu.link_rate
+    assert over_the_link < chosen.seconds
+    slow = planned(shape, replace(gpu, link_rate=2e9), rows=1, streams="host").chosen
+    assert slow is not None
+    assert 2 * sum(shape.layer_bytes) / 2e9 < slow.seconds < 1.2 * 2 * sum(shape.layer_bytes) / 2e9
+
+
 @pytest.mark.parametrize(
     ("text", "name", "memory"),
     [

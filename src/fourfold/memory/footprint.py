@@ -7,7 +7,7 @@ they are added up over the moments of a step, and the highest moment is the peak
 - forward: a layer at work, behind it what all layers before keep;
 - loss: all that is kept, and a chunk of logits;
 - backward: the last layer at work, with all that is kept;
-- update: gradients of all adapters, and what a paged optimizer stages;
+- update: gradients of all adapters;
 - capture: with CUDA graphs, the last layer's backward pass while it is recorded;
 - evaluation: a layer at work, and a chunk of logits; what graphs keep is there, too.
 """
@@ -23,6 +23,7 @@ from fourfold.models.block_memory import BlockMemory, Tensors
 from fourfold.models.graphs import AUTO_TOKENS
 from fourfold.models.model_shape import ModelShape
 from fourfold.models.recomputation import POLICIES
+from fourfold.models.streaming import device_bytes, host_bytes
 
 __all__ = ["Footprint", "Step", "footprint"]
 
@@ -47,6 +48,7 @@ class Step:
         staging_bytes: What a paged optimizer works in on the GPU.
         host_optimizer_bytes: Optimizer state in host memory.
         cuda_graphs: Whether blocks run by CUDA graphs; None: where they do by default.
+        streams: Where the quantized layers stream from, of `models.streaming.SOURCES`; None: they stay on the GPU.
         eval_batch: Rows of a batch of evaluation, as long as those of training; 0: there is none.
     """
 
@@ -57,6 +59,7 @@ class Step:
     staging_bytes: int = 0
     host_optimizer_bytes: int = 0
     cuda_graphs: bool | None = None
+    streams: str | None = None
     eval_batch: int = 0
 
     @property
@@ -65,7 +68,7 @@ class Step:
 
     @property
     def runs_by_graphs(self) -> bool:
-        if any(POLICIES[policy].offload for policy in self.policies):
+        if self.streams or any(POLICIES[policy].offload for policy in self.policies):
             return False
         return self.tokens <= AUTO_TOKENS if self.cuda_graphs is None else self.cuda_graphs
 
@@ -105,12 +108,16 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         step: Batch, policies, optimizer.
     """
     element = shape.blocks[0].element_size
+    streamed = sum(shape.layer_bytes) if step.streams else 0
     weights = {
         "weights, 16 bits": shape.num_dense * element,
-        "weights, quantized": shape.code_bytes,
-        "quantization state": shape.scale_bytes,
+        # What streams is aligned; what else is quantized, such as the head, stays.
+        "weights, quantized": max(0, shape.code_bytes + shape.scale_bytes - streamed) if streamed else shape.code_bytes,
+        "layers on their way": device_bytes(shape.layer_bytes) if streamed else 0,
+        "quantization state": 0 if streamed else shape.scale_bytes,
         "adapters": shape.num_adapter * _FP32,
         "optimizer state": step.optimizer_bytes,
+        "pages of optimizer state": step.staging_bytes,
         "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if step.runs_by_graphs else 0),
     }
     pairs = zip(shape.blocks, step.policies, strict=True)
@@ -120,7 +127,7 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         "forward": _forward(blocks),
         "loss": _loss(shape, step, blocks),
         "backward": _backward(shape, step, blocks),
-        "update": _Moment({"gradients": gradients}, {"staging": step.staging_bytes}),
+        "update": _Moment({"gradients": gradients}, {}),
     }
     if step.runs_by_graphs:
         graphs = {
@@ -140,6 +147,7 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
     host = {
         "activations": sum(block.host_bytes() for block in blocks),
         "optimizer state": step.host_optimizer_bytes,
+        "weights": host_bytes(shape.layer_bytes, step.streams) if step.streams else 0,
     }
     return Footprint(
         parts={part: size for part, size in parts.items() if size},

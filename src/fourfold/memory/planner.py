@@ -180,6 +180,7 @@ def make_plan(
     host_bytes: int | None = None,
     eval_batch: int = 0,
     cuda_graphs: bool | None = None,
+    streams: str | None = None,
 ) -> Plan:
     """The fastest step over `rows` rows of `seq` tokens that fits.
 
@@ -194,13 +195,14 @@ def make_plan(
         host_bytes: Host memory that may be used; None: any.
         eval_batch: Rows of a batch of evaluation; 0: there is none.
         cuda_graphs: As the configuration has it.
+        streams: Where the base streams from; None: it does not.
     """
     names = list(policies or POLICIES)
     sizes = [batch for batch in (batches or range(1, rows + 1)) if rows % batch == 0]
     tried: list[Candidate] = []
     chosen: Candidate | None = None
     for optimizer in optimizers:
-        search = _Search(shape, gpu, rows, seq, optimizer, host_bytes, eval_batch, cuda_graphs)
+        search = _Search(shape, gpu, rows, seq, optimizer, host_bytes, eval_batch, cuda_graphs, streams)
         found = [search.candidate(batch, [name] * len(shape.blocks)) for batch in sizes for name in names]
         if policies is None or len(names) > 1:
             found += [mixed for batch in sizes for mixed in search.mixtures(batch, names)]
@@ -229,6 +231,7 @@ class _Search:
     host_bytes: int | None
     eval_batch: int
     cuda_graphs: bool | None
+    streams: str | None
 
     def fits(self, candidate: Candidate) -> bool:
         held = candidate.footprint
@@ -245,9 +248,12 @@ class _Search:
             staging_bytes=self.optimizer.staging,
             host_optimizer_bytes=self.optimizer.host,
             cuda_graphs=self.cuda_graphs,
+            streams=self.streams,
             eval_batch=self.eval_batch,
         )
-        seconds = accumulation * step_seconds(self.shape, self.gpu, batch, self.seq, policies)
+        seconds = accumulation * step_seconds(
+            self.shape, self.gpu, batch, self.seq, policies, streams=self.streams is not None
+        )
         tokens = self.rows * self.seq
         held = footprint(self.shape, step)
         return Candidate(batch, accumulation, tuple(policies), self.optimizer.name, seconds, tokens / seconds, held)

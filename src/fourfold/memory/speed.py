@@ -28,7 +28,9 @@ NARROW_HEADS = 0.75
 START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
 
 
-def step_seconds(shape: ModelShape, gpu: Gpu, batch: int, seq: int, policies: Sequence[str]) -> float:
+def step_seconds(
+    shape: ModelShape, gpu: Gpu, batch: int, seq: int, policies: Sequence[str], *, streams: bool = False
+) -> float:
     """Seconds of one forward and backward pass over a microbatch, with the update's share left out."""
     tokens = batch * seq
     filled = tokens / (tokens + HALF_RATE_TOKENS)
@@ -38,7 +40,8 @@ def step_seconds(shape: ModelShape, gpu: Gpu, batch: int, seq: int, policies: Se
     # The head, forward and back, and its logits: written, read twice, written, read.
     seconds += 4 * tokens * shape.vocab_size * shape.hidden_size / matmul
     seconds += 5 * tokens * shape.vocab_size * shape.blocks[0].element_size / memory
-    for block, name in zip(shape.blocks, policies, strict=True):
+    weights = shape.layer_bytes if streams else (0,) * len(shape.blocks)
+    for block, name, weight in zip(shape.blocks, policies, weights, strict=True):
         policy = POLICIES[name]
         forward, backward = _attention_operations(block, tokens, seq)
         again = 0 if "attention" in policy.keeps else 1
@@ -46,10 +49,10 @@ def step_seconds(shape: ModelShape, gpu: Gpu, batch: int, seq: int, policies: Se
         work += forward * (1 + again) / _attention_rate(block, seq, gpu, *ATTENTION_FORWARD)
         work += backward / _attention_rate(block, seq, gpu, *ATTENTION_BACKWARD)
         work += (tokens * _moved_bytes(block, policy.keeps) + _weight_bytes(block)) / memory
-        if policy.offload:
-            moved = sum(BlockMemory(block, tokens, name).offloaded().values())
-            # There and back, beside the work; what is left over is waited for.
-            work = max(work, 2 * moved / gpu.link_rate)
+        moved = sum(BlockMemory(block, tokens, name).offloaded().values()) if policy.offload else 0
+        # Activations go there and back, weights come once in each pass, all beside the work; what is left over is
+        # waited for.
+        work = max(work, 2 * (moved + weight) / gpu.link_rate)
         seconds += work + LAYER_SECONDS
     return seconds
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fourfold.models.block_memory import BlockShape
 from fourfold.models.families import FAMILIES, default_target_modules
 from fourfold.models.linear_group import padded_rank
+from fourfold.models.streaming import layer_bytes
 from fourfold.quantization.footprint import code_bytes, scale_bytes
 from fourfold.quantization.hf_config import FourfoldConfig
+from fourfold.quantization.scales import NESTED_BLOCK_SIZE
 from fourfold.quantization.selection import matches
 from fourfold.quantization.swapping import dense_linears, skip_patterns
 
@@ -32,6 +34,8 @@ class ModelShape:
         code_bytes, scale_bytes: What these take.
         adapter_shapes: Of every A and B, as they are trained.
         blocks: The decoder layers, first to last.
+        layer_bytes: Quantized weights of each decoder layer as they stream, see `models.streaming`; empty where they
+            cannot.
         vocab_size, hidden_size: Of the output head.
         head_is_quantized: Whether it is dequantized for the loss.
         is_fused: Whether the family has a fused block, which alone `blocks` describe.
@@ -43,6 +47,7 @@ class ModelShape:
     scale_bytes: int
     adapter_shapes: tuple[tuple[int, int], ...]
     blocks: tuple[BlockShape, ...]
+    layer_bytes: tuple[int, ...]
     vocab_size: int
     hidden_size: int
     head_is_quantized: bool
@@ -103,6 +108,7 @@ def model_shape(
         code_bytes=codes,
         scale_bytes=scales,
         adapter_shapes=shapes,
+        layer_bytes=tuple(_layer_bytes(layer, quantized, quantization) for layer in layers) if quantized else (),
         blocks=tuple(_block(layer, set(map(id, adapted.values())), rank, element_size) for layer in layers),
         vocab_size=head.weight.shape[0],
         hidden_size=head.weight.shape[1],
@@ -145,3 +151,17 @@ def _block(layer: Any, adapted: set[int], rank: int, element_size: int) -> Block
         element_size=element_size,
         **{name: padded_rank(count * rank) for name, count in counts.items()},
     )
+
+
+def _layer_bytes(layer: nn.Module, quantized: Sequence[nn.Module], quantization: FourfoldConfig | None) -> int:
+    assert quantization is not None
+    known = set(map(id, quantized))
+    sizes: list[int] = []
+    for module in layer.modules():
+        if id(module) in known:
+            count = module.weight.numel()  # type: ignore[operator]
+            blocks = -(-count // quantization.bnb_4bit_blocksize)
+            is_double = quantization.bnb_4bit_use_double_quant
+            sizes.append(code_bytes(count, quantization.bnb_4bit_quant_type))
+            sizes += [blocks, 4 * -(-blocks // NESTED_BLOCK_SIZE), 4] if is_double else [4 * blocks]
+    return layer_bytes(sizes)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fourfold.errors import TrainingError
 from fourfold.models.size import model_size
+from fourfold.models.streaming import stream_of
 
 __all__ = ["OutOfMemory", "compare_parts", "let_go", "parts_in_use"]
 
@@ -24,6 +25,7 @@ _KINDS = {
     "quantization state": "weights",
     "adapters": "adapters",
     "optimizer state": "optimizer state",
+    "layers on their way": "weights",
 }
 _REST = "activations, gradients and what is worked in"
 
@@ -53,8 +55,10 @@ def parts_in_use(model: nn.Module, optimizer: Optimizer | None, peak_bytes: int)
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     states = [] if optimizer is None else list(optimizer.state.values())
     held = _storages(value for state in states for value in state.values() if isinstance(value, Tensor))
+    stream = stream_of(model)
+    elsewhere = 0 if stream is None else sum(stream.layers) - stream.device_bytes
     parts = {
-        "weights": model_size(model).num_bytes - trained,
+        "weights": model_size(model).num_bytes - trained - elsewhere,
         "adapters": trained,
         "optimizer state": held,
     }
