@@ -41,6 +41,8 @@ from fourfold.training.loss import supervised_cross_entropy
 
 # Llama's own, LLaMA-1's (whose papers name memory), and SmolLM2's.
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 256},
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     | {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
@@ -80,6 +82,8 @@ class Setting:
         return f"{self.shape}-{self.batch}x{self.seq}-{self.policy}{more}" + ("-32bit" if self.state_bits == 32 else "")
 
 
+# For a look at the command on a CPU, where nothing is measured.
+TINY = [Setting("tiny", 2, 64, "none"), Setting("tiny", 2, 64, "selective", is_quantized=False, state_bits=32)]
 SETTINGS = [
     Setting("135m", 8, 512, "none"),
     Setting("135m", 16, 2048, "none"),
@@ -207,8 +211,9 @@ def shown(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {setting.name: setting for setting in SETTINGS}
-    parser.add_argument("--settings", nargs="+", choices=names, default=list(names), metavar="SETTING")
+    names = {setting.name: setting for setting in (*SETTINGS, *TINY)}
+    default = [setting.name for setting in SETTINGS]
+    parser.add_argument("--settings", nargs="+", choices=names, default=default, metavar="SETTING")
     parser.add_argument("--jobs", type=int, default=1, help="settings at a time, where the GPU has room for them")
     parser.add_argument("--only", choices=names, metavar="SETTING", help="measure one here, and print it as JSON")
     parser.add_argument("--json", type=Path)
