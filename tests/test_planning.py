@@ -123,7 +123,7 @@ def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
 def test_strategies_are_compared_side_by_side(llama: Path) -> None:
     rows = compare(configured(llama), gpu_by_name("24GB"))
     peaks = {row.name: (row.plan.chosen or row.plan.smallest) for row in rows}
-    assert len(peaks) == 14
+    assert len(peaks) == 17
     for name, candidate in peaks.items():
         assert candidate is not None
         if name.startswith("LoRA"):
@@ -183,7 +183,7 @@ def test_strategies_are_printed_and_drawn(llama: Path, tmp_path: Path) -> None:
     assert "QLoRA, selective_offload" in told.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"
     rows = json.loads(run_plan(llama, tmp_path, "--gpu", "24GB", "--compare", "--json").stdout)["strategies"]
-    assert len(rows) == 14
+    assert len(rows) == 17
 
 
 def test_without_a_gpu_one_must_be_named() -> None:

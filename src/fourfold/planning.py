@@ -18,6 +18,7 @@ from fourfold.memory.meter import free_host_bytes
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.families import FAMILIES
 from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.models.recomputation import POLICIES
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes
 from fourfold.training.options import OPTIMIZERS, OptimizerRow
@@ -235,12 +236,18 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> list[Strategy]:
-    """LoRA over 16 bits and over 4, each with every way to recompute, side by side."""
+    """LoRA over 16 bits, over 4, and over 4 that stream from host memory, each with every way to recompute."""
     rows = []
-    for base, in_4bit in (("LoRA", False), ("QLoRA", True)):
-        quantized = config.model_copy(update={"load_in_4bit": in_4bit})
-        for name in ("none", "mlp", "selective", "full", "mlp_offload", "selective_offload", "full_offload"):
-            rows.append(Strategy(f"{base}, {name}", _plan(quantized, gpu, host_bytes, [name])))
+    bases: dict[str, dict[str, Any]] = {
+        "LoRA": {"load_in_4bit": False, "stream_base": None},
+        "QLoRA": {"load_in_4bit": True, "stream_base": None},
+        "QLoRA, streaming": {"load_in_4bit": True, "stream_base": "host"},
+    }
+    for base, update in bases.items():
+        changed = config.model_copy(update=update)
+        # A base streams where there is no memory to keep much else.
+        names = [name for name in POLICIES if update["stream_base"] is None or POLICIES[name].offload]
+        rows += [Strategy(f"{base}, {name}", _plan(changed, gpu, host_bytes, [name])) for name in names]
     return rows
 
 
