@@ -6,10 +6,11 @@ import gc
 import weakref
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from fourfold.training.out_of_memory import OutOfMemory, compare_parts, let_go
+from fourfold.training.out_of_memory import OutOfMemory, compare_parts, let_go, standing_parts
 
 
 def test_frames_of_a_failed_step_let_go_of_their_tensors() -> None:
@@ -52,3 +53,12 @@ def test_the_error_names_the_step_and_what_took_the_memory() -> None:
     error = OutOfMemory(4, None, {"weights": 2**30}, "CUDA out of memory")
     assert "step 5" in str(error)
     assert "weights 1.00 GiB" in str(error)
+
+
+def test_standing_parts_are_those_of_the_model_and_its_adapters() -> None:
+    model = tiny.peft_model()
+    parts = standing_parts(model, None)
+    trained = sum(value.nbytes for value in model.parameters() if value.requires_grad)
+    assert parts["adapters"] == trained
+    assert parts["weights"] == sum(value.nbytes for value in model.parameters()) - trained
+    assert parts["optimizer state"] == 0

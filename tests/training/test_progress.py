@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tiny
 
-from fourfold.training.progress import ProgressCallback, ProgressStyle, choose_style
+from fourfold.training.out_of_memory import part_key, with_rest
+from fourfold.training.progress import ProgressCallback, ProgressStyle, choose_style, figures
 
 
 class Terminal(io.StringIO):
@@ -61,3 +62,12 @@ def test_style_follows_the_stream() -> None:
     assert choose_style(Terminal()) is ProgressStyle.LIVE
     assert choose_style(io.StringIO()) is ProgressStyle.PLAIN
     assert choose_style(Terminal(), json=True) is ProgressStyle.JSON
+
+
+def test_a_line_tells_what_weights_take_of_the_memory_where_that_is_known() -> None:
+    gib = 2**30
+    parts = with_rest({"weights": 5 * gib, "adapters": gib, "optimizer state": gib}, 10 * gib)
+    record = {"loss": 1.5, "memory_peak_bytes": 10 * gib, **{part_key(part): size for part, size in parts.items()}}
+    assert figures(record) == "loss 1.5000  10.00 GiB (weights 5.00, rest 3.00)"
+    assert set(record) >= {"memory_adapters_bytes", "memory_optimizer_state_bytes", "memory_rest_bytes"}
+    assert figures({"memory_peak_bytes": gib}) == "1.00 GiB"

@@ -15,7 +15,15 @@ from fourfold.errors import TrainingError
 from fourfold.models.size import model_size
 from fourfold.models.streaming import stream_of
 
-__all__ = ["OutOfMemory", "compare_parts", "let_go", "parts_in_use"]
+__all__ = [
+    "OutOfMemory",
+    "compare_parts",
+    "let_go",
+    "part_key",
+    "parts_in_use",
+    "standing_parts",
+    "with_rest",
+]
 
 GIB = 2**30
 # What a plan's parts are called -> what can be told apart in a run.
@@ -52,17 +60,31 @@ class OutOfMemory(TrainingError):  # noqa: N818 - named as torch names it
 
 def parts_in_use(model: nn.Module, optimizer: Optimizer | None, peak_bytes: int) -> dict[str, int]:
     """What of the peak belongs to weights, adapters and optimizer; the rest is all else."""
+    return with_rest(standing_parts(model, optimizer), peak_bytes)
+
+
+def standing_parts(model: nn.Module, optimizer: Optimizer | None) -> dict[str, int]:
+    """Bytes on the device that stay from step to step: weights, adapters, and what state the optimizer has so far."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     states = [] if optimizer is None else list(optimizer.state.values())
     held = _storages(value for state in states for value in state.values() if isinstance(value, Tensor))
     stream = stream_of(model)
     elsewhere = 0 if stream is None else sum(stream.layers) - stream.device_bytes
-    parts = {
+    return {
         "weights": model_size(model).num_bytes - trained - elsewhere,
         "adapters": trained,
         "optimizer state": held,
     }
+
+
+def with_rest(parts: Mapping[str, int], peak_bytes: int) -> dict[str, int]:
+    """The parts, and what the peak was beside them."""
     return {**parts, _REST: max(0, peak_bytes - sum(parts.values()))}
+
+
+def part_key(part: str) -> str:
+    """A part's name in a log: "memory_weights_bytes"."""
+    return f"memory_{'rest' if part == _REST else part.replace(' ', '_')}_bytes"
 
 
 def _storages(tensors: Iterable[Tensor]) -> int:

@@ -163,5 +163,8 @@ def figures(record: dict[str, Any]) -> str:
     if "tokens_per_second" in record:
         parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     if "memory_peak_bytes" in record:
-        parts.append(f"{record['memory_peak_bytes'] / 2**30:.2f} GiB")
+        memory = f"{record['memory_peak_bytes'] / 2**30:.2f} GiB"
+        named = [(name, record.get(f"memory_{name}_bytes")) for name in ("weights", "rest")]
+        shares = [f"{name} {size / 2**30:.2f}" for name, size in named if size is not None]
+        parts.append(f"{memory} ({', '.join(shares)})" if shares else memory)
     return "  ".join(parts)

@@ -49,7 +49,7 @@ from fourfold.training.interrupt import (
 )
 from fourfold.training.loss import IGNORE_INDEX, SupervisedLoss, supervised_cross_entropy
 from fourfold.training.options import TrainingOptions, own_optimizer_arguments, to_sft_config
-from fourfold.training.out_of_memory import OutOfMemory, let_go, parts_in_use
+from fourfold.training.out_of_memory import OutOfMemory, let_go, part_key, parts_in_use, standing_parts, with_rest
 from fourfold.training.progress import ProgressCallback
 
 __all__ = ["FourfoldTrainer", "build_trainer"]
@@ -100,6 +100,7 @@ class FourfoldTrainer(SFTTrainer):
         self.add_callback(self._interrupt)
         self._tallies = {"train": _Tally(), "eval": _Tally()}
         self._tokens_seen = 0
+        self._standing: dict[str, int] = {}
         self._head_is_plain: bool | None = None
         self._resuming = False
         self._restored: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -221,7 +222,7 @@ class FourfoldTrainer(SFTTrainer):
         return totals
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a training log: mean_token_accuracy, num_tokens, tokens_per_second and memory in bytes."""
+        """Adds to a training log: mean_token_accuracy, num_tokens, tokens_per_second and memory in bytes, by part."""
         if "loss" in logs:
             _, num_supervised, num_correct, num_tokens = self._take("train")
             self._tokens_seen += int(num_tokens)
@@ -233,6 +234,11 @@ class FourfoldTrainer(SFTTrainer):
             memory = memory_used(self.args.device)
             logs["memory_current_bytes"] = memory.current_bytes
             logs["memory_peak_bytes"] = memory.peak_bytes
+            if self.args.device.type == "cuda":
+                # Elsewhere the process is measured, whose memory is no sum of these.
+                if not self._standing.get("optimizer state"):
+                    self._standing = standing_parts(self.model, self.optimizer)
+                logs |= {part_key(part): size for part, size in with_rest(self._standing, memory.peak_bytes).items()}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
