@@ -110,6 +110,15 @@ def test_paged_state_leaves_its_pages_on_the_gpu() -> None:
     assert held.host["optimizer state"] == 5000
 
 
+def test_where_layers_keep_little_gradients_that_grow_make_the_first_layers_the_highest() -> None:
+    shape = shape_of("8b", rank=64)
+    held = footprint(shape, Step(2, 8192, ["full_offload"] * 32))
+    assert held.moment == "backward"
+    assert held.parts["gradients"] > 0.9 * 4 * shape.num_adapter
+    kept = footprint(shape, Step(2, 8192, ["none"] * 32))
+    assert kept.parts["gradients"] < 0.1 * 4 * shape.num_adapter
+
+
 def test_graphs_hold_gradients_of_their_own() -> None:
     shape = shape_of("8b")
     held = footprint(shape, Step(1, 2048, ["mlp"] * 32))

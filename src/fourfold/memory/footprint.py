@@ -6,14 +6,15 @@ they are added up over the moments of a step, and the highest moment is the peak
 
 - forward: a layer at work, behind it what all layers before keep;
 - loss: all that is kept, and a chunk of logits;
-- backward: the last layer at work, with all that is kept;
-- update: gradients of all adapters;
+- backward: a layer at work, with what the layers before it keep, and the gradients of those behind it;
+- update: gradients of all adapters, and what CUDA graphs hold;
 - capture: with CUDA graphs, the last layer's backward pass while it is recorded;
 - evaluation: a layer at work, and a chunk of logits; what graphs keep is there, too.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -136,9 +137,11 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
             "shared by graphs": blocks[0].backward_moments()[0]["gradient of the output"] + blocks[0].kept()["x"],
         }
         # The last layer's backward pass is captured before there is a loss.
-        captured, loss = _backward(shape, step, blocks, after_loss=False), moments["loss"]
-        moments["capture"] = _Moment({**captured.parts, **graphs}, captured.working)
+        kept, working = _on_gpu(blocks[:-1]), _heaviest(blocks[-1])
+        loss = moments["loss"]
+        moments["capture"] = _Moment({"activations kept": kept, **graphs}, working)
         moments["loss"] = _Moment({**loss.parts, **graphs}, loss.working)
+        moments["update"] = _Moment({"activations kept": _on_gpu(blocks), "gradients": gradients, **graphs}, {})
     if step.eval_batch:
         moments["evaluation"] = _evaluation(shape, step, blocks)
     name = max(moments, key=lambda name: moments[name].num_bytes)
@@ -213,17 +216,29 @@ def _loss(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory]) -> _Mome
     return _Moment({"activations kept": kept, "logits": logits}, working)
 
 
-def _backward(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory], *, after_loss: bool = True) -> _Moment:
-    before, last = blocks[:-1], blocks[-1]
-    moments = last.backward_moments()
-    if after_loss:
-        # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
-        for moment in moments:
-            moment["gradient of the last norm's input"] = step.tokens * shape.hidden_size * last.shape.element_size
-    working = max(moments, key=lambda moment: sum(moment.values()))
-    gradients = working.pop("sums for adapters", 0)
-    kept = _on_gpu(before) + _in_flight(before[-IN_FLIGHT_BACKWARD:])
-    return _Moment({"activations kept": kept, "gradients": gradients}, working)
+def _heaviest(block: BlockMemory) -> Tensors:
+    """Of a layer's backward pass, without the gradients that it makes."""
+    working = max(block.backward_moments(), key=lambda moment: sum(moment.values()))
+    return {name: size for name, size in working.items() if name != "sums for adapters"}
+
+
+def _backward(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory]) -> _Moment:
+    """From the last layer to the first, what is kept grows less and the gradients of adapters more."""
+    heaviest = {block: _heaviest(block) for block in set(blocks)}
+    kept = list(itertools.accumulate((_on_gpu([block]) for block in blocks), initial=0))
+    gradients = 0
+    moments = []
+    for index in reversed(range(len(blocks))):
+        block, before = blocks[index], blocks[max(0, index - IN_FLIGHT_BACKWARD) : index]
+        gradients += block.shape.adapter_parameters * _FP32
+        working = heaviest[block]
+        if index == len(blocks) - 1:
+            # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
+            hidden = step.tokens * shape.hidden_size * block.shape.element_size
+            working = {**working, "gradient of the last norm's input": hidden}
+        parts = {"activations kept": kept[index] + _in_flight(before), "gradients": gradients}
+        moments.append(_Moment(parts, working))
+    return max(moments, key=lambda moment: moment.num_bytes)
 
 
 def _evaluation(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory]) -> _Moment:
