@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
@@ -87,6 +88,7 @@ def test_nothing_is_planned_off_gpus_nor_over_what_is_asked_for_nor_without_form
     assert plan_for_training(configured(llama), None) is None
     assert plan_for_training(configured(llama, recompute="full"), gpu) is None
     assert plan_for_training(configured(llama, lora_dropout=0.1), gpu) is None
+    assert plan_for_training(configured(Path("model.gguf")), gpu) is None
 
 
 def test_a_run_that_cannot_fit_does_not_begin_and_says_what_would(llama: Path) -> None:
@@ -186,10 +188,7 @@ def test_strategies_are_printed_and_drawn(llama: Path, tmp_path: Path) -> None:
     assert len(rows) == 17
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_one_must_be_named() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
     with pytest.raises(ConfigError, match="no GPU here"):
         find_gpu(None)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
-from fourfold.errors import CheckpointError, ConfigError, TrainingError
+from fourfold.errors import ConfigError, TrainingError
 from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes
 from fourfold.memory.meter import free_host_bytes
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.families import FAMILIES
+from fourfold.models.loading import read_config
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
 from fourfold.optimizers import AdamW
@@ -252,14 +252,9 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> list[
 
 
 def _shape(config: RunConfig) -> ModelShape:
-    try:
-        model = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no model {config.model_name_or_path!r}: {str(error).splitlines()[0]}",
-            allowed="a folder with config.json, or a name on the hub",
-        ) from error
-    reason = _no_formula(config, model)
+    is_gguf = config.model_name_or_path.endswith(".gguf")
+    model = None if is_gguf else read_config(config.model_name_or_path, config.model_revision)
+    reason = "a GGUF file, which has no config.json" if is_gguf else _no_formula(config, model)
     if reason is not None:
         raise ConfigError(
             "there is no plan for this run", found=reason, allowed="LoRA over fused blocks, see docs/engine.md"

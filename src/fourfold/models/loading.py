@@ -24,7 +24,7 @@ from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
 from fourfold.quantization.hf_quantizer import quantize_model
 from fourfold.quantization.linear import QuantizedLinear
 
-__all__ = ["default_device", "default_dtype", "load_model", "load_tokenizer"]
+__all__ = ["default_device", "default_dtype", "load_model", "load_tokenizer", "read_config"]
 
 # A CPU quantizes weights where the file is mapped into memory: to copy them first would gain it nothing.
 READ_AHEAD_FOR = ("cuda",)
@@ -75,7 +75,7 @@ def load_model(
         return _load_gguf(path, quantization, dtype, target)
     if path.exists():
         check_checkpoint(path)
-    config = _read_config(str(path_or_name), revision)
+    config = read_config(str(path_or_name), revision)
     entry = getattr(config, "quantization_config", None)
     if entry is not None:
         entry = entry if isinstance(entry, dict) else entry.to_dict()
@@ -159,7 +159,8 @@ def load_tokenizer(path_or_name: str | Path, *, revision: str | None = None) -> 
         raise CheckpointError(f"no tokenizer for {path_or_name}: {error}") from error
 
 
-def _read_config(path_or_name: str, revision: str | None) -> Any:
+def read_config(path_or_name: str, revision: str | None) -> Any:
+    """Transformers' configuration of a model. Raises CheckpointError where there is none, or one that is damaged."""
     try:
         return AutoConfig.from_pretrained(path_or_name, revision=revision)
     except StrictDataclassError as error:
