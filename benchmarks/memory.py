@@ -31,7 +31,6 @@ from fourfold.data import supervised_positions
 from fourfold.memory.footprint import Step, footprint
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import document_mask
-from fourfold.models.block import set_recomputation
 from fourfold.models.model_shape import model_shape
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import state_bytes
@@ -137,7 +136,6 @@ def measure(model: PreTrainedModel, setting: Setting, device: torch.device) -> d
     prepared = fourfold.prepare(model, adapter, fused=True, recompute=setting.policy)
     prepared.train()
     base = prepared.get_base_model()
-    set_recomputation(base, setting.policy)
     trained = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, lr=1e-5, state_bits=setting.state_bits, max_grad_norm=1.0)
     ids = torch.randint(10, base.config.vocab_size, (setting.batch, setting.seq), device=device)

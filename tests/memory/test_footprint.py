@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import LlamaConfig
 
 from fourfold.kernels.low_rank import new_extended
 from fourfold.memory.footprint import Step, footprint
+from fourfold.memory.gpus import GPUS
+from fourfold.memory.speed import step_seconds
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
 from fourfold.optimizers.footprint import state_bytes
@@ -49,6 +52,16 @@ def test_peaks_that_were_measured_on_a_gpu_are_foretold_within_1_percent(
         setting["batch"], setting["seq"], policies, optimizer_bytes=state_bytes("adamw", 8, shape.adapter_shapes)
     )
     assert abs(footprint(shape, step).peak_bytes / peak - 1) < 0.01
+
+
+def test_steps_that_were_measured_on_an_h200_are_foretold_within_5_percent() -> None:
+    for name in ("end_to_end", "end_to_end_policies", "end_to_end_long_row"):
+        for key, row in json.loads((RESULTS / f"{name}.json").read_text())["results"].items():
+            setting, shape = row["setting"], shape_of(row["setting"]["shape"])
+            policies = [setting["policy"]] * len(shape.blocks)
+            foretold = step_seconds(shape, GPUS["h200"], setting["batch"], setting["seq"], policies)
+            for run in row["systems"]["fourfold"]:
+                assert abs(foretold / statistics.median(run["step_seconds"]) - 1) < 0.05, key
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -203,9 +203,10 @@ def make_plan(
     chosen: Candidate | None = None
     for optimizer in optimizers:
         search = _Search(shape, gpu, rows, seq, optimizer, host_bytes, eval_batch, cuda_graphs, streams)
-        found = [search.candidate(batch, [name] * len(shape.blocks)) for batch in sizes for name in names]
-        if policies is None or len(names) > 1:
-            found += [mixed for batch in sizes for mixed in search.mixtures(batch, names)]
+        found: list[Candidate] = []
+        for batch in sizes:
+            uniform = [search.candidate(batch, [name] * len(shape.blocks)) for name in names]
+            found += [*uniform, *search.mixtures(uniform)]
         tried += found
         fitting = [one for one in found if search.fits(one)]
         # Of equally fast ones, the smaller.
@@ -215,8 +216,8 @@ def make_plan(
     faster = None
     if chosen is not None:
         ahead = [one for one in tried if one.tokens_per_second > chosen.tokens_per_second]
-        uniform = [one for one in ahead if len(set(one.policies)) == 1]
-        faster = min(uniform or ahead, key=lambda one: one.footprint.peak_bytes, default=None)
+        unmixed = [one for one in ahead if len(set(one.policies)) == 1]
+        faster = min(unmixed or ahead, key=lambda one: one.footprint.peak_bytes, default=None)
     smallest = min(tried, key=lambda one: one.footprint.peak_bytes)
     return Plan(gpu, seq, chosen, faster, None if chosen else smallest, len(tried), host_bytes)
 
@@ -258,10 +259,13 @@ class _Search:
         held = footprint(self.shape, step)
         return Candidate(batch, accumulation, tuple(policies), self.optimizer.name, seconds, tokens / seconds, held)
 
-    def mixtures(self, batch: int, names: Sequence[str]) -> Iterator[Candidate]:
-        """For each policy that fits and each faster one that does not: as many layers of the faster as fit."""
+    def mixtures(self, uniform: Sequence[Candidate]) -> Iterator[Candidate]:
+        """For each policy that fits and each faster one that does not: as many layers of the faster as fit.
+
+        Args:
+            uniform: Candidates of one microbatch, each with one policy for all layers.
+        """
         layers = len(self.shape.blocks)
-        uniform = [self.candidate(batch, [name] * layers) for name in names]
         fits = [one for one in uniform if self.fits(one)]
         for slow, fast in itertools.product(fits, uniform):
             if fast in fits or fast.tokens_per_second <= slow.tokens_per_second:
@@ -273,7 +277,7 @@ class _Search:
             best = None
             while many - few > 1:
                 count = (few + many) // 2
-                mixed = self.candidate(batch, [slow.policies[0]] * (layers - count) + [fast.policies[0]] * count)
+                mixed = self.candidate(slow.batch, [slow.policies[0]] * (layers - count) + [fast.policies[0]] * count)
                 if self.fits(mixed):
                     few, best = count, mixed
                 else:

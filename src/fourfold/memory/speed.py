@@ -2,7 +2,7 @@
 
 Products with weights and attention are counted in floating-point operations, everything else in the bytes that its
 kernels read and write (`models.block_forward`, `block_backward`). The shares of the data sheet's rates that are reached
-are those of one H200 (docs/memory.md), and taken for all GPUs alike.
+are those of one H200 (docs/planning.md), and taken for all GPUs alike.
 """
 
 from __future__ import annotations

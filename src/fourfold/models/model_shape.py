@@ -15,9 +15,8 @@ from fourfold.models.block_memory import BlockShape
 from fourfold.models.families import FAMILIES, default_target_modules
 from fourfold.models.linear_group import padded_rank
 from fourfold.models.streaming import layer_bytes
-from fourfold.quantization.footprint import code_bytes, scale_bytes
+from fourfold.quantization.footprint import code_bytes, scale_bytes, scale_parts
 from fourfold.quantization.hf_config import FourfoldConfig
-from fourfold.quantization.scales import NESTED_BLOCK_SIZE
 from fourfold.quantization.selection import matches
 from fourfold.quantization.swapping import dense_linears, skip_patterns
 
@@ -160,8 +159,6 @@ def _layer_bytes(layer: nn.Module, quantized: Sequence[nn.Module], quantization:
     for module in layer.modules():
         if id(module) in known:
             count = module.weight.numel()  # type: ignore[operator]
-            blocks = -(-count // quantization.bnb_4bit_blocksize)
-            is_double = quantization.bnb_4bit_use_double_quant
             sizes.append(code_bytes(count, quantization.bnb_4bit_quant_type))
-            sizes += [blocks, 4 * -(-blocks // NESTED_BLOCK_SIZE), 4] if is_double else [4 * blocks]
+            sizes += scale_parts(count, quantization.bnb_4bit_blocksize, quantization.bnb_4bit_use_double_quant)
     return layer_bytes(sizes)

@@ -236,7 +236,8 @@ class FourfoldTrainer(SFTTrainer):
             logs["memory_peak_bytes"] = memory.peak_bytes
             if self.args.device.type == "cuda":
                 # Elsewhere the process is measured, whose memory is no sum of these.
-                if not self._standing.get("optimizer state"):
+                if not self._standing:
+                    # A log follows a step: the optimizer has its state.
                     self._standing = standing_parts(self.model, self.optimizer)
                 logs |= {part_key(part): size for part, size in with_rest(self._standing, memory.peak_bytes).items()}
         super().log(logs, start_time)
