@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_nothing_is_planned_off_gpus_nor_over_what_is_asked_for_nor_without_form
     gpu = gpu_by_name("24GB")
     assert plan_for_training(configured(llama), None) is None
     assert plan_for_training(configured(llama, recompute="full"), gpu) is None
-    assert plan_for_training(configured(llama, lora_dropout=0.1), gpu) is None
+    assert plan_for_training(configured(llama, adapter=None, load_in_4bit=False), gpu) is None
     assert plan_for_training(configured(Path("model.gguf")), gpu) is None
 
 
@@ -136,22 +137,62 @@ def test_strategies_are_compared_side_by_side(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "keys",
+    [{"lora_dropout": 0.1}, {"use_dora": True}, {"fused_blocks": False}, {"modules_to_save": ["lm_head"]}],
+    ids=["dropout", "dora", "not-fused", "head-trained"],
+)
+def test_layers_on_the_generic_path_keep_all_or_their_input_and_a_run_keeps_to_that(
+    llama: Path, keys: dict[str, Any]
+) -> None:
+    config = configured(llama, **keys)
+    for gpu, policy in (("24GB", "full"), ("H200", "none")):
+        made = plan_for_training(config, gpu_by_name(gpu))
+        assert made is not None
+        assert made.chosen is not None
+        assert made.chosen.recompute == policy
+        kept = kept_to(config, made)
+        assert kept.recompute is None
+        assert kept.gradient_checkpointing is (policy == "full")
+        assert kept.per_device_train_batch_size == made.chosen.batch
+
+
+def test_full_fine_tuning_is_planned_with_gradients_and_state_of_all_weights(llama: Path) -> None:
+    config = configured(llama, adapter=None, load_in_4bit=False)
+    assert plan(config, gpu_by_name("40GB")).chosen is None
+    made = plan(config, gpu_by_name("H200")).chosen
+    assert made is not None
+    parts = made.footprint.parts
+    assert parts["weights, 16 bits"] == 2 * 8_030_261_248
+    assert "adapters" not in parts
+    assert parts["optimizer state"] > parts["weights, 16 bits"]
+    paged = plan(configured(llama, adapter=None, load_in_4bit=False, optim="paged_adamw_8bit"), gpu_by_name("80GB"))
+    assert paged.chosen is not None
+    assert paged.chosen.footprint.host["optimizer state"] == parts["optimizer state"]
+
+
+def test_plans_take_less_than_two_seconds(llama: Path) -> None:
+    started = time.perf_counter()
+    plan(configured(llama, use_dora=True), gpu_by_name("24GB"))
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
     ("keys", "error"),
     [
-        ({"lora_dropout": 0.1}, "generic path"),
-        ({"use_dora": True}, "generic path"),
-        ({"fused_blocks": False}, "generic path"),
+        ({"fused_blocks": False, "recompute": "selective"}, "gradient_checkpointing is theirs"),
+        ({"adapter": None}, "weights are frozen"),
     ],
 )
-def test_what_no_formula_is_known_of_is_refused(llama: Path, keys: dict[str, Any], error: str) -> None:
+def test_what_cannot_be_planned_is_refused(llama: Path, keys: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         plan(configured(llama, **keys), gpu_by_name("24GB"))
 
 
-def test_models_without_fused_blocks_and_missing_models_are_refused(tmp_path: Path) -> None:
-    GPT2Config(n_layer=1, n_embd=32, n_head=2).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match="generic path"):
-        plan(configured(tmp_path / "gpt2"), gpu_by_name("24GB"))
+def test_models_without_fused_blocks_are_planned_and_missing_ones_refused(tmp_path: Path) -> None:
+    GPT2Config(n_layer=2, n_embd=64, n_head=2).save_pretrained(tmp_path / "gpt2")
+    made = plan(configured(tmp_path / "gpt2", max_length=128), gpu_by_name("24GB"))
+    assert made.chosen is not None
+    assert made.chosen.recompute == "none"
     with pytest.raises(CheckpointError, match="no model"):
         plan(configured(tmp_path / "nothing"), gpu_by_name("24GB"))
 

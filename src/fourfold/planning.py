@@ -16,11 +16,12 @@ from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes
 from fourfold.memory.meter import free_host_bytes
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.families import FAMILIES
+from fourfold.models.followed_layer import followed_shape
 from fourfold.models.loading import read_config
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
 from fourfold.optimizers import AdamW
-from fourfold.optimizers.footprint import staging_bytes, state_bytes
+from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
 from fourfold.training.options import OPTIMIZERS, OptimizerRow
 
 __all__ = [
@@ -103,7 +104,8 @@ def plan(config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None
 
     Raises:
         CheckpointError: There is no such model.
-        ConfigError: What no formula is known of: a model without fused blocks, full fine-tuning.
+        ConfigError: What cannot be planned: a GGUF file, a checkpoint that is quantized already, layers that do not run
+            without data, `recompute` where layers take the generic path.
     """
     return _plan(config, gpu if isinstance(gpu, Gpu) else find_gpu(gpu), host_bytes)
 
@@ -117,12 +119,13 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         host_bytes: Host memory that may be used; None: any.
 
     Returns:
-        None where nothing is planned: off GPUs, where `recompute` is given, and where no formula is known.
+        None where nothing is planned: off GPUs, where `recompute` is given, for full fine-tuning, which does not train
+        yet, and for what cannot be planned.
 
     Raises:
         TrainingError: Nothing fits.
     """
-    if gpu is None or config.recompute is not None:
+    if gpu is None or config.recompute is not None or config.adapter is None:
         return None
     try:
         made = _plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)
@@ -155,13 +158,14 @@ def step_down(config: RunConfig, failed: Plan) -> Plan | None:
 def kept_to(config: RunConfig, plan: Plan) -> RunConfig:
     """The configuration with what was planned."""
     assert plan.chosen is not None
-    return config.model_copy(
-        update={
-            "per_device_train_batch_size": plan.chosen.batch,
-            "gradient_accumulation_steps": plan.chosen.accumulation,
-            "recompute": plan.chosen.recompute,
-        }
-    )
+    rows = {
+        "per_device_train_batch_size": plan.chosen.batch,
+        "gradient_accumulation_steps": plan.chosen.accumulation,
+    }
+    if _takes_generic_path(config, read_config(config.model_name_or_path, config.model_revision)):
+        # What such layers compute again is Transformers' to say.
+        return config.model_copy(update={**rows, "gradient_checkpointing": plan.chosen.recompute == "full"})
+    return config.model_copy(update={**rows, "recompute": plan.chosen.recompute})
 
 
 def _plan(
@@ -256,30 +260,30 @@ def _shape(config: RunConfig) -> ModelShape:
     model = None if is_gguf else read_config(config.model_name_or_path, config.model_revision)
     reason = "a GGUF file, which has no config.json" if is_gguf else _no_formula(config, model)
     if reason is not None:
-        raise ConfigError(
-            "there is no plan for this run", found=reason, allowed="LoRA over fused blocks, see docs/engine.md"
-        )
-    dtype = _DTYPES[config.bnb_4bit_compute_dtype]
-    return model_shape(model, choices.quantization(config), config.lora_r, config.target_modules, dtype.itemsize)
+        raise ConfigError("there is no plan for this run", found=reason, hint="see docs/planning.md")
+    dtype, quantization = _DTYPES[config.bnb_4bit_compute_dtype], choices.quantization(config)
+    if not _takes_generic_path(config, model):
+        return model_shape(model, quantization, config.lora_r, config.target_modules, dtype.itemsize)
+    lora = None if config.adapter is None else choices.lora_config(config)
+    return followed_shape(model, quantization, lora, dtype, config.attn_implementation)
+
+
+def _takes_generic_path(config: RunConfig, model: Any) -> bool:
+    """Whether layers are Transformers' own; `model`: its configuration."""
+    family = FAMILIES.get(model.model_type)
+    has_fused_layer = family is not None and family.fused_layer is not None and config.fused_blocks is not False
+    trains_more = config.adapter is None or config.use_dora or bool(config.modules_to_save)
+    return not has_fused_layer or trains_more or config.lora_dropout > 0
 
 
 def _no_formula(config: RunConfig, model: Any) -> str | None:
     """Why it is not known what the run takes; `model`: its Transformers configuration."""
-    if config.adapter is None:
-        return "adapter: null (full fine-tuning)"
-    for key, is_generic in (
-        ("fused_blocks", config.fused_blocks is False),
-        ("lora_dropout", config.lora_dropout > 0),
-        ("use_dora", config.use_dora),
-        ("modules_to_save", bool(config.modules_to_save)),
-    ):
-        if is_generic:
-            return f"{key}: {getattr(config, key)} (layers take the generic path)"
-    family = FAMILIES.get(model.model_type)
-    if family is None or family.fused_layer is None:
-        return f"{model.model_type} (layers take the generic path)"
     if getattr(model, "quantization_config", None) is not None:
         return "a checkpoint that is quantized already"
+    if config.adapter is None and config.load_in_4bit:
+        return "adapter: null with load_in_4bit: true, whose weights are frozen (--no-load_in_4bit)"
+    if config.recompute is not None and _takes_generic_path(config, model):
+        return f"recompute: {config.recompute}, where layers take the generic path (gradient_checkpointing is theirs)"
     return None
 
 
@@ -290,7 +294,12 @@ def _optimizer_row(name: str) -> OptimizerRow:
 
 def _optimizer(name: str, shape: ModelShape) -> OptimizerBytes:
     row = _optimizer_row(name)
+    # A base that is trained is so in its own dtype, and beside it nothing is; adapters are fp32.
+    element = shape.element_size if not shape.adapter_bytes else 4
+    working = working_bytes(row.rule, shape.adapter_shapes, element)
     state = state_bytes(row.rule, row.state_bits, shape.adapter_shapes)
     if row.placement == "resident":
-        return OptimizerBytes(name, state)
-    return OptimizerBytes(name, 0, staging_bytes(row.rule, row.state_bits, shape.adapter_shapes), state)
+        return OptimizerBytes(name, state, working=working)
+    return OptimizerBytes(
+        name, 0, staging_bytes(row.rule, row.state_bits, shape.adapter_shapes), state, working=working
+    )

@@ -25,12 +25,14 @@ class OptimizerBytes:
     Args:
         name: As `optim` names it.
         gpu, staging, host: State on the GPU, what paging works in there, state in host memory.
+        working: What an update works in on the GPU.
     """
 
     name: str
     gpu: int
     staging: int = 0
     host: int = 0
+    working: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,14 @@ def make_plan(
         seq: Tokens of a row.
         optimizers: In the order in which they are wanted: a later one is for where nothing fits with those before.
         batches: Rows of a microbatch to choose from; None: every divisor.
-        policies: Recomputation policies to choose from; None: all, and mixtures of two over the layers.
+        policies: Recomputation policies to choose from; None: all that layers can have, and of fused blocks mixtures of
+            two over the layers.
         host_bytes: Host memory that may be used; None: any.
         eval_batch: Rows of a batch of evaluation; 0: there is none.
         cuda_graphs: As the configuration has it.
         streams: Where the base streams from; None: it does not.
     """
-    names = list(policies or POLICIES)
+    names = list(policies or shape.policies)
     sizes = [batch for batch in (batches or range(1, rows + 1)) if rows % batch == 0]
     tried: list[Candidate] = []
     chosen: Candidate | None = None
@@ -206,7 +209,7 @@ def make_plan(
         found: list[Candidate] = []
         for batch in sizes:
             uniform = [search.candidate(batch, [name] * len(shape.blocks)) for name in names]
-            found += [*uniform, *search.mixtures(uniform)]
+            found += [*uniform, *(search.mixtures(uniform) if shape.is_fused else ())]
         tried += found
         fitting = [one for one in found if search.fits(one)]
         # Of equally fast ones, the smaller.
@@ -251,6 +254,8 @@ class _Search:
             cuda_graphs=self.cuda_graphs,
             streams=self.streams,
             eval_batch=self.eval_batch,
+            accumulation=accumulation,
+            update_bytes=self.optimizer.working,
         )
         seconds = accumulation * step_seconds(
             self.shape, self.gpu, batch, self.seq, policies, streams=self.streams is not None

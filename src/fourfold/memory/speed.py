@@ -1,7 +1,8 @@
 """How long a training step takes, from what it must compute and move.
 
 Products with weights and attention are counted in floating-point operations, everything else in the bytes that its
-kernels read and write (`models.block_forward`, `block_backward`). The shares of the data sheet's rates that are reached
+kernels read and write (`models.block_forward`, `block_backward`). Of layers on the generic path, products and bytes are
+those of the operators that were seen (`models.following`): an estimate, which was never measured. The shares of the data sheet's rates that are reached
 are those of one H200 (docs/planning.md), and taken for all GPUs alike.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fourfold.memory.gpus import Gpu
-from fourfold.models.block_memory import BlockMemory, BlockShape
-from fourfold.models.model_shape import ModelShape
+from fourfold.models.block_memory import BlockShape
+from fourfold.models.followed_layer import FollowedLayer
+from fourfold.models.model_shape import LayerShape, ModelShape
 from fourfold.models.recomputation import POLICIES
 
 __all__ = ["step_seconds"]
@@ -26,6 +28,9 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.60, 376), (0.57, 946)
 NARROW_HEADS = 0.75
 # Before the first layer is launched, and gaps between kernels, by layer.
 START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
+# Products in fp32 are that much slower (an H200's data sheet: 989 and 67 TFLOPS), and launching an operator of PyTorch,
+# forward or back, takes the host that long.
+WIDE, LAUNCH_SECONDS = 15, 1e-5
 
 
 def step_seconds(
@@ -33,28 +38,56 @@ def step_seconds(
 ) -> float:
     """Seconds of one forward and backward pass over a microbatch, with the update's share left out."""
     tokens = batch * seq
-    filled = tokens / (tokens + HALF_RATE_TOKENS)
-    matmul = gpu.matmul_rate * MATMUL_SHARE * filled
-    memory = gpu.memory_rate * MEMORY_SHARE
+    rates = _Rates(gpu, tokens, seq)
     seconds = START_SECONDS
-    # The head, forward and back, and its logits: written, read twice, written, read.
-    seconds += 4 * tokens * shape.vocab_size * shape.hidden_size / matmul
-    seconds += 5 * tokens * shape.vocab_size * shape.blocks[0].element_size / memory
+    # The head, forward and back, and its logits: written, read twice, written, read. A trained one has a gradient, too.
+    passes = 6 if shape.head_gradient_bytes else 4
+    seconds += passes * tokens * shape.vocab_size * shape.hidden_size / rates.matmul
+    seconds += 5 * tokens * shape.vocab_size * shape.element_size / rates.memory
     weights = shape.layer_bytes if streams else (0,) * len(shape.blocks)
     for block, name, weight in zip(shape.blocks, policies, weights, strict=True):
-        policy = POLICIES[name]
-        forward, backward = _attention_operations(block, tokens, seq)
-        again = 0 if "attention" in policy.keeps else 1
-        work = tokens * _product_operations(block, policy.keeps) / matmul
-        work += forward * (1 + again) / _attention_rate(block, seq, gpu, *ATTENTION_FORWARD)
-        work += backward / _attention_rate(block, seq, gpu, *ATTENTION_BACKWARD)
-        work += (tokens * _moved_bytes(block, policy.keeps) + _weight_bytes(block)) / memory
-        moved = sum(BlockMemory(block, tokens, name).offloaded().values()) if policy.offload else 0
+        work = _work(block, batch, seq, name, rates)
+        memory = block.memory(batch, seq, name) if POLICIES[name].offload else None
+        moved = 0 if memory is None else sum(memory.offloaded().values())
         # Activations go there and back, weights come once in each pass, all beside the work; what is left over is
         # waited for.
         work = max(work, 2 * (moved + weight) / gpu.link_rate)
         seconds += work + LAYER_SECONDS
     return seconds
+
+
+class _Rates:
+    """What a GPU reaches with a microbatch: operations and bytes a second."""
+
+    def __init__(self, gpu: Gpu, tokens: int, seq: int) -> None:
+        self.matmul = gpu.matmul_rate * MATMUL_SHARE * tokens / (tokens + HALF_RATE_TOKENS)
+        self.memory = gpu.memory_rate * MEMORY_SHARE
+        self._peak, self._seq = gpu.matmul_rate, seq
+
+    def attention(self, head_dim: int, share: float, half: int) -> float:
+        narrow = NARROW_HEADS if head_dim < 128 else 1.0
+        return self._peak * share * narrow * self._seq / (self._seq + half)
+
+
+def _work(block: LayerShape, batch: int, seq: int, name: str, rates: _Rates) -> float:
+    """Seconds of a layer's passes."""
+    assert isinstance(block, (BlockShape, FollowedLayer))
+    tokens, keeps = batch * seq, POLICIES[name].keeps
+    # What causality leaves out is not counted: two products forward, and five back.
+    scores = tokens * seq * block.features
+    again = 0 if "attention" in keeps else 1
+    attention = 2 * scores * (1 + again) / rates.attention(block.head_dim, *ATTENTION_FORWARD)
+    attention += 5 * scores / rates.attention(block.head_dim, *ATTENTION_BACKWARD)
+    if isinstance(block, BlockShape):
+        moved = tokens * _moved_bytes(block, keeps) + _weight_bytes(block)
+        return attention + tokens * _product_operations(block, keeps) / rates.matmul + moved / rates.memory
+    followed = block.memory(batch, seq, name).followed
+    work = attention
+    for each in (followed.forward, followed.backward):
+        # Where all of it is in fp32, so is what the shares were measured with.
+        wide = each.wide_operations * (WIDE if each.operations else 1)
+        work += (each.operations + wide) / rates.matmul + each.moved_bytes / rates.memory
+    return max(work, (followed.forward.launches + followed.backward.launches) * LAUNCH_SECONDS)
 
 
 def _products(block: BlockShape) -> dict[str, int]:
@@ -74,17 +107,6 @@ def _product_operations(block: BlockShape, keeps: frozenset[str]) -> int:
     if "mid" not in keeps:
         again += sizes["out"]
     return 2 * (2 * sum(sizes.values()) + again)
-
-
-def _attention_operations(block: BlockShape, tokens: int, seq: int) -> tuple[int, int]:
-    """Forward and backward, what causality leaves out not counted: two products, and five."""
-    scores = tokens * seq * block.features
-    return 2 * scores, 5 * scores
-
-
-def _attention_rate(block: BlockShape, seq: int, gpu: Gpu, share: float, half: int) -> float:
-    narrow = NARROW_HEADS if block.head_dim < 128 else 1.0
-    return gpu.matmul_rate * share * narrow * seq / (seq + half)
 
 
 def _weight_bytes(block: BlockShape) -> int:

@@ -103,11 +103,14 @@ class FollowedLayer:
         runs: What was followed.
         index: Of the first layer that is like this one.
         gradient_bytes: Of what it trains.
+        features, head_dim: Of its attention, as the model's configuration has them.
     """
 
     runs: _Runs
     index: int
     gradient_bytes: int
+    features: int
+    head_dim: int
 
     def memory(self, batch: int, seq: int, policy: str) -> FollowedMemory:
         return self.runs.layer(self.index, batch, seq, policy)
@@ -154,6 +157,9 @@ def followed_shape(
             f"layers of {type(base).__name__} do not run without data, which planning has none of",
             found=str(error).splitlines()[0],
         ) from error
+    text = base.config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or head.in_features // heads
     held = list(model.parameters())
     trained = [(one, many) for one, many in held if one.requires_grad]
     dense = [(one, many) for one, many in held if one.is_floating_point() and (lora is None or not one.requires_grad)]
@@ -169,7 +175,10 @@ def followed_shape(
         adapter_shapes=tuple(tuple(one.shape) for one, many in trained for _ in range(many)),
         adapter_bytes=0 if lora is None else trained_bytes,
         gradient_bytes=trained_bytes,
-        blocks=tuple(FollowedLayer(runs, index, _gradient_bytes(model.layers[index])) for index in model.first),
+        blocks=tuple(
+            FollowedLayer(runs, index, _gradient_bytes(model.layers[index]), heads * head_dim, head_dim)
+            for index in model.first
+        ),
         layer_bytes=tuple(_streamed_bytes(layer) for layer in model.layers) if weights else (),
         vocab_size=head.out_features,
         hidden_size=head.in_features,

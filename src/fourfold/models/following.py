@@ -39,6 +39,7 @@ class Pass:
         moved_bytes: What operators beside products read and wrote.
         operations: Of products in 16 bits, floating-point operations.
         wide_operations: Of those in fp32.
+        launches: Operators that compute anything.
     """
 
     events: tuple[tuple[int, str], ...]
@@ -46,6 +47,7 @@ class Pass:
     moved_bytes: int
     operations: int
     wide_operations: int
+    launches: int
 
     @cached_property
     def peak(self) -> dict[str, int]:
@@ -84,7 +86,7 @@ class _Follower(TorchDispatchMode):
         # What is made is called so, if anything, instead of by where and how it is made.
         self.name: str | None = None
         self.events: list[tuple[int, str]] = []
-        self.moved_bytes = self.operations = self.wide_operations = 0
+        self.moved_bytes = self.operations = self.wide_operations = self.launches = 0
         # By id, which is a storage's as long as it lives.
         self._known: dict[int, tuple[Any, int]] = {}
 
@@ -100,6 +102,7 @@ class _Follower(TorchDispatchMode):
                 self._made(storage, self.name or f"{self.where}, {name}")
         if func.is_view or name in _UNWRITTEN:
             return out
+        self.launches += 1
         if name in _PRODUCTS:
             operations = 2 * written[0].numel() * read[-1].shape[-2]
             if written[0].dtype == torch.float32:
@@ -128,8 +131,9 @@ class _Follower(TorchDispatchMode):
 
     def take(self, before: dict[str, int]) -> Pass:
         """What happened since the last call."""
-        made = Pass(tuple(self.events), before, self.moved_bytes, self.operations, self.wide_operations)
-        self.events, self.moved_bytes, self.operations, self.wide_operations = [], 0, 0, 0
+        counts = (self.moved_bytes, self.operations, self.wide_operations, self.launches)
+        made = Pass(tuple(self.events), before, *counts)
+        self.events, self.moved_bytes, self.operations, self.wide_operations, self.launches = [], 0, 0, 0, 0
         return made
 
 

@@ -254,6 +254,7 @@ class _Place(nn.Module):
         return self.tuples[id(self.layer)]
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
         kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         self.call = (args, kwargs)
         if id(self.layer) not in self.tuples:
@@ -261,15 +262,12 @@ class _Place(nn.Module):
         return (hidden,) if self.returns_tuple else hidden
 
 
-class _Dropout(nn.Module):
+class _Dropout(nn.Dropout):
     """Dropout as GPUs do it, with a mask of one byte a number; elsewhere PyTorch's keeps one in the numbers' dtype."""
 
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
     def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.share, self.training)[0]
+        dropped: Tensor = torch.native_dropout(x, self.p, self.training)[0]
+        return dropped
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
