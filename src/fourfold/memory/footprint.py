@@ -1,8 +1,9 @@
 """What a training step takes on a GPU, part by part, before anything is loaded.
 
 Each part's formula stands where the part lives: codes and scales in `quantization.footprint`, a block's tensors in
-`models.block_memory` (those of layers on the generic path are followed: `models.followed_layer`), optimizer state in `optimizers.footprint`, a chunk of logits in `kernels.cross_entropy`. Here
-they are added up over the moments of a step, and the highest moment is the peak:
+`models.block_memory` (those of layers on the generic path are followed, see `models.followed_layer`), optimizer state in
+`optimizers.footprint`, logits in `memory.head`. Here they are added up over the moments of a step, and the highest
+moment is the peak:
 
 - forward: a layer at work, behind it what all layers before keep;
 - loss: all that is kept, and a chunk of logits;
@@ -146,7 +147,9 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         kept, working = _on_gpu(blocks[:-1]), _heaviest(blocks[-1])
         working.pop(GRADIENTS)
         loss, update = moments["loss"], moments["update"]
-        moments["capture"] = _Moment({"activations kept": kept, **graphs}, working)
+        moments["capture"] = _Moment(
+            {"activations kept": kept, GRADIENTS: _gradients_before(shape, step), **graphs}, working
+        )
         moments["loss"] = _Moment({**loss.parts, **graphs}, loss.working)
         moments["update"] = _Moment({"activations kept": _on_gpu(blocks), **update.parts, **graphs}, update.working)
     if step.eval_batch:
@@ -244,7 +247,8 @@ def _loss(shape: ModelShape, step: Step, blocks: Sequence[LayerMemory]) -> _Mome
 
 def _heaviest(block: LayerMemory) -> Tensors:
     """Of a layer's backward pass."""
-    return dict(max(block.backward_moments(), key=lambda moment: sum(moment.values())))
+    heaviest: Tensors = max(block.backward_moments(), key=lambda moment: sum(moment.values()))
+    return dict(heaviest)
 
 
 def _backward(shape: ModelShape, step: Step, blocks: Sequence[LayerMemory]) -> _Moment:

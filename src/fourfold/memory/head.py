@@ -56,13 +56,14 @@ def _autograd_rows(shape: ModelShape, tokens: int) -> int:
 def _trained_head(shape: ModelShape, tokens: int) -> Iterator[tuple[int, Tensors]]:
     element, head = shape.element_size, shape.head_gradient_bytes
     hidden = tokens * shape.hidden_size * element
-    logits = _autograd_rows(shape, tokens) * shape.vocab_size
+    rows = _autograd_rows(shape, tokens)
+    logits, chunk = rows * shape.vocab_size, rows * shape.hidden_size * element
     sums: Tensors = {"gradient of the normed output": hidden, "gradient of the head": head}
     chunks: Tensors = {"normed output": hidden, "supervised rows of it": hidden, **sums}
     # Logits, log-probabilities and the gradients of both, beside the chunk before's gradient of the head.
-    yield 4 * _FP32 * logits, {**chunks, "gradient of the head, last chunk's": head}
+    yield 4 * _FP32 * logits, {**chunks, "gradients of the chunk before": head + chunk}
     # Logits and their gradient in the head's dtype, while this chunk's gradient of the head is made.
     cast = element if element != _FP32 else 0
-    yield (2 * _FP32 + cast) * logits, {**chunks, "gradient of the head, two chunks'": 2 * head}
+    yield (2 * _FP32 + cast) * logits, {**chunks, "gradients of two chunks": 2 * (head + chunk)}
     # The backward pass scales both sums into new memory.
     yield 0, {**sums, "both, scaled": hidden + head}

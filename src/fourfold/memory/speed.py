@@ -1,9 +1,9 @@
 """How long a training step takes, from what it must compute and move.
 
 Products with weights and attention are counted in floating-point operations, everything else in the bytes that its
-kernels read and write (`models.block_forward`, `block_backward`). Of layers on the generic path, products and bytes are
-those of the operators that were seen (`models.following`): an estimate, which was never measured. The shares of the data sheet's rates that are reached
-are those of one H200 (docs/planning.md), and taken for all GPUs alike.
+kernels read and write (`models.block_forward`, `block_backward`). Of layers on the generic path both are those of the
+operators that were seen (`models.following`), an estimate that was never measured. The shares of the data sheet's rates
+that are reached are those of one H200 (docs/planning.md), and taken for all GPUs alike.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class _Runs:
 
     def tail(self, batch: int, seq: int) -> Followed:
         if (batch, seq) not in self._tails:
-            after = nn.Sequential(*self.prefix(batch, seq).after)
+            after = nn.Sequential(OrderedDict(self.prefix(batch, seq).after))
             self._tails[batch, seq] = follow(after, after, self._hidden(batch, seq))
         return self._tails[batch, seq]
 

@@ -26,6 +26,7 @@ INPUT, GRADIENTS = "x", "gradients"
 
 # What makes memory and writes none of it.
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_SCALAR_BYTES = 8
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 
 
@@ -98,7 +99,8 @@ class _Follower(TorchDispatchMode):
         own = {id(tensor.untyped_storage()) for tensor in read}
         for tensor in written:
             storage = tensor.untyped_storage()
-            if id(storage) not in self._known and id(storage) not in own:
+            is_new = id(storage) not in self._known and id(storage) not in own
+            if is_new and storage.nbytes() > _SCALAR_BYTES:
                 self._made(storage, self.name or f"{self.where}, {name}")
         if func.is_view or name in _UNWRITTEN:
             return out

@@ -45,13 +45,13 @@ class Prefix:
         calls: Positional and keyword arguments behind the hidden states, of each layer.
         returns_tuples: Whether each layer returns more than the hidden states.
         num_bytes: What tensors among the arguments take: angles, masks.
-        after: Modules that run behind the last layer, in order.
+        after: Modules that run behind the last layer, in order, and their names.
     """
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     returns_tuples: list[bool]
     num_bytes: int
-    after: list[nn.Module]
+    after: dict[str, nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +89,13 @@ class MetaModel:
         places = [_Place(layer, tuples) for layer in self.layers]
         inside: Any = _holder(decoder, self.layers)
         name = next(name for name, child in inside.named_children() if child is self.layers)
-        after: list[nn.Module] = []
+        after: dict[str, nn.Module] = {}
 
         def note(module: nn.Module, _: Any) -> None:
             if places[-1].call is not None:
-                after.append(module)
+                after[others[module]] = module
 
-        others = [child for child in inside.children() if child is not self.layers]
+        others = {child: name for name, child in inside.named_children() if child is not self.layers}
         handles = [child.register_forward_pre_hook(note) for child in others]
         setattr(inside, name, nn.ModuleList(places))
         try:

@@ -58,8 +58,8 @@ def staging_bytes(
 def working_bytes(rule: str, shapes: Iterable[Sequence[int]], element_size: int = 4) -> int:
     """Bytes of the GPU that an update works in beside parameters, gradients and state.
 
-    AdamW and Lion are kernels, and take none. Adafactor updates one parameter at a time in fp32: of the largest it holds
-    three copies, and for 16 bits, where parameters are no copy of their own, four.
+    AdamW and Lion are kernels, and take none. Adafactor updates one parameter at a time in fp32: of the largest it
+    holds three copies, and four where it is in 16 bits.
 
     Args:
         rule: "adamw", "lion" or "adafactor".
