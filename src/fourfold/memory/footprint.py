@@ -1,8 +1,8 @@
 """What a training step takes on a GPU, part by part, before anything is loaded.
 
 Each part's formula stands where the part lives: codes and scales in `quantization.footprint`, a block's tensors in
-`models.block_memory` (those of layers on the generic path are followed, see `models.followed_layer`), optimizer state in
-`optimizers.footprint`, logits in `memory.head`. Here they are added up over the moments of a step, and the highest
+`models.block_memory` (those of layers on the generic path are followed, see `models.followed_layer`), optimizer state
+in `optimizers.footprint`, logits in `memory.head`. Here they are added up over the moments of a step, and the highest
 moment is the peak:
 
 - forward: a layer at work, behind it what all layers before keep;
