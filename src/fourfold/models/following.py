@@ -106,7 +106,11 @@ class _Follower(TorchDispatchMode):
             return out
         self.launches += 1
         if name in _PRODUCTS:
-            operations = 2 * written[0].numel() * read[-1].shape[-2]
+            right = [tensor for tensor in read if tensor.is_floating_point()][-1]
+            operations = 2 * written[0].numel() * right.shape[-2]
+            if written[0].dim() > right.dim():
+                # Each group of a grouped product sums over rows of its own.
+                operations //= written[0].shape[0]
             if written[0].dtype == torch.float32:
                 self.wide_operations += operations
             else:
