@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fourfold.kernels.host_memory import rounded_to_pages
 from fourfold.kernels.low_rank import row_length
 from fourfold.models.block_state import parts
-from fourfold.models.recomputation import POLICIES
+from fourfold.models.recomputation import POLICIES, offloaded_bytes
 
 __all__ = ["BlockMemory", "BlockShape", "Tensors"]
 
@@ -140,8 +141,8 @@ class BlockMemory:
         return {name: size for name, size in self.kept().items() if name in ("x", "qkv", "mid", "attention", "lse")}
 
     def host_bytes(self) -> int:
-        """What that takes there: PyTorch rounds pinned allocations up to powers of two."""
-        return sum(1 << (size - 1).bit_length() for size in self.offloaded().values() if size)
+        """What that takes there: one buffer of whole pages."""
+        return rounded_to_pages(offloaded_bytes(self.offloaded().values()))
 
     def forward_moments(self) -> list[Tensors]:
         """The forward pass: after the attention, after the output projection, and in the MLP."""
