@@ -132,8 +132,8 @@ class HostOffload:
 
     A copy to the host runs beside the next layers' work; the device copy is let go once it is done, and never more than
     `_IN_FLIGHT` layers' copies are under way, so that memory does not grow where the bus is slower than the GPU. On the
-    way back, the layer before is fetched while one is at work. Host buffers, one a layer, are kept for the next step, and
-    give way to larger ones where its rows are longer. Off CUDA, tensors stay where they are.
+    way back, the layer before is fetched while one is at work. Host buffers, one a layer, are kept for the next step,
+    and give way to larger ones where its rows are longer. Off CUDA, tensors stay where they are.
     """
 
     _IN_FLIGHT = 2
