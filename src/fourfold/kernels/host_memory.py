@@ -57,8 +57,8 @@ class HostBuffer:
         if not pinned:
             self.data = torch.empty(num_bytes, dtype=torch.uint8)
             return
-        # Anonymous pages of its own: what is locked shares no page with anything else. A process that is forked, such as
-        # a loader of data, does not get them: a write here would otherwise part these pages from those that CUDA knows.
+        # Anonymous pages of its own: what is locked shares no page with anything else. A process that is forked, such
+        # as a loader of data, does not get them: a write here would otherwise part them from those that CUDA knows.
         pages = mmap.mmap(-1, max(1, rounded_to_pages(num_bytes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_DONTFORK)
         whole = torch.frombuffer(pages, dtype=torch.uint8)
