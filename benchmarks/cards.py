@@ -145,24 +145,26 @@ def train(setting: Setting, device: torch.device) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     result |= {"loss": losses, "seconds": min(seconds)}
     if device.type == "cuda":
-        result |= {"measured_bytes": torch.cuda.max_memory_allocated(), "process_bytes": process_bytes()}
+        result |= held()
     if setting.streams:
         result["link_seconds"] = 2 * sum(shape.layer_bytes) / link_rate(max(shape.layer_bytes), device)
     return result
 
 
-def process_bytes() -> int:
-    return torch.cuda.max_memory_reserved() + beside_torch()
+def held() -> dict[str, int]:
+    beside, reserved = beside_torch(), torch.cuda.max_memory_reserved()
+    peak = torch.cuda.max_memory_allocated()
+    return {"measured_bytes": peak, "context_bytes": beside, "process_bytes": reserved + beside}
 
 
 def link_rate(num_bytes: int, device: torch.device) -> float:
     """Bytes a second of copies from locked host memory, with nothing beside them."""
-    source = HostBuffer(num_bytes, pinned=device.type == "cuda", purpose="a measurement").data
+    buffer = HostBuffer(num_bytes, pinned=device.type == "cuda", purpose="a measurement")
     target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target.copy_(source)
+    target.copy_(buffer.data)
     start, count = time.perf_counter(), 16
     for _ in range(count):
-        target.copy_(source, non_blocking=True)
+        target.copy_(buffer.data, non_blocking=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return count * num_bytes / (time.perf_counter() - start)
@@ -191,8 +193,7 @@ def train_unsloth(setting: Setting, models: Path) -> dict[str, Any]:
         except torch.OutOfMemoryError:
             rows.append({"seq": length, "error": "out of memory"})
             break
-        held = {"measured_bytes": torch.cuda.max_memory_allocated(), "process_bytes": process_bytes()}
-        rows.append({"seq": length, "seconds": time.perf_counter() - start, **held})
+        rows.append({"seq": length, "seconds": time.perf_counter() - start, **held()})
     return {"rows": rows}
 
 
@@ -207,6 +208,7 @@ def shown(name: str, row: dict[str, Any]) -> list[str]:
         line += f", host {row['host_bytes'] / GIB:.1f} GiB, loss {row['loss'][0]:.2f}"
     if "measured_bytes" in row:
         line += f", peak {row['measured_bytes'] / GIB:.2f} GiB, process {row['process_bytes'] / GIB:.2f}"
+        line += f" of which context {row['context_bytes'] / GIB:.2f}"
     if "link_seconds" in row:
         line += f", {row['link_seconds'] / row['seconds']:.0%} of the link's speed"
     return [line]

@@ -59,9 +59,9 @@ SETTINGS = [
     Setting("8b", 4, 2048, 10),
     Setting("8b", 4, 2048, 16),
     Setting("8b", 4, 2048, 24),
-    Setting("8b", 2, 8192, 24),
     Setting("1b", 4, 2048, 4),
     Setting("1b", 4, 2048, 8),
+    Setting("1b", 2, 8192, 6),
 ]
 TINY = [Setting("tiny", 2, 64, 1)]
 
