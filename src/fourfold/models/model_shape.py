@@ -58,6 +58,13 @@ class ModelShape:
         return self.num_parameters - self.num_quantized
 
     @property
+    def weights_of_layers(self) -> tuple[int, ...]:
+        """Bytes of each decoder layer's linear weights: quantized, as they stream, or as they are."""
+        if self.layer_bytes:
+            return self.layer_bytes
+        return tuple(sum(block.products.values()) * block.element_size for block in self.blocks)
+
+    @property
     def num_adapter(self) -> int:
         """Trained weights."""
         return sum(rows * columns for rows, columns in self.adapter_shapes)
