@@ -15,7 +15,7 @@ from fourfold.cli import app
 from fourfold.config import RunConfig
 from fourfold.errors import CheckpointError, ConfigError, TrainingError
 from fourfold.memory.gpus import gpu_by_name
-from fourfold.planning import compare, find_gpu, kept_to, plan, plan_for_training, remedies
+from fourfold.planning import compare, find_gpus, kept_to, plan, plan_for_training, remedies
 from fourfold.training.options import OPTIMIZERS
 
 
@@ -191,4 +191,4 @@ def test_strategies_are_printed_and_drawn(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_one_must_be_named() -> None:
     with pytest.raises(ConfigError, match="no GPU here"):
-        find_gpu(None)
+        find_gpus(None)
