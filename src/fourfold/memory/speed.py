@@ -49,13 +49,14 @@ def step_seconds(
     seconds += 4 * tokens * shape.vocab_size * shape.hidden_size / matmul
     seconds += 5 * tokens * shape.vocab_size * shape.blocks[0].element_size / memory
     weights = shape.weights_of_layers
+    scatters = parallelism.shards.gradients
     for block, name, weight in zip(shape.blocks, policies, weights, strict=True):
         work, moved = _layer(block, batch, seq, name, gpu)
         # Activations go there and back, weights come once in each pass, all beside the work; what is left over is
         # waited for.
         host = 2 * (moved + (weight if streams else 0))
         peers = 2 * parallelism.gathered_bytes(weight)
-        if parallelism.shards.gradients:
+        if scatters:
             peers += parallelism.reduced_bytes(block.adapter_parameters * _FP32)
         seconds += max(work, _transfer_seconds(gpu, host, peers)) + LAYER_SECONDS
     return seconds
