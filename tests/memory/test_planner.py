@@ -14,7 +14,7 @@ from fourfold.memory.footprint import Step, footprint
 from fourfold.memory.gpus import GPUS, Gpu, gpu_by_name, parse_bytes, split_count
 from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
 from fourfold.memory.planner import TIE, Candidate, OptimizerBytes, Plan, _Way, make_plan
-from fourfold.memory.speed import MEMORY_SHARE, step_seconds, update_seconds
+from fourfold.memory.speed import MEMORY_SHARE, reduction_seconds, step_seconds, update_seconds
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
 from fourfold.quantization.hf_config import FourfoldConfig
@@ -294,6 +294,29 @@ def test_of_equally_fast_ways_to_share_a_run_the_simpler_is_taken_and_sharding_w
     for usable, expected in ((80 * GIB, "data parallel"), (6 * GIB, "sharded")):
         plan = planned(shape, GPUS["h200"].with_usable(usable), parallelisms=two)
         assert chosen_of(plan).parallelism.strategy == expected
+
+
+def test_reducing_gradients_is_waited_for_where_it_outlasts_the_backward_pass() -> None:
+    slow = replace(GPUS["h200"], peer_rate=1e9)
+    two, gradients = Parallelism(2), 10**9
+    assert reduction_seconds(slow, gradients, two, microbatch=4.0) == 0
+    assert reduction_seconds(slow, gradients, two, microbatch=1.0) == pytest.approx(0.5)
+    assert reduction_seconds(slow, gradients, ONE_GPU, microbatch=0.0) == 0
+
+
+def test_gathered_layers_are_waited_for_over_a_slow_link(shape: ModelShape) -> None:
+    policies = ["none"] * 32
+
+    def seconds(gpu: Gpu, parallelism: Parallelism) -> float:
+        return step_seconds(shape, gpu, 1, 2048, policies, parallelism=parallelism)
+
+    sharded = Parallelism(2, "sharded")
+    assert seconds(GPUS["h200"], sharded) == seconds(GPUS["h200"], ONE_GPU)
+    slow = replace(GPUS["h200"], peer_rate=2e9)
+    passed = (2 * sum(shape.layer_bytes) + 4 * shape.num_adapter) / 2
+    assert seconds(slow, sharded) == pytest.approx(passed / 2e9, rel=0.01)
+    # Without a link of their own, GPUs speak over that to the host.
+    assert seconds(replace(slow, peer_rate=None, link_rate=2e9), sharded) == seconds(slow, sharded)
 
 
 def test_host_memory_is_that_of_all_gpus_processes(shape: ModelShape) -> None:
