@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fourfold import pipeline
-from fourfold.config import RunConfig
+from fourfold.config import RunConfig, load_config
 from fourfold.memory import footprint
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.memory.planner import Plan
@@ -115,6 +115,30 @@ def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_to_go_on_from(
     whole = pipeline.train(tiny_run(folder(tmp_path, "whole"), **FUSED), progress="silent")
     for name, value in adapter(whole).items():
         assert torch.equal(adapter(resumed)[name], value)
+
+
+def test_a_resumed_run_keeps_the_optimizer_that_was_planned_when_it_began(
+    tmp_path: Path, tiny_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, **FUSED, on_out_of_memory="stop")
+    assert config.optim is None
+    asked: list[str | None] = []
+
+    def plan_it(config: RunConfig, gpu: Any, host_bytes: Any) -> Plan | None:
+        asked.append(config.optim)
+        # What a GPU with less room would have led to.
+        return plan_for_training(config.model_copy(update={"optim": "adamw_8bit"}), gpu_by_name("24GB"))
+
+    monkeypatch.setattr(pipeline, "plan_for_training", plan_it)
+    with monkeypatch.context() as patch:
+        failing(patch, 3)
+        with pytest.raises(OutOfMemory):
+            pipeline.train(config, progress="silent")
+    assert load_config(config.output_dir).optim == "adamw_8bit"
+    monkeypatch.setattr(pipeline, "plan_for_training", lambda config, gpu, host_bytes: asked.append(config.optim))
+    pipeline.train(config.model_copy(update={"resume_from_checkpoint": "auto"}), progress="silent")
+    assert asked == [None, "adamw_8bit"]
+    assert load_config(config.output_dir).optim == "adamw_8bit"
 
 
 def test_a_run_without_a_plan_stops(

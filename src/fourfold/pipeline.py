@@ -31,6 +31,7 @@ from fourfold.inputs import (
     claim_output_dir,
     clear_former_run,
     find_run,
+    going_on,
     merge_prompts,
     original_checkpoint,
     read_data,
@@ -106,10 +107,11 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     say = _Speaker(progress)
     device = choices.device(config)
     gpu = gpu_present(device) if device.type == "cuda" else None
-    planned = plan_for_training(config, gpu, free_host_bytes())
-    asked, config = config, kept_to(config, planned) if planned else config
-    options = choices.training_options(config)
     output, checkpoint = claim_output_dir(config)
+    asked = going_on(config, checkpoint)
+    planned = plan_for_training(asked, gpu, free_host_bytes())
+    config = kept_to(asked, planned)
+    options = choices.training_options(config)
     say.result("plan", planned)
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
@@ -143,7 +145,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     if checkpoint is None:
         clear_former_run(output)
     # How this run was started is no part of what it is: made again from its folder, it starts like any other.
-    started = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+    # Its optimizer is: state of another does not go on.
+    started = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "optim": config.optim}
     run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
     _save_base(config, output, adapted, tokenizer)
     if gpu is not None:

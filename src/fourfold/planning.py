@@ -3,7 +3,7 @@ does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.errors import ConfigError, TrainingError
-from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes
+from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes, split_count
 from fourfold.memory.meter import free_host_bytes
+from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
+from fourfold.memory.plan import FORECAST
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.families import FAMILIES
 from fourfold.models.loading import read_config
@@ -21,13 +23,14 @@ from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes
-from fourfold.training.options import OPTIMIZERS, OptimizerRow
+from fourfold.training.options import OPTIMIZERS, OptimizerRow, TrainingOptions
 
 __all__ = [
+    "PLANNED_OPTIMIZERS",
     "Remedy",
     "Strategy",
     "compare",
-    "find_gpu",
+    "find_gpus",
     "find_host",
     "kept_to",
     "plan",
@@ -37,6 +40,11 @@ __all__ = [
 ]
 
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Where `optim` is null. Of equally fast ones the first: the more exact before the smaller, and of the same numbers the
+# one that passes over no link.
+PLANNED_OPTIMIZERS = ("adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
+# GPUs that are tried where nothing fits fewer.
+_MOST_GPUS = 64
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,17 @@ class Remedy:
         what: For people.
         change: Keys and their values.
         plan: What then fits.
+        num_gpus: How many of them it takes, where that is the change.
     """
 
     what: str
     change: dict[str, Any]
     plan: Plan
+    num_gpus: int | None = None
 
     def __str__(self) -> str:
+        if self.num_gpus is not None:
+            return f"{self.what} (fourfold plan --gpus {self.num_gpus}, {FORECAST})"
         keys = " ".join(f"--{key} {str(value).lower()}" for key, value in self.change.items())
         return f"{self.what} ({keys})"
 
@@ -66,18 +78,27 @@ class Strategy:
     plan: Plan
 
 
-def find_gpu(name: str | None) -> Gpu:
-    """The GPU of that name or size, or the one that is present.
+def find_gpus(name: str | None, count: int | None = None) -> tuple[Gpu, int]:
+    """GPUs of that name or size, or such as the one that is present, and how many.
+
+    Args:
+        name: "H200", "24GB", "2xH200"; None: the one that is present.
+        count: How many; None: as the name says, or one.
 
     Raises:
-        ConfigError: An unknown name, or no name and no GPU.
+        ConfigError: An unknown name, two numbers that differ, none at all, or no name and no GPU.
     """
-    if name is not None:
-        return gpu_by_name(name)
+    named, only = (1, None) if name is None else split_count(name)
+    number = named if count is None else count
+    if number < 1 or (count is not None and named not in (1, count)):
+        found = f"{name}, {count} GPUs" if count is not None else name
+        raise ConfigError("it is not clear how many GPUs to plan for", found=found, allowed="2xH200, or --gpus 2")
+    if only is not None:
+        return gpu_by_name(only), number
     present = gpu_present()
     if present is None:
         raise ConfigError("there is no GPU here to plan for", hint="name one: --gpu 24GB, or --gpu H200")
-    return present
+    return present, number
 
 
 def find_host(amount: str | None, *, is_here: bool) -> int | None:
@@ -91,21 +112,28 @@ def find_host(amount: str | None, *, is_here: bool) -> int | None:
     return free_host_bytes() if is_here else None
 
 
-def plan(config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None = None) -> Plan:
+def plan(
+    config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None = None, num_gpus: int | None = None
+) -> Plan:
     """The plan of a run.
 
     Args:
         config: The run.
-        gpu: Where to: a GPU, its name or its memory; None: the one that is present.
+        gpu: Where to: a GPU, its name or its memory, "2xH200"; None: the one that is present.
         host_bytes: Host memory that may be used; None: any.
+        num_gpus: How many of them; None: as `gpu` says, or one.
 
-    The number of rows of an optimizer step is the configuration's; how many of them make a microbatch is chosen.
+    The number of rows of an optimizer step is the configuration's, for all GPUs together; how many of them make a
+    microbatch is chosen. So is the optimizer, of `PLANNED_OPTIMIZERS`, where `optim` is null, and how several GPUs
+    share the run.
 
     Raises:
         CheckpointError: There is no such model.
-        ConfigError: What no formula is known of: a model without fused blocks, full fine-tuning.
+        ConfigError: What no formula is known of: a model without fused blocks, full fine-tuning; or rows that cannot be
+            parted among the GPUs.
     """
-    return _plan(config, gpu if isinstance(gpu, Gpu) else find_gpu(gpu), host_bytes)
+    card, number = (gpu, num_gpus or 1) if isinstance(gpu, Gpu) else find_gpus(gpu, num_gpus)
+    return _plan(config, card, host_bytes, parallelisms=_parallelisms(number))
 
 
 def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None = None) -> Plan | None:
@@ -144,22 +172,28 @@ def step_down(config: RunConfig, failed: Plan) -> Plan | None:
 
     Args:
         config: The run, as it was asked for.
-        failed: What did not fit.
+        failed: What did not fit. Where its optimizer was planned, the next one keeps state of the same bits, which goes
+            on from a checkpoint, on the GPU or paged.
     """
     assert failed.chosen is not None
     usable = failed.chosen.footprint.peak_bytes * 9 // 10
-    made = _plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=config.per_device_train_batch_size)
+    optimizers = _optimizers_of_the_same_state(failed.chosen.optimizer) if config.optim is None else None
+    most = config.per_device_train_batch_size
+    made = _plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=most, optimizers=optimizers)
     return made if made.chosen is not None else None
 
 
-def kept_to(config: RunConfig, plan: Plan) -> RunConfig:
-    """The configuration with what was planned."""
+def kept_to(config: RunConfig, plan: Plan | None) -> RunConfig:
+    """The configuration with what was planned; without a plan, with the default optimizer where none is given."""
+    if plan is None:
+        return config.model_copy(update={"optim": config.optim or TrainingOptions.optim})
     assert plan.chosen is not None
     return config.model_copy(
         update={
             "per_device_train_batch_size": plan.chosen.batch,
             "gradient_accumulation_steps": plan.chosen.accumulation,
             "recompute": plan.chosen.recompute,
+            "optim": plan.chosen.optimizer,
         }
     )
 
@@ -170,18 +204,21 @@ def _plan(
     host_bytes: int | None = None,
     policies: list[str] | None = None,
     most: int | None = None,
+    optimizers: Sequence[str] | None = None,
+    parallelisms: Sequence[Parallelism] = (ONE_GPU,),
 ) -> Plan:
     shape = _shape(config)
     has_evaluation = config.eval_dataset is not None or config.eval_split_fraction > 0
     wanted = config.recompute
     if policies is None and wanted is not None:
         policies = [wanted] if isinstance(wanted, str) else None
+    names = optimizers or (PLANNED_OPTIMIZERS if config.optim is None else (config.optim,))
     return make_plan(
         shape,
         gpu,
         rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         seq=config.max_length,
-        optimizers=[_optimizer(config.optim, shape)],
+        optimizers=[_optimizer(name, shape) for name in names],
         batches=range(1, most + 1) if most else None,
         policies=policies,
         host_bytes=host_bytes,
@@ -189,20 +226,26 @@ def _plan(
         # Packed rows run without them: their documents lie differently in each batch.
         cuda_graphs=False if config.packing else config.cuda_graphs,
         streams=config.stream_base,
+        parallelisms=parallelisms,
     )
 
 
-def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> Iterator[Remedy]:
+def _parallelisms(num_gpus: int) -> list[Parallelism]:
+    return [Parallelism(num_gpus, name) for name in STRATEGIES] if num_gpus > 1 else [ONE_GPU]
+
+
+def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus: int = 1) -> Iterator[Remedy]:
     """Where nothing fits: each change, from the easiest to the hardest, after which something does.
 
-    Changes are looked at one by one, and then each on top of those before it.
+    Changes are looked at one by one, and then each on top of those before it. Where none helps, more GPUs.
     """
     together: dict[str, Any] = {}
     found = False
     for what, change in _changes(config):
         together |= change
         for update in (change, together):
-            made = _plan(config.model_copy(update=update), gpu, host_bytes)
+            changed = config.model_copy(update=update)
+            made = _plan(changed, gpu, host_bytes, parallelisms=_parallelisms(num_gpus))
             if made.chosen is not None:
                 found = True
                 yield Remedy(what if update is change else f"{what}, with all before", dict(update), made)
@@ -210,6 +253,20 @@ def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> Iter
         if found and together != change:
             # What is harder would fit as well, and is not asked for.
             return
+    if not found:
+        yield from _more_gpus(config, gpu, host_bytes, num_gpus)
+
+
+def _more_gpus(config: RunConfig, gpu: Gpu, host_bytes: int | None, num_gpus: int) -> Iterator[Remedy]:
+    """The least number of the same GPUs over which the run fits when the base is sharded."""
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    stays = config.model_copy(update={"stream_base": None})
+    for number in range(num_gpus + 1, min(rows, _MOST_GPUS) + 1):
+        if rows % number == 0:
+            made = _plan(stays, gpu, host_bytes, parallelisms=[Parallelism(number, "sharded")])
+            if made.chosen is not None:
+                yield Remedy(f"{number} GPUs, the base sharded over them", {}, made, number)
+                return
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -217,15 +274,16 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "bf16", {"bnb_4bit_compute_dtype": "bfloat16"}
     if config.recompute is not None:
         yield "recompute as planned", {"recompute": None}
-    in_8_bits = _optimizer_row(config.optim)._replace(state_bits=8)
-    name = next((name for name, row in OPTIMIZERS.items() if row == in_8_bits), config.optim)
-    if name != config.optim:
-        yield "8-bit optimizer state", {"optim": name}
+    if config.optim is not None:
+        in_8_bits = _optimizer_row(config.optim)._replace(state_bits=8)
+        name = next((name for name, row in OPTIMIZERS.items() if row == in_8_bits), config.optim)
+        if name != config.optim:
+            yield "8-bit optimizer state", {"optim": name}
     if not config.load_in_4bit:
         yield "QLoRA: the base in 4 bits", {"load_in_4bit": True}
     if config.lora_r > 16:
         yield "rank 16", {"lora_r": 16}
-    if _optimizer_row(config.optim).placement == "resident":
+    if config.optim is not None and _optimizer_row(config.optim).placement == "resident":
         yield "paged optimizer state", {"optim": "paged_adamw_8bit"}
     if config.stream_base is None:
         yield "the base streams from host memory", {"stream_base": "host", "load_in_4bit": True}
@@ -235,8 +293,9 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         length //= 2
 
 
-def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> list[Strategy]:
-    """LoRA over 16 bits, over 4, and over 4 that stream from host memory, each with every way to recompute."""
+def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus: int = 1) -> list[Strategy]:
+    """LoRA over 16 bits, over 4, and over 4 that stream from host memory: of one GPU, each with every way to recompute;
+    of several, each with every way to share the run."""
     rows = []
     bases: dict[str, dict[str, Any]] = {
         "LoRA": {"load_in_4bit": False, "stream_base": None},
@@ -244,10 +303,15 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None) -> list[
         "QLoRA, streaming": {"load_in_4bit": True, "stream_base": "host"},
     }
     for base, update in bases.items():
-        changed = config.model_copy(update=update)
-        # A base streams where there is no memory to keep much else.
-        names = [name for name in POLICIES if update["stream_base"] is None or POLICIES[name].offload]
-        rows += [Strategy(f"{base}, {name}", _plan(changed, gpu, host_bytes, [name])) for name in names]
+        changed, streams = config.model_copy(update=update), update["stream_base"] is not None
+        if num_gpus > 1:
+            ways = [way for way in _parallelisms(num_gpus) if not (streams and way.shards.weights)]
+            made = [(way.strategy, _plan(changed, gpu, host_bytes, parallelisms=[way])) for way in ways]
+        else:
+            # A base streams where there is no memory to keep much else.
+            names = [name for name, policy in POLICIES.items() if policy.offload or not streams]
+            made = [(name, _plan(changed, gpu, host_bytes, [name])) for name in names]
+        rows += [Strategy(f"{base}, {name}", one) for name, one in made]
     return rows
 
 
@@ -294,3 +358,9 @@ def _optimizer(name: str, shape: ModelShape) -> OptimizerBytes:
     if row.placement == "resident":
         return OptimizerBytes(name, state)
     return OptimizerBytes(name, 0, staging_bytes(row.rule, row.state_bits, shape.adapter_shapes), state)
+
+
+def _optimizers_of_the_same_state(name: str) -> list[str]:
+    """Those planned ones that go on from its checkpoints: with the same rule and bits, wherever state is."""
+    state = _optimizer_row(name)[:3]
+    return [other for other in PLANNED_OPTIMIZERS if _optimizer_row(other)[:3] == state]

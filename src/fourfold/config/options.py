@@ -157,7 +157,7 @@ def training_options(config: RunConfig) -> TrainingOptions:
         warmup_steps=config.warmup_steps or 0,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=config.optim,
+        optim=config.optim or TrainingOptions.optim,
         logging_steps=config.logging_steps,
         eval_strategy=eval_strategy,
         eval_steps=eval_steps,

@@ -195,8 +195,10 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    optim: Optimizer = Field(
-        "adamw", description="Optimizer; 8bit: state in 8 bits; paged: state in the host's memory, brought in pieces."
+    optim: Optimizer | None = Field(
+        None,
+        description="Optimizer; 8bit: state in 8 bits; paged: state in the host's memory, brought in pieces; null: as "
+        "planned, of AdamW's the fastest that fits, the more exact of equally fast ones; without a plan, adamw.",
     )
     logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
     eval_steps: Count | None = Field(None, description="Optimizer steps between two evaluations; null: once an epoch.")

@@ -10,16 +10,21 @@ they are added up over the moments of a step, and the highest moment is the peak
 - update: gradients of all adapters, and what CUDA graphs hold;
 - capture: with CUDA graphs, the last layer's backward pass while it is recorded;
 - evaluation: a layer at work, and a chunk of logits; what graphs keep is there, too.
+
+Of several GPUs (`memory.parallel`), it is what one of them takes.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from fourfold.kernels.cross_entropy import rows_at_once
+from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.models.block_memory import BlockMemory, Tensors
 from fourfold.models.graphs import AUTO_TOKENS
 from fourfold.models.model_shape import ModelShape
@@ -33,8 +38,11 @@ _FP32 = 4
 # more on the stream on which graphs are captured.
 LIBRARY_BYTES = 2 * 2**25
 GRAPH_LIBRARY_BYTES = 2**25
-# Where layers' tensors wait in host memory, those of so many layers are still, or again, on the GPU.
+# Of the layers whose tensors wait in host memory, those of so many are still, or again, on the GPU: the last ones of
+# the forward pass, which none after them pushed out, and the one before a layer that had its own brought back.
 IN_FLIGHT_FORWARD, IN_FLIGHT_BACKWARD = 2, 1
+# Layers whose weights are gathered from other GPUs at a time: one at work, one on its way.
+NUM_GATHERED = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Step:
         cuda_graphs: Whether blocks run by CUDA graphs; None: where they do by default.
         streams: Where the quantized layers stream from, of `models.streaming.SOURCES`; None: they stay on the GPU.
         eval_batch: Rows of a batch of evaluation, as long as those of training; 0: there is none.
+        parallelism: How GPUs share the run; batch and bytes are those of one.
     """
 
     batch: int
@@ -62,6 +71,7 @@ class Step:
     cuda_graphs: bool | None = None
     streams: str | None = None
     eval_batch: int = 0
+    parallelism: Parallelism = ONE_GPU
 
     @property
     def tokens(self) -> int:
@@ -69,7 +79,8 @@ class Step:
 
     @property
     def runs_by_graphs(self) -> bool:
-        if self.streams or any(POLICIES[policy].offload for policy in self.policies):
+        # A graph reads weights where they were captured.
+        if self.streams or self.parallelism.shards.weights or any(POLICIES[policy].offload for policy in self.policies):
             return False
         return self.tokens <= AUTO_TOKENS if self.cuda_graphs is None else self.cuda_graphs
 
@@ -108,26 +119,15 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         shape: The model, its quantization and its adapter.
         step: Batch, policies, optimizer.
     """
-    element = shape.blocks[0].element_size
-    streamed = sum(shape.layer_bytes) if step.streams else 0
-    weights = {
-        "weights, 16 bits": shape.num_dense * element,
-        # What streams is aligned; what else is quantized, such as the head, stays.
-        "weights, quantized": max(0, shape.code_bytes + shape.scale_bytes - streamed) if streamed else shape.code_bytes,
-        "layers on their way": device_bytes(shape.layer_bytes) if streamed else 0,
-        "quantization state": 0 if streamed else shape.scale_bytes,
-        "adapters": shape.num_adapter * _FP32,
-        "optimizer state": step.optimizer_bytes,
-        "pages of optimizer state": step.staging_bytes,
-        "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if step.runs_by_graphs else 0),
-    }
     pairs = zip(shape.blocks, step.policies, strict=True)
     blocks = [BlockMemory(block, step.tokens, policy) for block, policy in pairs]
-    gradients = shape.num_adapter * _FP32
+    layers = [_layer(block) for block in blocks]
+    gradients = step.parallelism.share(shape.num_adapter * _FP32, step.parallelism.shards.gradients)
+    standing = _standing(shape, step)
     moments = {
-        "forward": _forward(blocks),
-        "loss": _loss(shape, step, blocks),
-        "backward": _backward(shape, step, blocks),
+        "forward": _forward(layers),
+        "loss": _loss(shape, step, layers),
+        "backward": _backward(shape, step, layers),
         "update": _Moment({"gradients": gradients}, {}),
     }
     if step.runs_by_graphs:
@@ -137,18 +137,18 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
             "shared by graphs": blocks[0].backward_moments()[0]["gradient of the output"] + blocks[0].kept()["x"],
         }
         # The last layer's backward pass is captured before there is a loss.
-        kept, working = _on_gpu(blocks[:-1]), _heaviest(blocks[-1])
+        kept, working = _on_gpu(layers[:-1]), layers[-1].backward
         loss = moments["loss"]
         moments["capture"] = _Moment({"activations kept": kept, **graphs}, working)
         moments["loss"] = _Moment({**loss.parts, **graphs}, loss.working)
-        moments["update"] = _Moment({"activations kept": _on_gpu(blocks), "gradients": gradients, **graphs}, {})
+        moments["update"] = _Moment({"activations kept": _on_gpu(layers), "gradients": gradients, **graphs}, {})
     if step.eval_batch:
-        moments["evaluation"] = _evaluation(shape, step, blocks)
+        moments["evaluation"] = _evaluation(shape, step, layers)
     name = max(moments, key=lambda name: moments[name].num_bytes)
-    highest, base = moments[name], sum(weights.values())
-    parts = {**weights, **highest.parts, "working memory": sum(highest.working.values())}
+    highest, base = moments[name], sum(standing.values())
+    parts = {**standing, **highest.parts, "working memory": sum(highest.working.values())}
     host = {
-        "activations": sum(block.host_bytes() for block in blocks),
+        "activations": sum(layer.host for layer in layers),
         "optimizer state": step.host_optimizer_bytes,
         "weights": host_bytes(shape.layer_bytes, step.streams) if step.streams else 0,
     }
@@ -172,24 +172,95 @@ class _Moment(NamedTuple):
         return sum(self.parts.values()) + sum(self.working.values())
 
 
-def _on_gpu(blocks: Sequence[BlockMemory]) -> int:
+def _standing(shape: ModelShape, step: Step) -> Tensors:
+    """What is there from the first step to the last."""
+    element, parallelism = shape.blocks[0].element_size, step.parallelism
+    layers, adapters = shape.weights_of_layers, shape.num_adapter * _FP32
+    quantized = shape.code_bytes + shape.scale_bytes
+    elsewhere = on_their_way = 0
+    if step.streams:
+        elsewhere, on_their_way = sum(layers), device_bytes(layers)
+    elif parallelism.shards.weights:
+        elsewhere = sum(layers) - parallelism.share(sum(layers), True)
+        whole = (layer + block.adapter_parameters * _FP32 for layer, block in zip(layers, shape.blocks, strict=True))
+        on_their_way = NUM_GATHERED * max(whole)
+    is_apart = elsewhere and quantized
+    return {
+        "weights, 16 bits": shape.num_dense * element - (0 if quantized else elsewhere),
+        # What streams is aligned; what else is quantized, such as the head, stays.
+        "weights, quantized": max(0, quantized - elsewhere) if is_apart else shape.code_bytes,
+        "layers on their way": on_their_way,
+        "quantization state": 0 if is_apart else shape.scale_bytes,
+        "adapters": parallelism.share(adapters, parallelism.shards.weights),
+        "buckets of gradients": parallelism.bucket_bytes(adapters),
+        "optimizer state": step.optimizer_bytes,
+        "pages of optimizer state": step.staging_bytes,
+        "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if step.runs_by_graphs else 0),
+    }
+
+
+class _Layer(NamedTuple):
+    """Of one layer: what it keeps on the GPU and in host memory, and its heaviest moments.
+
+    Args:
+        kept: Bytes that stay on the GPU while it is not at work.
+        offloaded: Bytes that wait in host memory, and are on the GPU before and after that.
+        embeddings: Of these, the layer's input.
+        host: Bytes there.
+        forward, backward: Tensors; the backward pass without the gradients that it makes.
+        gradients: Bytes of these.
+    """
+
+    kept: int
+    offloaded: int
+    embeddings: int
+    host: int
+    forward: Tensors
+    backward: Tensors
+    gradients: int
+
+
+@lru_cache(maxsize=4096)
+def _layer(block: BlockMemory) -> _Layer:
+    offloaded = block.offloaded()
+    backward = _heaviest(block.backward_moments())
+    return _Layer(
+        kept=sum(block.kept().values()) - sum(offloaded.values()),
+        offloaded=sum(offloaded.values()),
+        embeddings=offloaded.get("x", 0),
+        host=block.host_bytes(),
+        forward=_heaviest(block.forward_moments()),
+        backward={name: size for name, size in backward.items() if name != "sums for adapters"},
+        gradients=block.shape.adapter_parameters * _FP32,
+    )
+
+
+def _heaviest(moments: Sequence[Tensors]) -> Tensors:
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _on_gpu(layers: Sequence[_Layer]) -> int:
     """What layers that are not at work keep there."""
-    return sum(sum(block.kept().values()) - sum(block.offloaded().values()) for block in blocks)
+    return sum(layer.kept for layer in layers)
 
 
-def _in_flight(blocks: Sequence[BlockMemory]) -> int:
-    """What layers have there that waits, or will wait, in host memory."""
-    return sum(sum(block.offloaded().values()) for block in blocks)
+def _in_flight(layers: Sequence[_Layer]) -> int:
+    """What the last layers that offload have there after the last layer's forward pass."""
+    return sum([layer.offloaded for layer in layers if layer.offloaded][-IN_FLIGHT_FORWARD:])
 
 
-def _forward(blocks: Sequence[BlockMemory]) -> _Moment:
-    # Transformers holds the embeddings till the last layer is done.
-    behind = blocks[0].offloaded().get("x", 0)
+def _forward(layers: Sequence[_Layer]) -> _Moment:
+    behind = 0
+    leaving: deque[int] = deque(maxlen=IN_FLIGHT_FORWARD)
     moments = []
-    for index, block in enumerate(blocks):
-        kept = behind + _in_flight(blocks[max(0, index - IN_FLIGHT_FORWARD) : index])
-        moments += [_Moment({"activations kept": kept}, moment) for moment in block.forward_moments()]
-        behind += _on_gpu([block])
+    for index, layer in enumerate(layers):
+        # Transformers holds the embeddings till the last layer is done.
+        embeddings = 0 if index == 0 or 0 in leaving else layers[0].embeddings
+        kept = behind + embeddings + sum(layers[number].offloaded for number in leaving)
+        moments.append(_Moment({"activations kept": kept}, layer.forward))
+        behind += layer.kept
+        if layer.offloaded:
+            leaving.append(index)
     return max(moments, key=lambda moment: moment.num_bytes)
 
 
@@ -200,7 +271,7 @@ def _chunk_of_logits(shape: ModelShape, tokens: int) -> tuple[int, int]:
     return rows, rows * (-(-shape.vocab_size // 64) * 64) * element
 
 
-def _loss(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory]) -> _Moment:
+def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     element = shape.blocks[0].element_size
     hidden = step.tokens * shape.hidden_size * element
     rows, logits = _chunk_of_logits(shape, step.tokens)
@@ -212,39 +283,42 @@ def _loss(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory]) -> _Mome
     }
     if shape.head_is_quantized:
         working["head, dequantized"] = shape.vocab_size * shape.hidden_size * element
-    kept = _on_gpu(blocks) + _in_flight(blocks[-IN_FLIGHT_FORWARD:])
+    kept = _on_gpu(layers) + _in_flight(layers)
     return _Moment({"activations kept": kept, "logits": logits}, working)
 
 
-def _heaviest(block: BlockMemory) -> Tensors:
-    """Of a layer's backward pass, without the gradients that it makes."""
-    working = max(block.backward_moments(), key=lambda moment: sum(moment.values()))
-    return {name: size for name, size in working.items() if name != "sums for adapters"}
-
-
-def _backward(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory]) -> _Moment:
+def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     """From the last layer to the first, what is kept grows less and the gradients of adapters more."""
-    heaviest = {block: _heaviest(block) for block in set(blocks)}
-    kept = list(itertools.accumulate((_on_gpu([block]) for block in blocks), initial=0))
+    kept = list(itertools.accumulate((layer.kept for layer in layers), initial=0))
+    # Tensors that wait in host memory, of each layer before this one that has such.
+    waiting = [layer.offloaded for layer in layers if layer.offloaded]
+    last = max((index for index, layer in enumerate(layers) if layer.offloaded), default=-1)
+    shards = step.parallelism.shards
     gradients = 0
     moments = []
-    for index in reversed(range(len(blocks))):
-        block, before = blocks[index], blocks[max(0, index - IN_FLIGHT_BACKWARD) : index]
-        gradients += block.shape.adapter_parameters * _FP32
-        working = heaviest[block]
-        if index == len(blocks) - 1:
+    for index in reversed(range(len(layers))):
+        layer = layers[index]
+        if layer.offloaded:
+            waiting.pop()
+        count = IN_FLIGHT_FORWARD if index > last else IN_FLIGHT_BACKWARD
+        parts = {
+            "activations kept": kept[index] + sum(waiting[-count:]),
+            "gradients": gradients + layer.gradients,
+        }
+        gradients += step.parallelism.share(layer.gradients, shards.gradients)
+        working = layer.backward
+        if index == len(layers) - 1:
             # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
-            hidden = step.tokens * shape.hidden_size * block.shape.element_size
+            hidden = step.tokens * shape.hidden_size * shape.blocks[index].element_size
             working = {**working, "gradient of the last norm's input": hidden}
-        parts = {"activations kept": kept[index] + _in_flight(before), "gradients": gradients}
         moments.append(_Moment(parts, working))
     return max(moments, key=lambda moment: moment.num_bytes)
 
 
-def _evaluation(shape: ModelShape, step: Step, blocks: Sequence[BlockMemory]) -> _Moment:
+def _evaluation(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     tokens = step.eval_batch * step.seq
     hidden = tokens * shape.hidden_size * shape.blocks[0].element_size
-    moments = [moment for block in shape.blocks for moment in BlockMemory(block, tokens, "full").forward_moments()]
+    moments = [_layer(BlockMemory(block, tokens, "full")).forward for block in shape.blocks]
     moments.append({"last layer's output, and normed": 2 * hidden, "logits": _chunk_of_logits(shape, tokens)[1]})
-    kept = _on_gpu(blocks) if step.runs_by_graphs else 0
-    return _Moment({"activations kept": kept}, max(moments, key=lambda moment: sum(moment.values())))
+    kept = _on_gpu(layers) if step.runs_by_graphs else 0
+    return _Moment({"activations kept": kept}, _heaviest(moments))

@@ -9,7 +9,7 @@ import torch
 
 from fourfold.errors import ConfigError
 
-__all__ = ["GPUS", "Gpu", "gpu_by_name", "gpu_present", "parse_bytes"]
+__all__ = ["GPUS", "Gpu", "gpu_by_name", "gpu_present", "parse_bytes", "split_count"]
 
 GIB = 2**30
 # Context, code and libraries of a process, outside what torch's allocator holds: 0.7 GiB on an H200 (benchmarks/cards.py)
@@ -30,6 +30,7 @@ class Gpu:
         matmul_rate: Dense bf16 products, floating-point operations a second, of the data sheet.
         memory_rate: Bytes a second, of the data sheet.
         link_rate: Bytes a second to and from the host, one way.
+        peer_rate: Bytes a second to and from other GPUs, one way; None: over the link to the host.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Gpu:
     matmul_rate: float
     memory_rate: float
     link_rate: float
+    peer_rate: float | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -48,7 +50,8 @@ class Gpu:
         return replace(self, memory_bytes=int(num_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES)
 
 
-# Data sheets: dense bf16 tensor-core rate with fp32 sums, memory rate, and 80% of the PCIe link's.
+# Data sheets: dense bf16 tensor-core rate with fp32 sums, memory rate, and 80% of PCIe's and of NVLink's. Bridges that
+# one can buy for a card are not counted.
 GPUS: dict[str, Gpu] = {
     gpu.name.lower(): gpu
     for gpu in (
@@ -62,10 +65,10 @@ GPUS: dict[str, Gpu] = {
         Gpu("L4", 24 * GIB, 121e12, 300e9, 25e9),
         Gpu("L40S", 48 * GIB, 362e12, 864e9, 25e9),
         Gpu("A6000", 48 * GIB, 155e12, 768e9, 25e9),
-        Gpu("A100 40GB", 40 * GIB, 312e12, 1555e9, 25e9),
-        Gpu("A100 80GB", 80 * GIB, 312e12, 2039e9, 25e9),
-        Gpu("H100", 80 * GIB, 989e12, 3350e9, 50e9),
-        Gpu("H200", 140 * GIB, 989e12, 4800e9, 50e9),
+        Gpu("A100 40GB", 40 * GIB, 312e12, 1555e9, 25e9, 240e9),
+        Gpu("A100 80GB", 80 * GIB, 312e12, 2039e9, 25e9, 240e9),
+        Gpu("H100", 80 * GIB, 989e12, 3350e9, 50e9, 360e9),
+        Gpu("H200", 140 * GIB, 989e12, 4800e9, 50e9, 360e9),
     )
 }
 # Where only an amount is given: a card of that class.
@@ -91,6 +94,12 @@ def gpu_by_name(text: str) -> Gpu:
         raise ConfigError("unknown GPU", found=text, allowed=known, hint="or its memory: 24GB") from None
     like = next((name for least, name in _BY_MEMORY if size <= least * GIB), "h200")
     return replace(GPUS[like], name=f"{size / GIB:g} GB, as fast as an {GPUS[like].name}", memory_bytes=size)
+
+
+def split_count(text: str) -> tuple[int, str]:
+    """How many GPUs, and which: (2, "H200") of "2xH200", (1, "24GB") of "24GB"."""
+    counted = re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text.strip(), re.IGNORECASE)
+    return (int(counted[1]), counted[2]) if counted else (1, text)
 
 
 def parse_bytes(text: str) -> int:

@@ -56,6 +56,16 @@ class BlockShape:
     def qkv_width(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    @property
+    def products(self) -> dict[str, int]:
+        """Weights of each group of linear layers."""
+        return {
+            "qkv": self.qkv_width * self.hidden,
+            "out": self.features * self.hidden,
+            "gate_up": 2 * self.intermediate * self.hidden,
+            "down": self.intermediate * self.hidden,
+        }
+
 
 @dataclass(frozen=True)
 class BlockMemory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,7 +58,14 @@ class ModelShape:
         """Weights that stay as they are."""
         return self.num_parameters - self.num_quantized
 
-    @property
+    @cached_property
+    def weights_of_layers(self) -> tuple[int, ...]:
+        """Bytes of each decoder layer's linear weights: quantized, as they stream, or as they are."""
+        if self.layer_bytes:
+            return self.layer_bytes
+        return tuple(sum(block.products.values()) * block.element_size for block in self.blocks)
+
+    @cached_property
     def num_adapter(self) -> int:
         """Trained weights."""
         return sum(rows * columns for rows, columns in self.adapter_shapes)
