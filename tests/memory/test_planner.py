@@ -308,7 +308,7 @@ def test_gathered_layers_are_waited_for_over_a_slow_link(shape: ModelShape) -> N
     policies = ["none"] * 32
 
     def seconds(gpu: Gpu, parallelism: Parallelism) -> float:
-        return step_seconds(shape, gpu, 1, 2048, policies, parallelism=parallelism)
+        return step_seconds(shape, gpu, 1, 2048, policies, by_graphs=True, parallelism=parallelism)
 
     sharded = Parallelism(2, "sharded")
     assert seconds(GPUS["h200"], sharded) == seconds(GPUS["h200"], ONE_GPU)
@@ -367,3 +367,11 @@ def test_what_is_no_gpu_is_refused_with_those_there_are(text: str) -> None:
     assert "RTX 4090" in str(error.value)
     with pytest.raises(ConfigError):
         parse_bytes(text)
+
+
+def test_where_each_kernel_is_launched_a_short_step_waits_for_the_host(shape: ModelShape) -> None:
+    def seconds(batch: int, by_graphs: bool) -> float:
+        return step_seconds(shape, GPUS["h200"], batch, 512, ["selective"] * 32, by_graphs=by_graphs)
+
+    assert seconds(1, by_graphs=False) > 1.5 * seconds(1, by_graphs=True)
+    assert seconds(32, by_graphs=False) == seconds(32, by_graphs=True)

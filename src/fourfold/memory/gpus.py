@@ -12,8 +12,8 @@ from fourfold.errors import ConfigError
 __all__ = ["GPUS", "Gpu", "gpu_by_name", "gpu_present", "parse_bytes", "split_count"]
 
 GIB = 2**30
-# Context, code and libraries of a process, outside what torch's allocator holds: 0.7 GiB on an H200 (benchmarks/cards.py)
-# and less on smaller GPUs.
+# Context, code and libraries of a process, outside what torch's allocator holds: 0.7 GiB on an H200, as
+# benchmarks/cards.py measures it, and less on smaller GPUs.
 CONTEXT_BYTES = 768 * 2**20
 # Of the allocator's memory, what lies between tensors. Where memory is short it gives back what is cached and asks
 # again, so that this is less than the gap between "reserved" and "allocated" of a run that has room.

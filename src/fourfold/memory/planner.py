@@ -164,8 +164,9 @@ class _Way:
             host_optimizer_bytes=paged,
             parallelism=parallelism,
         )
-        streams = step.streams is not None
-        microbatch = step_seconds(shape, gpu, batch, step.seq, policies, streams=streams, parallelism=parallelism)
+        by_graphs = step.runs_by_graphs
+        options = {"streams": step.streams is not None, "by_graphs": by_graphs}
+        microbatch = step_seconds(shape, gpu, batch, step.seq, policies, **options, parallelism=parallelism)
         trained = shape.num_adapter * _FP32
         seconds = accumulation * microbatch + reduction_seconds(gpu, trained, parallelism, microbatch)
         seconds += update_seconds(gpu, parallelism.share(trained, is_sharded), resident + paged, paged)
@@ -177,7 +178,7 @@ class _Way:
             seconds=seconds,
             tokens_per_second=self.rows * step.seq / seconds,
             footprint=footprint(shape, step),
-            runs_by_graphs=step.runs_by_graphs,
+            runs_by_graphs=by_graphs,
             parallelism=parallelism,
             traffic_bytes=parallelism.traffic_bytes(sum(shape.weights_of_layers), trained, accumulation),
         )

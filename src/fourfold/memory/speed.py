@@ -28,6 +28,8 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.60, 376), (0.57, 946)
 NARROW_HEADS = 0.75
 # Before the first layer is launched, and gaps between kernels, by layer.
 START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
+# What the host takes to launch a layer's kernels one by one, in both passes: of the CPUs beside two H200; they differ.
+LAUNCH_SECONDS = 5e-3
 _FP32 = 4
 
 
@@ -39,6 +41,7 @@ def step_seconds(
     policies: Sequence[str],
     *,
     streams: bool = False,
+    by_graphs: bool = False,
     parallelism: Parallelism = ONE_GPU,
 ) -> float:
     """Seconds of one forward and backward pass over a GPU's microbatch, with the update's share left out."""
@@ -58,7 +61,8 @@ def step_seconds(
         peers = 2 * parallelism.gathered_bytes(weight)
         if scatters:
             peers += parallelism.reduced_bytes(block.adapter_parameters * _FP32)
-        seconds += max(work, _transfer_seconds(gpu, host, peers)) + LAYER_SECONDS
+        launched = 0.0 if by_graphs else LAUNCH_SECONDS
+        seconds += max(work, launched, _transfer_seconds(gpu, host, peers)) + LAYER_SECONDS
     return seconds
 
 
