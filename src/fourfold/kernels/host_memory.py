@@ -61,7 +61,8 @@ class HostBuffer:
         # as a loader of data, does not get them: a write here would otherwise part them from those that CUDA knows.
         pages = mmap.mmap(-1, max(1, rounded_to_pages(num_bytes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_DONTFORK)
-        whole = torch.frombuffer(pages, dtype=torch.uint8)
+        # Touched by all cores at once: pages that are not there yet are locked by one.
+        whole = torch.frombuffer(pages, dtype=torch.uint8).zero_()
         runtime: Any = torch.cuda.cudart()
         status = runtime.cudaHostRegister(whole.data_ptr(), len(pages), 0)
         if status != runtime.cudaError.success:
