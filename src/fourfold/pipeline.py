@@ -38,9 +38,10 @@ from fourfold.inputs import (
     read_tokenizer,
     require_free,
 )
+from fourfold.limiting import limit_of, within_limit
 from fourfold.measuring import measure, summary
 from fourfold.memory.gpus import gpu_present
-from fourfold.memory.meter import free_host_bytes, reset_peak
+from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.memory.planner import Plan
 from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
@@ -92,6 +93,7 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
 
 
+@within_limit
 def train(config: RunConfig, progress: str = "plain") -> Run:
     """Fine-tune a model as the configuration says, and leave a run folder.
 
@@ -193,6 +195,7 @@ def evaluate(config: RunConfig, progress: str = "plain") -> dict[str, Any]:
     return metrics
 
 
+@within_limit
 def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[dict[str, Any], list[Sample]]:
     """`evaluate`, and the rows that were compared by generation."""
     say = _Speaker(progress)
@@ -217,6 +220,7 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
 
 
+@within_limit
 def quantize_checkpoint(config: RunConfig, out: Path) -> ModelSize:
     """Write the quantized checkpoint of a model, its tokenizer beside it, whole or not at all.
 

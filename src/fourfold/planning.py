@@ -12,8 +12,9 @@ import torch
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.errors import ConfigError, TrainingError
+from fourfold.kernels.host_memory import available_bytes
+from fourfold.memory.footprint import GRAPH_LIBRARY_BYTES, LIBRARY_BYTES
 from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes
-from fourfold.memory.meter import free_host_bytes
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.families import FAMILIES
 from fourfold.models.loading import read_config
@@ -30,6 +31,7 @@ __all__ = [
     "find_gpu",
     "find_host",
     "kept_to",
+    "left_for",
     "plan",
     "plan_for_training",
     "remedies",
@@ -66,15 +68,19 @@ class Strategy:
     plan: Plan
 
 
-def find_gpu(name: str | None) -> Gpu:
-    """The GPU of that name or size, or the one that is present.
+def find_gpu(name: str | None, limit: int | None = None) -> Gpu:
+    """The GPU of that name or size, or so much of the one that is present.
+
+    Args:
+        name: What is asked for; None: the GPU that is present.
+        limit: Bytes that may be taken of that one; None: all.
 
     Raises:
-        ConfigError: An unknown name, or no name and no GPU.
+        ConfigError: An unknown name, or no name and no GPU, or a limit that it cannot have.
     """
     if name is not None:
         return gpu_by_name(name)
-    present = gpu_present()
+    present = gpu_present(limit=limit)
     if present is None:
         raise ConfigError("there is no GPU here to plan for", hint="name one: --gpu 24GB, or --gpu H200")
     return present
@@ -88,7 +94,7 @@ def find_host(amount: str | None, *, is_here: bool) -> int | None:
     """
     if amount is not None:
         return parse_bytes(amount)
-    return free_host_bytes() if is_here else None
+    return available_bytes() if is_here else None
 
 
 def plan(config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None = None) -> Plan:
@@ -96,7 +102,7 @@ def plan(config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None
 
     Args:
         config: The run.
-        gpu: Where to: a GPU, its name or its memory; None: the one that is present.
+        gpu: Where to: a GPU, its name or its memory; None: the one that is present, up to `gpu_memory_limit`.
         host_bytes: Host memory that may be used; None: any.
 
     The number of rows of an optimizer step is the configuration's; how many of them make a microbatch is chosen.
@@ -105,7 +111,7 @@ def plan(config: RunConfig, gpu: Gpu | str | None = None, host_bytes: int | None
         CheckpointError: There is no such model.
         ConfigError: What no formula is known of: a model without fused blocks, full fine-tuning.
     """
-    return _plan(config, gpu if isinstance(gpu, Gpu) else find_gpu(gpu), host_bytes)
+    return _plan(config, gpu if isinstance(gpu, Gpu) else find_gpu(gpu, choices.memory_limit(config)), host_bytes)
 
 
 def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None = None) -> Plan | None:
@@ -139,17 +145,35 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
     )
 
 
-def step_down(config: RunConfig, failed: Plan) -> Plan | None:
-    """The next plan that takes at least a tenth less; None where there is none.
+def step_down(config: RunConfig, failed: Plan, now: Gpu | None = None) -> Plan | None:
+    """The next plan that takes at least a tenth less, and fits what is left; None where there is none.
 
     Args:
         config: The run, as it was asked for.
         failed: What did not fit.
+        now: What others leave of the GPU now; None: not looked at.
     """
     assert failed.chosen is not None
     usable = failed.chosen.footprint.peak_bytes * 9 // 10
+    if now is not None:
+        usable = min(usable, now.usable_bytes)
     made = _plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=config.per_device_train_batch_size)
     return made if made.chosen is not None else None
+
+
+def left_for(config: RunConfig, device: torch.device, standing_bytes: int) -> Gpu | None:
+    """The GPU as others leave it to a run that is under way; None off GPUs.
+
+    Args:
+        config: The run.
+        device: Where it is.
+        standing_bytes: What it holds between its steps: weights, adapters, optimizer state.
+    """
+    if device.type != "cuda":
+        return None
+    # What the libraries work in is never given back, and part of each plan.
+    own = standing_bytes + LIBRARY_BYTES + GRAPH_LIBRARY_BYTES
+    return gpu_present(device, choices.memory_limit(config), held_bytes=own)
 
 
 def kept_to(config: RunConfig, plan: Plan) -> RunConfig:

@@ -257,7 +257,7 @@ def plan(
     context: typer.Context,
     config: ConfigFile,
     gpu: Annotated[
-        str | None, typer.Option(help="A GPU's name or memory (H200, 24GB); without it, the one here.")
+        str | None, typer.Option(help="A GPU's name or memory (H200, 24GB); without it, the one here, up to gpu_memory_limit.")
     ] = None,
     host: Annotated[
         str | None, typer.Option(help="Host memory that may be used (64GB); without it, what is free here.")
@@ -273,8 +273,9 @@ def plan(
         quiet_libraries(verbose)
         from fourfold import planning
         from fourfold.cli.planning import print_comparison, print_plan
+        from fourfold.config.options import memory_limit
 
-        card = planning.find_gpu(gpu)
+        card = planning.find_gpu(gpu, memory_limit(run_config))
         host_bytes = planning.find_host(host, is_here=gpu is None)
         if compare:
             print_comparison(planning.compare(run_config, card, host_bytes), picture, json)

@@ -77,6 +77,12 @@ def _optim(value: Any) -> dict[str, Any]:
     return {"optim": names.get(value, value) if isinstance(value, str) else value}
 
 
+def _memory_limit(value: Any) -> dict[str, Any]:
+    """Our own key too; in Axolotl a number without a unit is gigabytes."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"gpu_memory_limit": f"{value}GB" if is_number else value}
+
+
 def _one_dataset(key: str) -> Conversion:
     """LLaMA-Factory's `dataset`: our data sets are files, folders or names on the hub, one a run."""
 
@@ -167,6 +173,7 @@ ALIASES: dict[str, Conversion] = {
     "lr_scheduler": _same_value("lr_scheduler_type"),
     "optimizer": _optim,
     "optim": _optim,
+    "gpu_memory_limit": _memory_limit,
     "auto_resume_from_checkpoints": _on({"resume_from_checkpoint": "auto"}),
     "evals_per_epoch": _per_epoch("eval_steps"),
     "saves_per_epoch": _per_epoch("save_steps"),

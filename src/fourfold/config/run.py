@@ -14,6 +14,13 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 PiSSAIterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$", description="pissa_niter_N (N a number)")]
 CudaDevice = Annotated[str, Field(pattern=r"^cuda(:[0-9]+)?$", description="cuda or cuda:N (N a number)")]
+Amount = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9]+(\.[0-9]+)? *([gG]|[gG][bB]|[gG][iI][bB])$",
+        description="an amount of memory: 8GB, 7.5 GiB",
+    ),
+]
 ChatTemplate = Annotated[
     str,
     Field(
@@ -99,6 +106,10 @@ class RunConfig(BaseModel):
     )
     device: Literal["auto", "cpu"] | CudaDevice = Field(
         "auto", description="Where the model lives; auto: the GPU if there is one."
+    )
+    gpu_memory_limit: Amount | None = Field(
+        None,
+        description="What the process may take of the GPU, as if the card were that large: 8GB, 7.5 GiB; null: all.",
     )
     stream_base: Literal["host", "disk"] | None = Field(
         None,
