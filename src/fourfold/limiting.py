@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
@@ -22,12 +22,14 @@ def limit_of(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     return memory_limit(choices.device(config), choices.memory_limit(config))
 
 
-def within_limit(verb: Callable[Concatenate[RunConfig, P], R]) -> Callable[Concatenate[RunConfig, P], R]:
-    """A function of a configuration that takes no more of the GPU than its `gpu_memory_limit`."""
+def within_limit(verb: Callable[P, R]) -> Callable[P, R]:
+    """A function, first of a `config`, that takes no more of the GPU than its `gpu_memory_limit`."""
 
     @functools.wraps(verb)
-    def limited(config: RunConfig, *args: P.args, **kwargs: P.kwargs) -> R:
+    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+        config = args[0] if args else kwargs["config"]
+        assert isinstance(config, RunConfig)
         with limit_of(config):
-            return verb(config, *args, **kwargs)
+            return verb(*args, **kwargs)
 
     return limited

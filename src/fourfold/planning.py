@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
@@ -20,6 +21,7 @@ from fourfold.models.families import FAMILIES
 from fourfold.models.loading import read_config
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
+from fourfold.models.shape_check import shape_differences
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes
 from fourfold.training.options import OPTIMIZERS, OptimizerRow
@@ -35,6 +37,7 @@ __all__ = [
     "plan",
     "plan_for_training",
     "remedies",
+    "require_planned_shape",
     "step_down",
 ]
 
@@ -159,6 +162,23 @@ def step_down(config: RunConfig, failed: Plan, now: Gpu | None = None) -> Plan |
         usable = min(usable, now.usable_bytes)
     made = _plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=config.per_device_train_batch_size)
     return made if made.chosen is not None else None
+
+
+def require_planned_shape(config: RunConfig, model: PeftModel) -> None:
+    """Raises TrainingError, naming what differs, for a model that is not the one that was planned for.
+
+    Args:
+        config: The run that was planned.
+        model: What was loaded for it, with its adapter.
+    """
+    differences = [str(one) for one in shape_differences(_shape(config), model)]
+    if differences:
+        raise TrainingError(
+            "the plan does not describe the model that was loaded",
+            found="; ".join(differences),
+            allowed=f"what {config.model_name_or_path} says in its config.json",
+            hint="with recompute given (recompute: full), the run starts without a plan",
+        )
 
 
 def left_for(config: RunConfig, device: torch.device, standing_bytes: int) -> Gpu | None:

@@ -257,7 +257,8 @@ def plan(
     context: typer.Context,
     config: ConfigFile,
     gpu: Annotated[
-        str | None, typer.Option(help="A GPU's name or memory (H200, 24GB); without it, the one here, up to gpu_memory_limit.")
+        str | None,
+        typer.Option(help="A GPU's name or memory (H200, 24GB); without it, the one here, up to the limit."),
     ] = None,
     host: Annotated[
         str | None, typer.Option(help="Host memory that may be used (64GB); without it, what is free here.")

@@ -109,7 +109,7 @@ class RunConfig(BaseModel):
     )
     gpu_memory_limit: Amount | None = Field(
         None,
-        description="What the process may take of the GPU, as if the card were that large: 8GB, 7.5 GiB; null: all.",
+        description="What the process may take of the GPU, as if the card were that large; null: all.",
     )
     stream_base: Literal["host", "disk"] | None = Field(
         None,

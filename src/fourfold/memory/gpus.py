@@ -9,7 +9,16 @@ import torch
 
 from fourfold.errors import ConfigError
 
-__all__ = ["GPUS", "Gpu", "context_bytes", "device_index", "gpu_by_name", "gpu_present", "parse_bytes", "require_possible"]
+__all__ = [
+    "GPUS",
+    "Gpu",
+    "context_bytes",
+    "device_index",
+    "gpu_by_name",
+    "gpu_present",
+    "parse_bytes",
+    "require_possible",
+]
 
 GIB = 2**30
 # Context, code and libraries of a process, outside what torch's allocator holds.
@@ -159,7 +168,9 @@ def require_possible(limit: int, name: str, total: int, context: int) -> None:
         raise ConfigError("the limit is above what the GPU has", found=found, allowed=f"{total / GIB:.2f} GiB ({name})")
     if limit <= context:
         raise ConfigError(
-            "the limit leaves nothing for tensors", found=found, allowed=f"more than the process's own {context / GIB:.2f} GiB"
+            "the limit leaves nothing for tensors",
+            found=found,
+            allowed=f"more than the process's own {context / GIB:.2f} GiB",
         )
 
 
