@@ -59,7 +59,8 @@ class Remedy:
     plan: Plan
 
     def __str__(self) -> str:
-        keys = " ".join(f"--{key} {str(value).lower()}" for key, value in self.change.items())
+        values = {key: "null" if value is None else str(value).lower() for key, value in self.change.items()}
+        keys = " ".join(f"--{key} {value}" for key, value in values.items())
         return f"{self.what} ({keys})"
 
 
@@ -142,7 +143,8 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
     helps = [str(remedy) for remedy in remedies(config, gpu, host_bytes)]
     raise TrainingError(
         made.lines()[-1],
-        found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}",
+        found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}"
+        + ("" if host_bytes is None else f", {host_bytes / 2**30:.1f} GiB of host memory"),
         allowed=f"what would fit: {'; '.join(helps) or 'nothing known here'}",
         hint="see `fourfold plan`; with recompute given, the run starts without a plan",
     )
@@ -271,8 +273,16 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "rank 16", {"lora_r": 16}
     if _optimizer_row(config.optim).placement == "resident":
         yield "paged optimizer state", {"optim": "paged_adamw_8bit"}
+    else:
+        # Where host memory is what is short.
+        yield "optimizer state on the GPU", {"optim": "adamw_8bit"}
     if config.stream_base is None:
         yield "the base streams from host memory", {"stream_base": "host", "load_in_4bit": True}
+    else:
+        yield "the base on the GPU", {"stream_base": None}
+    if config.stream_base != "disk":
+        checkpoint = "the base streams from the disk, out of a checkpoint of `fourfold quantize`"
+        yield checkpoint, {"stream_base": "disk", "load_in_4bit": True}
     length = config.max_length // 2
     while length >= 256:
         yield f"rows of {length} tokens", {"max_length": length}

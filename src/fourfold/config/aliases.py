@@ -10,6 +10,7 @@ Sources: axolotl `src/axolotl/utils/schemas/`, LLaMA-Factory `src/llamafactory/h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ def _optim(value: Any) -> dict[str, Any]:
 
 def _memory_limit(value: Any) -> dict[str, Any]:
     """Our own key too; in Axolotl a number without a unit is gigabytes."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", str(value)) is not None
     return {"gpu_memory_limit": f"{value}GB" if is_number else value}
 
 

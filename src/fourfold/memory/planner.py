@@ -100,7 +100,7 @@ class Plan:
             return f"{self.shortage(candidate) / GIB:.2f} GiB too much for the GPU, in the {moment}"
         assert self.host_bytes is not None
         short = candidate.footprint.host_bytes - self.host_bytes
-        return f"{short / GIB:.1f} GiB more of host memory than there is"
+        return f"{short / GIB:.1f} GiB more of host memory than the {self.host_bytes / GIB:.1f} GiB there are"
 
     def lines(self) -> list[str]:
         """For people."""
