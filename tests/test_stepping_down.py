@@ -58,7 +58,10 @@ def without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "GRAPH_LIBRARY_BYTES", 0)
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, *at: int) -> list[tuple[int, int]]:
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *at: int, error: RuntimeError = OUT_OF_MEMORY) -> list[tuple[int, int]]:
     """Training steps run out of memory at these calls; gives rows and tokens of every call."""
     calls: list[tuple[int, int]] = []
     own = FourfoldTrainer.training_step
@@ -66,7 +69,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *at: int) -> list[tuple[int, int]]:
     def training_step(self: FourfoldTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(tuple(inputs["input_ids"].shape))
         if len(calls) in at:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+            raise type(error)(*error.args)
         return own(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(FourfoldTrainer, "training_step", training_step)
@@ -261,3 +264,22 @@ def test_the_limit_holds_from_before_loading_on_and_for_every_verb(
     words = (config, tmp_path / "out") if verb == "quantize_checkpoint" else (config,)
     with pytest.raises((TrainingError, torch.OutOfMemoryError), match="CUDA out of memory"):
         getattr(pipeline, verb)(*words)
+
+
+@pytest.mark.parametrize(
+    "said", ["Triton Error [CUDA]: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+)
+def test_memory_that_runs_out_outside_of_the_allocator_is_the_same(
+    tmp_path: Path, tiny_run: Callable[..., RunConfig], planned: list[Plan], monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    failing(monkeypatch, 2, error=RuntimeError(said))
+    run = pipeline.train(tiny_run(tmp_path, **FUSED), progress="silent")
+    assert max(record["step"] for record in _log(run)) == 4
+
+
+def test_another_error_is_not_taken_for_it(
+    tmp_path: Path, tiny_run: Callable[..., RunConfig], planned: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, 2, error=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pipeline.train(tiny_run(tmp_path, **FUSED), progress="silent")

@@ -20,6 +20,7 @@ __all__ = [
     "OutOfMemory",
     "by_kind",
     "compare_parts",
+    "is_out_of_memory",
     "let_go",
     "part_key",
     "parts_in_use",
@@ -61,6 +62,15 @@ class OutOfMemory(TrainingError):  # noqa: N818 - named as torch names it
             hint="a smaller per_device_train_batch_size or max_length, or another recompute; `fourfold plan` shows them"
             + (f"; {checkpoint} holds all steps before" if checkpoint else ""),
         )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory of the GPU ran out: torch's allocator, or a library that has its own way to say so.
+
+    What is loaded late, such as a kernel, lies outside the allocator; its error is Triton's, CUDA's, cuBLAS's, cuDNN's.
+    """
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "ALLOC_FAILED" in told
 
 
 def parts_in_use(model: nn.Module, optimizer: Optimizer | None, peak_bytes: int) -> dict[str, int]:
@@ -143,7 +153,9 @@ def reporting_out_of_memory(during: str, hint: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         let_go(error)
         raise TrainingError(f"memory ran out while {during}", found=reason, hint=hint) from None

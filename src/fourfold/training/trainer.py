@@ -49,7 +49,15 @@ from fourfold.training.interrupt import (
 )
 from fourfold.training.loss import IGNORE_INDEX, SupervisedLoss, supervised_cross_entropy
 from fourfold.training.options import TrainingOptions, own_optimizer_arguments, to_sft_config
-from fourfold.training.out_of_memory import OutOfMemory, let_go, part_key, parts_in_use, standing_parts, with_rest
+from fourfold.training.out_of_memory import (
+    OutOfMemory,
+    is_out_of_memory,
+    let_go,
+    part_key,
+    parts_in_use,
+    standing_parts,
+    with_rest,
+)
 from fourfold.training.progress import ProgressCallback
 
 __all__ = ["FourfoldTrainer", "build_trainer"]
@@ -276,7 +284,9 @@ class FourfoldTrainer(SFTTrainer):
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
             except EvaluationInterrupted:
                 self._save_checkpoint(self.model, None)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise self._out_of_memory(error) from None
             finally:
                 for callback in self.callback_handler.callbacks:
@@ -287,7 +297,7 @@ class FourfoldTrainer(SFTTrainer):
             raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
         return output
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
+    def _out_of_memory(self, error: RuntimeError) -> OutOfMemory:
         """Gives up the step that did not fit, and saves those before."""
         reason = str(error).splitlines()[0]
         parts = parts_in_use(self.model, self.optimizer, memory_used(self.args.device).peak_bytes)
