@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from fourfold.errors import ConfigError
+from fourfold.errors import ConfigError, TrainingError
 from fourfold.models.recomputation import POLICIES, HostOffload, SavedTensors, policies_of
 
 
@@ -77,3 +77,13 @@ def test_a_forward_pass_without_a_backward_pass_leaves_nothing_behind() -> None:
     assert torch.cuda.memory_allocated() - before <= 2 * (1 << 24)
     taken = offload.save([torch.ones(8, device="cuda")]).take()
     assert float(taken[0].sum()) == 8.0
+
+
+def test_host_memory_that_is_refused_is_told_with_its_size_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    tensor = torch.zeros(2**20, dtype=torch.float32)
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(TrainingError, match=r"refused: 4 MiB for what layers keep(.|\n)*ulimit -l(.|\n)*offload"):
+        HostOffload()._buffer(tensor)

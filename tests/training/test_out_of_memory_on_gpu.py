@@ -307,6 +307,22 @@ def test_pinned_memory_that_is_refused_ends_the_run_by_saying_how_much_for_what_
     assert torch.ones(2, device="cuda").sum().item() == 2
 
 
+def test_pinned_memory_that_is_refused_to_activations_is_no_reason_to_step_down(
+    run_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("pin_memory") and "device" not in kwargs:
+            raise RuntimeError("CUDA error: out of memory")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(TrainingError, match=r"refused: \d+ MiB for what layers keep(.|\n)*does not offload") as error:
+        pipeline.train(run_of(recompute="mlp_offload"), progress="silent")
+    assert not isinstance(error.value, OutOfMemory)
+
+
 @pytest.mark.parametrize("keys", [{"stream_base": "host"}, {"optim": "paged_adamw_32bit"}])
 def test_host_memory_that_is_short_is_foreseen_before_weights_are_loaded(
     run_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.errors import ConfigError
+from fourfold.errors import ConfigError, TrainingError
 
 __all__ = ["POLICIES", "USED_UP", "HostOffload", "Policy", "SavedTensors", "policies_of"]
 
@@ -201,4 +201,15 @@ class HostOffload:
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         free = self._buffers.get((tensor.shape, tensor.dtype))
-        return free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        if free:
+            return free.pop()
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError as error:
+            # Of the host, though CUDA calls it memory all the same: another plan that offloads would not help.
+            raise TrainingError(
+                f"page-locked host memory was refused: {tensor.nbytes / 2**20:,.0f} MiB for what layers keep",
+                found=str(error).splitlines()[0],
+                hint="raise the limit on locked memory (`ulimit -l unlimited`, `docker run --ulimit memlock=-1`), or take "
+                "a recompute policy that does not offload",
+            ) from error
