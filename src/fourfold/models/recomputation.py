@@ -210,6 +210,6 @@ class HostOffload:
             raise TrainingError(
                 f"page-locked host memory was refused: {tensor.nbytes / 2**20:,.0f} MiB for what layers keep",
                 found=str(error).splitlines()[0],
-                hint="raise the limit on locked memory (`ulimit -l unlimited`, `docker run --ulimit memlock=-1`), or take "
-                "a recompute policy that does not offload",
+                hint="raise the limit on locked memory (`ulimit -l unlimited`, `docker run --ulimit memlock=-1`), or "
+                "take a recompute policy that does not offload",
             ) from error
