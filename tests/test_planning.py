@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
+from fourfold import planning
 from fourfold.cli import app
 from fourfold.config import RunConfig
 from fourfold.errors import CheckpointError, ConfigError, TrainingError
-from fourfold.memory.gpus import gpu_by_name
+from fourfold.memory.gpus import Gpu, gpu_by_name
 from fourfold.memory.planner import Plan
 from fourfold.planning import (
     PLANNED_OPTIMIZERS,
     compare,
     find_gpus,
+    find_host,
     kept_to,
     plan,
     plan_for_training,
@@ -199,7 +202,7 @@ def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
 
 
 def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path) -> None:
-    config = configured(llama_70b, optim=None, max_length=256, lora_r=16, stream_base="host")
+    config = configured(llama_70b, optim=None, max_length=256, lora_r=16, stream_base="disk")
     gpu = gpu_by_name("10GB")
     found = list(remedies(config, gpu, host_bytes=GIB * 16))
     assert len(found) == 1
@@ -314,6 +317,56 @@ def test_several_gpus_are_a_forecast_and_told_as_one(llama: Path, tmp_path: Path
 def test_a_number_of_gpus_that_is_not_clear_is_refused(words: tuple[str, int | None]) -> None:
     with pytest.raises(ConfigError, match="how many GPUs"):
         find_gpus(*words)
+
+
+@pytest.mark.parametrize(
+    ("keys", "help_"),
+    [
+        ({"optim": "paged_adamw_32bit"}, "optimizer state on the GPU (--optim adamw_8bit)"),
+        ({"stream_base": "host"}, "the base on the GPU (--stream_base null)"),
+    ],
+)
+def test_less_host_memory_than_paging_needs_is_refused_before_anything_is_loaded(
+    llama: Path, keys: dict[str, Any], help_: str
+) -> None:
+    with pytest.raises(TrainingError) as error:
+        plan_for_training(configured(llama, **keys), gpu_by_name("24GB"), host_bytes=10**8)
+    assert "GiB more of host memory than the 0.1 GiB there are" in str(error.value)
+    assert help_ in str(error.value)
+
+
+def test_a_change_to_null_is_written_as_the_command_line_takes_it(llama: Path) -> None:
+    gpu = gpu_by_name("10GB")
+    found = [str(remedy) for remedy in remedies(configured(llama, recompute="none"), gpu)]
+    assert found[0] == "recompute as planned (--recompute null)"
+
+
+def test_host_memory_here_is_what_the_system_and_the_control_group_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "available_bytes", lambda: 12345)
+    assert find_host(None, is_here=True) == 12345
+    assert find_host(None, is_here=False) is None
+    assert find_host("64GB", is_here=True) == 64 * 2**30
+
+
+def test_the_verb_plans_for_the_limit_and_for_a_named_gpu_all_the_same(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def present(*, limit: int | None) -> Gpu | None:
+        return replace(gpu_by_name("80GB"), name="limited", memory_bytes=limit) if limit else None
+
+    monkeypatch.setattr(planning, "gpu_present", present)
+    for amount in ("16GB", "16"):
+        told = run_plan(llama, tmp_path, "--gpu_memory_limit", amount)
+        assert told.exit_code == 0, told.output
+        assert told.stdout.startswith("plan for limited: 14.7 GiB usable of 16.0")
+    assert "plan for H200" in run_plan(llama, tmp_path, "--gpu", "H200", "--gpu_memory_limit", "16GB").stdout
+
+
+@pytest.mark.parametrize("amount", ["0GB", "8 apples", "-3GB", "true"])
+def test_a_limit_that_is_no_amount_is_refused(llama: Path, tmp_path: Path, amount: str) -> None:
+    told = run_plan(llama, tmp_path, f"--gpu_memory_limit={amount}")
+    assert told.exit_code == 2
+    assert "memory" in told.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

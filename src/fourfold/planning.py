@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.errors import ConfigError, TrainingError
+from fourfold.kernels.host_memory import available_bytes
+from fourfold.memory.footprint import GRAPH_LIBRARY_BYTES, LIBRARY_BYTES
 from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes, split_count
-from fourfold.memory.meter import free_host_bytes
 from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
 from fourfold.memory.plan import FORECAST
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
@@ -21,6 +23,7 @@ from fourfold.models.families import FAMILIES
 from fourfold.models.loading import read_config
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
+from fourfold.models.shape_check import shape_differences
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes
 from fourfold.training.options import OPTIMIZERS, OptimizerRow, TrainingOptions
@@ -33,9 +36,11 @@ __all__ = [
     "find_gpus",
     "find_host",
     "kept_to",
+    "left_for",
     "plan",
     "plan_for_training",
     "remedies",
+    "require_planned_shape",
     "step_down",
 ]
 
@@ -66,7 +71,8 @@ class Remedy:
     def __str__(self) -> str:
         if self.num_gpus is not None:
             return f"{self.what} (fourfold plan --gpus {self.num_gpus}, {FORECAST})"
-        keys = " ".join(f"--{key} {str(value).lower()}" for key, value in self.change.items())
+        values = {key: "null" if value is None else str(value).lower() for key, value in self.change.items()}
+        keys = " ".join(f"--{key} {value}" for key, value in values.items())
         return f"{self.what} ({keys})"
 
 
@@ -78,15 +84,17 @@ class Strategy:
     plan: Plan
 
 
-def find_gpus(name: str | None, count: int | None = None) -> tuple[Gpu, int]:
+def find_gpus(name: str | None, count: int | None = None, limit: int | None = None) -> tuple[Gpu, int]:
     """GPUs of that name or size, or such as the one that is present, and how many.
 
     Args:
         name: "H200", "24GB", "2xH200"; None: the one that is present.
         count: How many; None: as the name says, or one.
+        limit: Bytes that may be taken of the one that is present; None: all.
 
     Raises:
-        ConfigError: An unknown name, two numbers that differ, none at all, or no name and no GPU.
+        ConfigError: An unknown name, two numbers that differ, none at all, no name and no GPU, or a limit that it
+            cannot have.
     """
     named, only = (1, None) if name is None else split_count(name)
     number = named if count is None else count
@@ -95,7 +103,7 @@ def find_gpus(name: str | None, count: int | None = None) -> tuple[Gpu, int]:
         raise ConfigError("it is not clear how many GPUs to plan for", found=found, allowed="2xH200, or --gpus 2")
     if only is not None:
         return gpu_by_name(only), number
-    present = gpu_present()
+    present = gpu_present(limit=limit)
     if present is None:
         raise ConfigError("there is no GPU here to plan for", hint="name one: --gpu 24GB, or --gpu H200")
     return present, number
@@ -109,7 +117,7 @@ def find_host(amount: str | None, *, is_here: bool) -> int | None:
     """
     if amount is not None:
         return parse_bytes(amount)
-    return free_host_bytes() if is_here else None
+    return available_bytes() if is_here else None
 
 
 def plan(
@@ -119,7 +127,7 @@ def plan(
 
     Args:
         config: The run.
-        gpu: Where to: a GPU, its name or its memory, "2xH200"; None: the one that is present.
+        gpu: Where to: a GPU, its name or its memory, "2xH200"; None: the one that is present, up to `gpu_memory_limit`.
         host_bytes: Host memory that may be used; None: any.
         num_gpus: How many of them; None: as `gpu` says, or one.
 
@@ -132,7 +140,9 @@ def plan(
         ConfigError: What no formula is known of: a model without fused blocks, full fine-tuning; or rows that cannot be
             parted among the GPUs.
     """
-    card, number = (gpu, num_gpus or 1) if isinstance(gpu, Gpu) else find_gpus(gpu, num_gpus)
+    card, number = (
+        (gpu, num_gpus or 1) if isinstance(gpu, Gpu) else find_gpus(gpu, num_gpus, choices.memory_limit(config))
+    )
     return _plan(config, card, host_bytes, parallelisms=_parallelisms(number))
 
 
@@ -161,26 +171,62 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
     helps = [str(remedy) for remedy in remedies(config, gpu, host_bytes)]
     raise TrainingError(
         made.lines()[-1],
-        found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}",
+        found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}"
+        + ("" if host_bytes is None else f", {host_bytes / 2**30:.1f} GiB of host memory"),
         allowed=f"what would fit: {'; '.join(helps) or 'nothing known here'}",
         hint="see `fourfold plan`; with recompute given, the run starts without a plan",
     )
 
 
-def step_down(config: RunConfig, failed: Plan) -> Plan | None:
-    """The next plan that takes at least a tenth less; None where there is none.
+def step_down(config: RunConfig, failed: Plan, now: Gpu | None = None) -> Plan | None:
+    """The next plan that takes at least a tenth less, and fits what is left; None where there is none.
 
     Args:
         config: The run, as it was asked for.
         failed: What did not fit. Where its optimizer was planned, the next one keeps state of the same bits, which goes
             on from a checkpoint, on the GPU or paged.
+        now: What others leave of the GPU now; None: not looked at.
     """
     assert failed.chosen is not None
     usable = failed.chosen.footprint.peak_bytes * 9 // 10
+    if now is not None:
+        usable = min(usable, now.usable_bytes)
     optimizers = _optimizers_of_the_same_state(failed.chosen.optimizer) if config.optim is None else None
     most = config.per_device_train_batch_size
     made = _plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=most, optimizers=optimizers)
     return made if made.chosen is not None else None
+
+
+def require_planned_shape(config: RunConfig, model: PeftModel) -> None:
+    """Raises TrainingError, naming what differs, for a model that is not the one that was planned for.
+
+    Args:
+        config: The run that was planned.
+        model: What was loaded for it, with its adapter.
+    """
+    differences = [str(one) for one in shape_differences(_shape(config), model)]
+    if differences:
+        raise TrainingError(
+            "the plan does not describe the model that was loaded",
+            found="; ".join(differences),
+            allowed=f"what {config.model_name_or_path} says in its config.json",
+            hint="with recompute given (recompute: full), the run starts without a plan",
+        )
+
+
+def left_for(config: RunConfig, device: torch.device, standing_bytes: int) -> Gpu | None:
+    """The GPU as others leave it to a run that is under way; None off GPUs.
+
+    Args:
+        config: The run.
+        device: Where it is.
+        standing_bytes: What it holds between its steps: weights, adapters, optimizer state.
+    """
+    if device.type != "cuda":
+        return None
+    # What the libraries work in is never given back, and part of each plan.
+    own = standing_bytes + LIBRARY_BYTES + GRAPH_LIBRARY_BYTES
+    return gpu_present(device, choices.memory_limit(config), held_bytes=own)
 
 
 def kept_to(config: RunConfig, plan: Plan | None) -> RunConfig:
@@ -285,8 +331,16 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "rank 16", {"lora_r": 16}
     if config.optim is not None and _optimizer_row(config.optim).placement == "resident":
         yield "paged optimizer state", {"optim": "paged_adamw_8bit"}
+    else:
+        # Where host memory is what is short.
+        yield "optimizer state on the GPU", {"optim": "adamw_8bit"}
     if config.stream_base is None:
         yield "the base streams from host memory", {"stream_base": "host", "load_in_4bit": True}
+    else:
+        yield "the base on the GPU", {"stream_base": None}
+    if config.stream_base != "disk":
+        checkpoint = "the base streams from the disk, out of a checkpoint of `fourfold quantize`"
+        yield checkpoint, {"stream_base": "disk", "load_in_4bit": True}
     length = config.max_length // 2
     while length >= 256:
         yield f"rows of {length} tokens", {"max_length": length}

@@ -13,6 +13,7 @@ from fourfold.config.run import RunConfig
 from fourfold.data import DataOptions
 from fourfold.errors import ConfigError
 from fourfold.inference import GenerationOptions
+from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.training.options import TrainingOptions
@@ -24,6 +25,7 @@ __all__ = [
     "generation_options",
     "load_options",
     "lora_config",
+    "memory_limit",
     "quantization",
     "stream_options",
     "training_options",
@@ -44,6 +46,11 @@ def device(config: RunConfig) -> torch.device:
             hint="`fourfold env` shows what this machine has",
         )
     return chosen
+
+
+def memory_limit(config: RunConfig) -> int | None:
+    """Bytes of the GPU that the run may take; None: all. Raises ConfigError for no amount."""
+    return None if config.gpu_memory_limit is None else parse_bytes(config.gpu_memory_limit)
 
 
 def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dtype:

@@ -8,19 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fourfold.config.types import Amount, ChatTemplate, Count, CountOrZero, CudaDevice, PiSSAIterations
+
 __all__ = ["EXCLUSIVE_KEYS", "GROUPS", "Contradiction", "RunConfig", "contradictions"]
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-PiSSAIterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$", description="pissa_niter_N (N a number)")]
-CudaDevice = Annotated[str, Field(pattern=r"^cuda(:[0-9]+)?$", description="cuda or cuda:N (N a number)")]
-ChatTemplate = Annotated[
-    str,
-    Field(
-        pattern=r"\{[{%]|\.(jinja|jinja2|j2)$",
-        description="Jinja text, or the path of a .jinja file",
-    ),
-]
 RecomputePolicy = Literal["none", "mlp", "selective", "full", "mlp_offload", "selective_offload", "full_offload"]
 Optimizer = Literal[
     "adamw",
@@ -99,6 +90,10 @@ class RunConfig(BaseModel):
     )
     device: Literal["auto", "cpu"] | CudaDevice = Field(
         "auto", description="Where the model lives; auto: the GPU if there is one."
+    )
+    gpu_memory_limit: Amount | None = Field(
+        None,
+        description="What the process may take of the GPU, as if the card were that large; null: all.",
     )
     stream_base: Literal["host", "disk"] | None = Field(
         None,

@@ -9,12 +9,23 @@ import torch
 
 from fourfold.errors import ConfigError
 
-__all__ = ["GPUS", "Gpu", "gpu_by_name", "gpu_present", "parse_bytes", "split_count"]
+__all__ = [
+    "GPUS",
+    "Gpu",
+    "context_bytes",
+    "device_index",
+    "gpu_by_name",
+    "gpu_present",
+    "parse_bytes",
+    "require_possible",
+    "split_count",
+]
 
 GIB = 2**30
 # Context, code and libraries of a process, outside what torch's allocator holds: 0.7 GiB on an H200, as
 # benchmarks/cards.py measures it, and less on smaller GPUs.
 CONTEXT_BYTES = 768 * 2**20
+LARGEST_CONTEXT_BYTES = 1024 * 2**20
 # Of the allocator's memory, what lies between tensors. Where memory is short it gives back what is cached and asks
 # again, so that this is less than the gap between "reserved" and "allocated" of a run that has room.
 FRAGMENTATION = 0.04
@@ -31,6 +42,7 @@ class Gpu:
         memory_rate: Bytes a second, of the data sheet.
         link_rate: Bytes a second to and from the host, one way.
         peer_rate: Bytes a second to and from other GPUs, one way; None: over the link to the host.
+        context_bytes: What a process takes of it outside torch's allocator.
     """
 
     name: str
@@ -39,15 +51,16 @@ class Gpu:
     memory_rate: float
     link_rate: float
     peer_rate: float | None = None
+    context_bytes: int = CONTEXT_BYTES
 
     @property
     def usable_bytes(self) -> int:
         """What tensors may take at most: without the context, and what lies between them."""
-        return int((self.memory_bytes - CONTEXT_BYTES) / (1 + FRAGMENTATION))
+        return int((self.memory_bytes - self.context_bytes) / (1 + FRAGMENTATION))
 
     def with_usable(self, num_bytes: int) -> Gpu:
         """The same GPU with so much for tensors."""
-        return replace(self, memory_bytes=int(num_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES)
+        return replace(self, memory_bytes=int(num_bytes * (1 + FRAGMENTATION)) + self.context_bytes)
 
 
 # Data sheets: dense bf16 tensor-core rate with fp32 sums, memory rate, and 80% of PCIe's and of NVLink's. Bridges that
@@ -114,14 +127,65 @@ def parse_bytes(text: str) -> int:
     return int(float(amount[1]) * GIB)
 
 
-def gpu_present(device: torch.device | None = None) -> Gpu | None:
-    """The GPU that is there, less what others hold of it; None without one."""
+def gpu_present(device: torch.device | None = None, limit: int | None = None, *, held_bytes: int = 0) -> Gpu | None:
+    """The GPU that is there, less what others hold of it; None without one.
+
+    Others are other processes, and whoever holds tensors in this one. A cap on torch's allocator that stands already
+    (`torch.cuda.set_per_process_memory_fraction`) counts as the end of the GPU.
+
+    Args:
+        device: Which; None: the current one.
+        limit: Bytes of it that this process may take, its context included; None: all.
+        held_bytes: Tensors of this process that are no others'.
+
+    Raises:
+        ConfigError: A limit above what the GPU has, or one that leaves nothing for tensors.
+    """
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name(device)
     free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device)
+    context = context_bytes(device)
     known = [gpu for key, gpu in GPUS.items() if key.replace(" ", "") in name.lower().replace(" ", "")]
     like = max(known, key=lambda gpu: len(gpu.name), default=None) or gpu_by_name(f"{total / GIB:.0f}GB")
-    # Of what is not free, some is this process's context already.
-    return replace(like, name=name, memory_bytes=min(total, free + own + CONTEXT_BYTES))
+    # Of what is not free, some is this process's already.
+    reachable = free + torch.cuda.memory_reserved(device) + context
+    capped = int(torch.cuda.get_per_process_memory_fraction(device_index(device)) * total) + context
+    if limit is not None:
+        require_possible(limit, name, total, context)
+        name = f"{limit / GIB:g} GB of an {name}"
+    end = min(total, reachable, capped, total if limit is None else limit)
+    others = max(0, torch.cuda.memory_allocated(device) - held_bytes)
+    return replace(like, name=name, memory_bytes=end - others, context_bytes=context)
+
+
+def context_bytes(device: torch.device | int | None = None) -> int:
+    """What this process takes of a GPU outside torch's allocator: context, code, libraries.
+
+    CUDA tells what all processes hold together, and not whose it is (NVML does, outside of containers). All that is in
+    use and not torch's is this process's where it is alone, and else more than that. So it is what is measured, but no
+    less than CONTEXT_BYTES, to which code that is loaded later may bring it, and no more than LARGEST_CONTEXT_BYTES,
+    above which it is others'. Beside others it errs to the side of taking less.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return min(max(outside, CONTEXT_BYTES), LARGEST_CONTEXT_BYTES)
+
+
+def require_possible(limit: int, name: str, total: int, context: int) -> None:
+    """Raises ConfigError for a limit that a GPU of `total` bytes cannot have, or that its context takes wholly."""
+    found = f"gpu_memory_limit: {limit / GIB:.2f} GiB"
+    if limit > total:
+        raise ConfigError("the limit is above what the GPU has", found=found, allowed=f"{total / GIB:.2f} GiB ({name})")
+    if limit <= context:
+        raise ConfigError(
+            "the limit leaves nothing for tensors",
+            found=found,
+            allowed=f"more than the process's own {context / GIB:.2f} GiB",
+        )
+
+
+def device_index(device: torch.device | int | None) -> int:
+    """Its number, where a function of torch wants one."""
+    index = device if device is None or isinstance(device, int) else device.index
+    return torch.cuda.current_device() if index is None else index

@@ -116,7 +116,9 @@ class Plan:
         if self.shortage(candidate):
             moment = candidate.footprint.moment
             return f"{self.shortage(candidate) / GIB:.2f} GiB too much for the GPU, in the {moment}"
-        return f"{self.host_shortage(candidate) / GIB:.1f} GiB more of host memory than there is"
+        assert self.host_bytes is not None
+        short = self.host_shortage(candidate) / GIB
+        return f"{short:.1f} GiB more of host memory than the {self.host_bytes / GIB:.1f} GiB there are"
 
     def lines(self) -> list[str]:
         """For people."""

@@ -96,6 +96,9 @@ def model_shape(
     quantized = [linear for name, linear in linears.items() if not matches(name, skipped)]
     adapted = {name: linear for name, linear in linears.items() if linear is not head and _is_target(name, targets)}
     sizes = [linear.weight.numel() for linear in quantized]
+    embedding = model.get_input_embeddings()
+    if quantization is not None and quantization.quantize_embeddings and embedding.weight is not head.weight:
+        sizes.append(embedding.weight.numel())
     codes = scales = 0
     if quantization is not None:
         block = (quantization.bnb_4bit_blocksize, quantization.bnb_4bit_use_double_quant)
