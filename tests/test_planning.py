@@ -204,7 +204,7 @@ def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
 def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path) -> None:
     config = configured(llama_70b, optim=None, max_length=256, lora_r=16, stream_base="disk")
     gpu = gpu_by_name("10GB")
-    found = list(remedies(config, gpu, host_bytes=GIB * 16))
+    found = list(remedies(config, gpu, host_bytes=GIB))
     assert len(found) == 1
     number = found[0].num_gpus
     assert number is not None
@@ -213,8 +213,8 @@ def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path
     stays = config.model_copy(update={"stream_base": None})
     for fewer in range(1, number):
         if 16 % fewer == 0:
-            assert plan(stays, gpu, GIB * 16, fewer).chosen is None
-    assert plan(stays, gpu, GIB * 16, number).chosen is not None
+            assert plan(stays, gpu, GIB, fewer).chosen is None
+    assert plan(stays, gpu, GIB, number).chosen is not None
 
 
 def test_of_several_gpus_ways_to_share_the_run_are_compared(llama: Path) -> None:
