@@ -200,36 +200,49 @@ def main() -> None:
     for name in set(arguments.systems) - set(systems):
         print(f"{name}: not installed")
     in_process("disk", arguments.model, arguments.device)
+    size = num_bytes(arguments.model)
+    print(f"{size / 1e9:.2f} GB of files; each process:")
+    heading = f"{'':>14} {'s':>7} {'least':>7} {'most':>7} {'GB/s':>6} {'host MiB':>9} {'resident':>9} {'GPU MiB':>8}"
+    print(heading)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     for _ in range(arguments.repeats):
         for name in systems:
             runs[name].append(in_process(name, arguments.model, arguments.device))
-    size = num_bytes(arguments.model)
-    print(f"{size / 1e9:.2f} GB of files")
-    print(f"{'':>14} {'s':>7} {'least':>7} {'most':>7} {'GB/s':>6} {'host MiB':>9} {'resident':>9} {'GPU MiB':>8}")
-    rows = []
+            print(line(size, row(name, runs[name][-1:])), flush=True)
+            if arguments.json is not None:
+                # After each: what is measured stays, should the time for the rest run out.
+                write(arguments, size, [row(name, results) for name, results in runs.items() if results])
+    print(f"median, and the most of memory:\n{heading}")
     for name, results in runs.items():
-        seconds = [result["seconds"] for result in results]
-        most = {key: max(result[key] for result in results) for key in results[0] if key != "seconds"}
-        row = {"what": name, "seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds), **most}
-        rows.append(row)
-        print(
-            f"{name:>14} {row['seconds']:7.2f} {row['least']:7.2f} {row['most']:7.2f}"
-            f" {size / row['seconds'] / 1e9:6.1f} {row['anonymous_mib']:9.0f} {row['resident_mib']:9.0f}"
-            f" {row['gpu_peak_mib']:8.0f}"
-        )
-    if arguments.json is not None:
-        report = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-            "device": device_name(arguments.device),
-            "versions": versions(),
-            "bytes": size,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(line(size, row(name, results)))
+
+
+def row(name: str, results: list[dict[str, float]]) -> dict[str, Any]:
+    seconds = [result["seconds"] for result in results]
+    most = {key: max(result[key] for result in results) for key in results[0] if key != "seconds"}
+    return {"what": name, "seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds), **most}
+
+
+def line(size: int, row: dict[str, Any]) -> str:
+    return (
+        f"{row['what']:>14} {row['seconds']:7.2f} {row['least']:7.2f} {row['most']:7.2f}"
+        f" {size / row['seconds'] / 1e9:6.1f} {row['anonymous_mib']:9.0f} {row['resident_mib']:9.0f}"
+        f" {row['gpu_peak_mib']:8.0f}"
+    )
+
+
+def write(arguments: argparse.Namespace, size: int, rows: list[dict[str, Any]]) -> None:
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "device": device_name(arguments.device),
+        "versions": versions(),
+        "bytes": size,
+        "rows": rows,
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def device_name(device: str) -> str:

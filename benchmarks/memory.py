@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -30,7 +31,7 @@ import fourfold
 from fourfold.data import supervised_positions
 from fourfold.memory.footprint import Step, footprint
 from fourfold.models.attention import Documents
-from fourfold.models.attention_interface import document_mask
+from fourfold.models.attention_interface import ATTENTION_NAME, document_mask
 from fourfold.models.followed_layer import followed_shape
 from fourfold.models.model_shape import model_shape
 from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
@@ -146,8 +147,10 @@ SETTINGS = [
 ]
 
 
-def random_model(config: LlamaConfig, is_quantized: bool, device: torch.device) -> PreTrainedModel:
-    """A bf16 model with random weights, its decoder's linear layers in NF4."""
+def random_model(
+    config: LlamaConfig, is_quantized: bool, device: torch.device, layers_on: str | None = None
+) -> PreTrainedModel:
+    """A bf16 model with random weights, its decoder's linear layers in NF4 and, if given, on `layers_on`."""
     with torch.device("meta"):
         model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     head = model.get_output_embeddings()
@@ -157,7 +160,8 @@ def random_model(config: LlamaConfig, is_quantized: bool, device: torch.device) 
         dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device=device, dtype=torch.bfloat16)
         nn.init.normal_(dense.weight, std=0.02)
         dense.requires_grad_(False)
-        model.set_submodule(name, QuantizedLinear.from_linear(dense) if is_quantized else dense)
+        linear = QuantizedLinear.from_linear(dense) if is_quantized else dense
+        model.set_submodule(name, linear.to(layers_on or device))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type == "meta":
@@ -170,34 +174,21 @@ def random_model(config: LlamaConfig, is_quantized: bool, device: torch.device) 
 
 
 def measure(model: PreTrainedModel, setting: Setting, device: torch.device) -> dict[str, Any]:
-    base, is_fused = model, setting.path == "fused"
-    trainee: nn.Module = model
+    is_fused = setting.path == "fused"
+    trainee: PeftModel | PreTrainedModel = model
     if setting.lora is None:
         model.requires_grad_(True)
     else:
         trainee = fourfold.prepare(model, setting.lora, fused=is_fused, recompute=setting.policy if is_fused else None)
     if not is_fused and setting.policy == "full":
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     trainee.train()
     trained = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
     row = setting.optimizer_row
     optimizer = row.optimizer(trained, lr=1e-5, max_grad_norm=1.0, **row.arguments())
-    ids = torch.randint(10, base.config.vocab_size, (setting.batch, setting.seq), device=device)
-    positions = supervised_positions(torch.zeros(setting.batch, setting.seq, dtype=torch.int64)).to(device)
+    step = make_step(trainee, optimizer, setting.batch, setting.seq, device)
     tokens = setting.batch * setting.seq
-    boundaries = torch.arange(0, tokens + 1, setting.seq, dtype=torch.int32, device=device)
-    mask = document_mask(Documents(boundaries, setting.seq)) if is_fused else None
-
-    def step() -> Tensor:
-        hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        loss = supervised_cross_entropy(hidden, ids, base.get_output_embeddings(), positions).loss_sum / tokens
-        del hidden
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     # Graphs are captured in the third step; without them, state is there from the second step on.
@@ -211,6 +202,31 @@ def measure(model: PreTrainedModel, setting: Setting, device: torch.device) -> d
         result["measured_bytes"] = torch.cuda.max_memory_allocated()
         result["reserved_bytes"] = torch.cuda.max_memory_reserved()
     return result
+
+
+def make_step(
+    model: PeftModel | PreTrainedModel, optimizer: torch.optim.Optimizer, batch: int, seq: int, device: torch.device
+) -> Callable[[], Tensor]:
+    """A whole training step over random rows, every token labelled; it gives the loss."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    ids = torch.randint(10, base.config.vocab_size, (batch, seq), device=device)
+    positions = supervised_positions(torch.zeros(batch, seq, dtype=torch.int64)).to(device)
+    tokens = batch * seq
+    mask = None
+    if base.config._attn_implementation == ATTENTION_NAME:
+        # As the trainer tells layers that are fused what a row is; others need no mask.
+        mask = document_mask(Documents(torch.arange(0, tokens + 1, seq, dtype=torch.int32, device=device), seq))
+
+    def step() -> Tensor:
+        hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        loss = supervised_cross_entropy(hidden, ids, base.get_output_embeddings(), positions).loss_sum / tokens
+        del hidden
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
 
 
 def predict(config: LlamaConfig, setting: Setting) -> dict[str, Any]:

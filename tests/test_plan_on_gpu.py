@@ -32,6 +32,9 @@ def test_a_run_takes_what_was_planned(
     keys = {"bnb_4bit_compute_dtype": "bfloat16", "device": "auto", "optim": "adamw_8bit", "logging_steps": 1}
     rows = {"max_length": 512, "packing": packing, "per_device_train_batch_size": 4, "eval_dataset": None}
     run = tiny_run(tmp_path, model_name_or_path=str(tmp_path / "model"), **keys, **rows)
+    # Enough of them that packed rows are full.
+    data = tmp_path / "train.jsonl"
+    data.write_text(data.read_text() * 20)
     (tmp_path / "run.yaml").write_text(run.to_yaml())
     # A process of its own: what others hold in this one would be measured, too.
     code = "from fourfold.cli import main; main()"

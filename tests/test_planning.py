@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,26 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
+from fourfold import planning
 from fourfold.cli import app
 from fourfold.config import RunConfig
 from fourfold.errors import CheckpointError, ConfigError, TrainingError
-from fourfold.memory.gpus import gpu_by_name
-from fourfold.planning import compare, find_gpu, kept_to, plan, plan_for_training, remedies
+from fourfold.memory.gpus import Gpu, gpu_by_name
+from fourfold.memory.planner import Plan
+from fourfold.planning import (
+    PLANNED_OPTIMIZERS,
+    compare,
+    find_gpus,
+    find_host,
+    kept_to,
+    plan,
+    plan_for_training,
+    remedies,
+    step_down,
+)
 from fourfold.training.options import OPTIMIZERS
+
+GIB = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +47,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=8,
         vocab_size=128256,
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of Llama-3-70B."""
+    folder = tmp_path_factory.mktemp("llama-70b")
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
+    widths = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+    LlamaConfig(**heads, **widths).save_pretrained(folder)
     return folder
 
 
@@ -55,6 +80,60 @@ def test_state_is_where_the_optimizer_keeps_it(llama: Path) -> None:
         parts, host = candidate.footprint.parts, candidate.footprint.host
         assert ("optimizer state" in parts) is ("paged" not in name)
         assert ("optimizer state" in host) is ("paged" in name)
+
+
+def test_an_optimizer_that_is_not_given_is_planned_and_one_that_is_given_is_kept(llama: Path) -> None:
+    gpu = gpu_by_name("80GB")
+    made = plan(configured(llama, optim=None), gpu)
+    assert made.chosen is not None
+    assert made.chosen.optimizer == "adamw"
+    assert "adamw (0.31 GiB on the GPU)" in "\n".join(made.lines())
+    assert kept_to(configured(llama, optim=None), made).optim == "adamw"
+    given = configured(llama, optim="paged_lion_8bit")
+    assert kept_to(given, plan(given, gpu)).optim == "paged_lion_8bit"
+
+
+def test_without_a_plan_the_optimizer_is_adamw(llama: Path) -> None:
+    assert kept_to(configured(llama, optim=None), None).optim == "adamw"
+    assert kept_to(configured(llama, optim="lion"), None).optim == "lion"
+
+
+def test_a_large_adapter_is_paged_or_kept_in_8_bits_before_nothing_fits(llama: Path) -> None:
+    config = configured(llama, optim=None, lora_r=512, max_length=2048)
+    found = {amount: plan(config, gpu_by_name(amount)).chosen for amount in ("100GB", "24GB", "20GB")}
+    optimizers = {amount: candidate.optimizer for amount, candidate in found.items() if candidate}
+    assert optimizers["100GB"] == "adamw"
+    assert len(optimizers) == 3
+    assert plan(config.model_copy(update={"optim": "adamw"}), gpu_by_name("20GB")).chosen is None
+
+
+@pytest.mark.parametrize("begun", PLANNED_OPTIMIZERS)
+def test_a_step_down_keeps_state_of_the_same_bits(llama: Path, begun: str) -> None:
+    config = configured(llama, optim=None)
+    made: Plan | None = plan(config.model_copy(update={"optim": begun}), gpu_by_name("24GB"))
+    for _ in range(4):
+        assert made is not None
+        assert made.chosen is not None
+        assert ("8bit" in made.chosen.optimizer) is ("8bit" in begun)
+        made = step_down(config, made)
+
+
+def test_a_step_down_keeps_the_optimizer_that_was_given(llama: Path) -> None:
+    config = configured(llama, optim="adamw")
+    made = step_down(config, plan(config, gpu_by_name("24GB")))
+    assert made is not None
+    assert made.chosen is not None
+    assert made.chosen.optimizer == "adamw"
+
+
+def test_an_optimizer_is_a_remedy_only_where_one_was_given(llama: Path) -> None:
+    gpu = gpu_by_name("24GB")
+    keys = {"lora_r": 512, "max_length": 4096, "recompute": "full"}
+    given = configured(llama, optim="adamw", **keys)
+    assert plan(given, gpu).chosen is None
+    assert any("optim" in remedy.change for remedy in remedies(given, gpu))
+    planned = configured(llama, optim=None, **keys)
+    assert all("optim" not in remedy.change for remedy in remedies(planned, gpu_by_name("12GB")))
 
 
 def test_a_policy_that_is_asked_for_is_kept_to(llama: Path) -> None:
@@ -123,6 +202,37 @@ def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
     assert found[0].plan.chosen.footprint.host["weights"] > 3 * 2**30
 
 
+def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path) -> None:
+    config = configured(llama_70b, optim=None, max_length=256, lora_r=16, stream_base="disk")
+    gpu = gpu_by_name("10GB")
+    found = list(remedies(config, gpu, host_bytes=GIB))
+    assert len(found) == 1
+    number = found[0].num_gpus
+    assert number is not None
+    assert f"--gpus {number}" in str(found[0])
+    assert "forecast" in str(found[0])
+    stays = config.model_copy(update={"stream_base": None})
+    for fewer in range(1, number):
+        if 16 % fewer == 0:
+            assert plan(stays, gpu, GIB, fewer).chosen is None
+    assert plan(stays, gpu, GIB, number).chosen is not None
+
+
+def test_of_several_gpus_ways_to_share_the_run_are_compared(llama: Path) -> None:
+    rows = compare(configured(llama), gpu_by_name("24GB"), num_gpus=2)
+    assert [row.name for row in rows] == [
+        "LoRA, data parallel",
+        "LoRA, sharded",
+        "QLoRA, data parallel",
+        "QLoRA, sharded",
+        "QLoRA, streaming, data parallel",
+    ]
+    # 16 GB of weights are half as many on each of two.
+    candidates = [row.plan.chosen or row.plan.smallest for row in rows]
+    weights = [one.footprint.parts["weights, 16 bits"] for one in candidates if one]
+    assert weights[1] < 0.6 * weights[0]
+
+
 def test_strategies_are_compared_side_by_side(llama: Path) -> None:
     rows = compare(configured(llama), gpu_by_name("24GB"))
     peaks = {row.name: (row.plan.chosen or row.plan.smallest) for row in rows}
@@ -153,6 +263,7 @@ def test_layers_on_the_generic_path_keep_all_or_their_input_and_a_run_keeps_to_t
         kept = kept_to(config, made)
         assert kept.recompute is None
         assert kept.gradient_checkpointing is (policy == "full")
+        assert kept.optim == made.chosen.optimizer
         assert kept.per_device_train_batch_size == made.chosen.batch
 
 
@@ -181,11 +292,52 @@ def test_plans_take_less_than_two_seconds(llama: Path) -> None:
     [
         ({"fused_blocks": False, "recompute": "selective"}, "gradient_checkpointing is theirs"),
         ({"adapter": None}, "weights are frozen"),
+        ({"lora_dropout": 0.1, "packing": True}, "mask of packed rows is not counted"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(llama: Path, keys: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         plan(configured(llama, **keys), gpu_by_name("24GB"))
+
+
+def test_packed_rows_on_the_generic_path_are_not_planned_for_training(llama: Path) -> None:
+    gpu = gpu_by_name("24GB")
+    assert plan_for_training(configured(llama, packing=True), gpu) is not None
+    assert plan_for_training(configured(llama, packing=True, use_dora=True), gpu) is None
+
+
+def test_where_full_fine_tuning_does_not_fit_an_adapter_is_named_before_quantizing(llama: Path) -> None:
+    config = configured(llama, adapter=None, load_in_4bit=False)
+    large, small = ([str(one) for one in remedies(config, gpu_by_name(name))] for name in ("40GB", "12GB"))
+    assert "LoRA: adapters instead of all weights (--adapter lora)" in large
+    assert any("QLoRA: the base in 4 bits" in one and "--adapter lora" in one for one in small)
+
+
+def test_full_fine_tuning_is_shared_by_gpus_with_its_weights_gradients_and_state(llama: Path) -> None:
+    config = configured(llama, adapter=None, load_in_4bit=False)
+    rows = {row.name: row.plan.chosen or row.plan.smallest for row in compare(config, gpu_by_name("H200"), num_gpus=4)}
+    whole, sharded = rows["full fine-tuning, data parallel"], rows["full fine-tuning, sharded"]
+    assert whole is not None
+    assert sharded is not None
+    embeddings, every = 2 * 2 * 128256 * 4096, 2 * 8_030_261_248
+    assert whole.footprint.parts["weights, 16 bits"] == whole.footprint.parts["buckets of gradients"] == every
+    share = embeddings + (every - embeddings) / 4
+    assert sharded.footprint.parts["weights, 16 bits"] == pytest.approx(share, rel=1e-3)
+    assert whole.traffic_bytes == 2 * every * 3 // 4
+    assert "QLoRA, sharded" in rows
+
+
+def test_full_fine_tuning_is_compared_with_its_two_ways(llama: Path) -> None:
+    rows = compare(configured(llama, adapter=None, load_in_4bit=False), gpu_by_name("H200"))
+    assert [row.name for row in rows if row.name.startswith("full")] == [
+        "full fine-tuning, none",
+        "full fine-tuning, full",
+    ]
+    dora = compare(configured(llama, use_dora=True), gpu_by_name("24GB"))
+    assert [row.name for row in dora] == [
+        *("LoRA, none", "LoRA, full", "QLoRA, none", "QLoRA, full"),
+        "QLoRA, streaming, full",
+    ]
 
 
 def test_models_without_fused_blocks_are_planned_and_missing_ones_refused(tmp_path: Path) -> None:
@@ -229,7 +381,78 @@ def test_strategies_are_printed_and_drawn(llama: Path, tmp_path: Path) -> None:
     assert len(rows) == 17
 
 
+def test_several_gpus_are_a_forecast_and_told_as_one(llama: Path, tmp_path: Path) -> None:
+    for words in (("--gpu", "2xH200"), ("--gpu", "H200", "--gpus", "2")):
+        told = run_plan(llama, tmp_path, *words)
+        assert told.exit_code == 0, told.output
+        assert "plan for 2 x H200" in told.stdout
+        assert "a forecast: fourfold trains on one GPU so far" in told.stdout
+    made = json.loads(run_plan(llama, tmp_path, "--gpu", "2 x 24GB", "--json").stdout)["chosen"]
+    assert made["num_gpus"] == 2
+    assert made["strategy"] in ("data parallel", "sharded")
+    assert made["traffic_bytes"] > 0
+    told = run_plan(llama, tmp_path, "--gpu", "2xH200", "--compare")
+    assert "QLoRA, sharded" in told.stdout
+    assert "forecast" in told.stdout
+
+
+@pytest.mark.parametrize("words", [("2xH200", 4), ("0xH200", None), ("H200", 0)])
+def test_a_number_of_gpus_that_is_not_clear_is_refused(words: tuple[str, int | None]) -> None:
+    with pytest.raises(ConfigError, match="how many GPUs"):
+        find_gpus(*words)
+
+
+@pytest.mark.parametrize(
+    ("keys", "help_"),
+    [
+        ({"optim": "paged_adamw_32bit"}, "optimizer state on the GPU (--optim adamw_8bit)"),
+        ({"stream_base": "host"}, "the base on the GPU (--stream_base null)"),
+    ],
+)
+def test_less_host_memory_than_paging_needs_is_refused_before_anything_is_loaded(
+    llama: Path, keys: dict[str, Any], help_: str
+) -> None:
+    with pytest.raises(TrainingError) as error:
+        plan_for_training(configured(llama, **keys), gpu_by_name("24GB"), host_bytes=10**8)
+    assert "GiB more of host memory than the 0.1 GiB there are" in str(error.value)
+    assert help_ in str(error.value)
+
+
+def test_a_change_to_null_is_written_as_the_command_line_takes_it(llama: Path) -> None:
+    gpu = gpu_by_name("10GB")
+    found = [str(remedy) for remedy in remedies(configured(llama, recompute="none"), gpu)]
+    assert found[0] == "recompute as planned (--recompute null)"
+
+
+def test_host_memory_here_is_what_the_system_and_the_control_group_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "available_bytes", lambda: 12345)
+    assert find_host(None, is_here=True) == 12345
+    assert find_host(None, is_here=False) is None
+    assert find_host("64GB", is_here=True) == 64 * 2**30
+
+
+def test_the_verb_plans_for_the_limit_and_for_a_named_gpu_all_the_same(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def present(*, limit: int | None) -> Gpu | None:
+        return replace(gpu_by_name("80GB"), name="limited", memory_bytes=limit) if limit else None
+
+    monkeypatch.setattr(planning, "gpu_present", present)
+    for amount in ("16GB", "16"):
+        told = run_plan(llama, tmp_path, "--gpu_memory_limit", amount)
+        assert told.exit_code == 0, told.output
+        assert told.stdout.startswith("plan for limited: 14.7 GiB usable of 16.0")
+    assert "plan for H200" in run_plan(llama, tmp_path, "--gpu", "H200", "--gpu_memory_limit", "16GB").stdout
+
+
+@pytest.mark.parametrize("amount", ["0GB", "8 apples", "-3GB", "true"])
+def test_a_limit_that_is_no_amount_is_refused(llama: Path, tmp_path: Path, amount: str) -> None:
+    told = run_plan(llama, tmp_path, f"--gpu_memory_limit={amount}")
+    assert told.exit_code == 2
+    assert "memory" in told.output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_one_must_be_named() -> None:
     with pytest.raises(ConfigError, match="no GPU here"):
-        find_gpu(None)
+        find_gpus(None)

@@ -28,6 +28,7 @@ __all__ = [
     "claim_output_dir",
     "clear_former_run",
     "find_run",
+    "going_on",
     "merge_prompts",
     "original_checkpoint",
     "read_data",
@@ -60,6 +61,15 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
     if config.train_dataset is None:
         raise ConfigError("train_dataset is not given", hint="name a JSON-lines file, or a data set on the hub")
     return output, find_checkpoint(output, config.resume_from_checkpoint)
+
+
+def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:
+    """The configuration with what a run that goes on from a checkpoint cannot change: where `optim` is null, the
+    optimizer that the checkpoint's run began with."""
+    if checkpoint is None or config.optim is not None:
+        return config
+    begun = checkpoint.parent / run_folder.CONFIG_FILE
+    return config.model_copy(update={"optim": load_config(begun.parent).optim}) if begun.is_file() else config
 
 
 def clear_former_run(output: Path) -> None:

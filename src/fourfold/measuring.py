@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from fourfold.config import options as choices
 from fourfold.data import Collator, PreparedData
 from fourfold.errors import DataError
 from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
+from fourfold.memory.planner import Plan
+from fourfold.training.out_of_memory import by_kind, compare_parts, part_key
 
-__all__ = ["measure", "summary"]
+__all__ = ["account_memory", "measure", "summary"]
 
 
 def measure(
@@ -73,6 +75,35 @@ def measure(
         )
         metrics |= {"perplexity": measured.value, "perplexity_num_tokens": measured.num_tokens}
     return metrics, samples
+
+
+def account_memory(
+    planned: Plan | None, parts: Mapping[str, int], say: Callable[[str], None], *, is_sum: bool
+) -> dict[str, int]:
+    """The peak of training by part, beside what was planned.
+
+    Args:
+        planned: What the run kept to; None: nothing.
+        parts: What was in use, see `training.out_of_memory.parts_in_use`.
+        say: Is given the comparison, line by line.
+        is_sum: Whether the parts add up to what was measured, as they do on GPUs: elsewhere the process is measured.
+
+    Returns:
+        Bytes, by the names of the log: memory_peak_bytes, memory_weights_bytes, ... and planned_peak_bytes,
+        planned_memory_weights_bytes, ...
+    """
+    figures: dict[str, int] = {}
+    peak = sum(parts.values())
+    if is_sum:
+        figures = {"memory_peak_bytes": peak} | {part_key(part): size for part, size in parts.items()}
+    if planned is not None and planned.chosen is not None:
+        expected = planned.chosen.footprint
+        figures["planned_peak_bytes"] = expected.peak_bytes
+        figures |= {f"planned_{part_key(part)}": size for part, size in by_kind(expected.parts).items()}
+        say(f"peak of memory {peak / 2**30:.2f} GiB, planned {expected.peak_bytes / 2**30:.2f} GiB")
+        for line in compare_parts(expected.parts, parts):
+            say(line)
+    return figures
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import gc
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from fourfold.adapters.initialisation import changes_base
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.config.card import model_card
-from fourfold.data import Collator, DataReport
+from fourfold.data import Collator
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.evaluation import Sample
 from fourfold.export.merging import ONTO, MergeReport, write_merged
@@ -31,6 +30,7 @@ from fourfold.inputs import (
     claim_output_dir,
     clear_former_run,
     find_run,
+    going_on,
     merge_prompts,
     original_checkpoint,
     read_data,
@@ -38,23 +38,30 @@ from fourfold.inputs import (
     read_tokenizer,
     require_free,
 )
-from fourfold.measuring import measure, summary
+from fourfold.kernels.host_memory import available_bytes
+from fourfold.limiting import limit_of, within_limit
+from fourfold.measuring import account_memory, measure, summary
 from fourfold.memory.gpus import gpu_present
-from fourfold.memory.meter import free_host_bytes, reset_peak
-from fourfold.memory.planner import Plan
+from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter, prepare
 from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
-from fourfold.planning import kept_to, plan_for_training, step_down
+from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.quantization.swapping import base_state_dict
+from fourfold.telling import PROGRESS, Speaker
 from fourfold.training import run_folder
 from fourfold.training.options import TrainingOptions
-from fourfold.training.out_of_memory import OutOfMemory, compare_parts, parts_in_use
-from fourfold.training.progress import ProgressCallback, ProgressStyle
+from fourfold.training.out_of_memory import (
+    OutOfMemory,
+    compare_parts,
+    parts_in_use,
+    reporting_out_of_memory,
+)
+from fourfold.training.progress import ProgressCallback
 from fourfold.training.trainer import FourfoldTrainer, build_trainer
 
 __all__ = [
@@ -68,13 +75,6 @@ __all__ = [
     "quantize_checkpoint",
     "train",
 ]
-
-PROGRESS: dict[str, ProgressStyle] = {
-    "terminal": ProgressStyle.LIVE,
-    "plain": ProgressStyle.PLAIN,
-    "json": ProgressStyle.JSON,
-    "silent": ProgressStyle.SILENT,
-}
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
 
 
+@within_limit
 def train(config: RunConfig, progress: str = "plain") -> Run:
     """Fine-tune a model as the configuration says, and leave a run folder.
 
@@ -103,13 +104,14 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         FourfoldError: Whatever does not fit, found as early as it can be; a run that was there before is untouched.
         TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    say = _Speaker(progress)
+    say = Speaker(progress)
     device = choices.device(config)
-    gpu = gpu_present(device) if device.type == "cuda" else None
-    planned = plan_for_training(config, gpu, free_host_bytes())
-    asked, config = config, kept_to(config, planned) if planned else config
-    options = choices.training_options(config)
+    gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
     output, checkpoint = claim_output_dir(config)
+    asked = going_on(config, checkpoint)
+    planned = plan_for_training(asked, gpu, available_bytes())
+    config = kept_to(asked, planned)
+    options = choices.training_options(config)
     say.result("plan", planned)
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
@@ -118,11 +120,14 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     # A resumed run goes on upon the base that its initialisation left, not upon one made anew.
     former_base = checkpoint.parent / BASE_FOLDER if checkpoint else None
     base = str(former_base) if former_base and former_base.is_dir() else config.model_name_or_path
-    model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
-    say.result("model", model_size(model))
-    # Here, so that the adapter starts alike however the base was loaded.
-    transformers.set_seed(config.seed)
-    adapted = _adapt(config, model, is_initialised=checkpoint is not None)
+    with reporting_out_of_memory("the model was loaded", "4 bits (load_in_4bit), or a base that streams (stream_base)"):
+        model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
+        say.result("model", model_size(model))
+        # Here, so that the adapter starts alike however the base was loaded.
+        transformers.set_seed(config.seed)
+        adapted = _adapt(config, model, is_initialised=checkpoint is not None)
+    if planned is not None:
+        require_planned_shape(config, adapted)
 
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
         return build_trainer(
@@ -143,7 +148,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     if checkpoint is None:
         clear_former_run(output)
     # How this run was started is no part of what it is: made again from its folder, it starts like any other.
-    started = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+    # Its optimizer is: state of another does not go on.
+    started = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "optim": config.optim}
     run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
     _save_base(config, output, adapted, tokenizer)
     if gpu is not None:
@@ -154,7 +160,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
             result = trainer.train(resume_from_checkpoint=checkpoint)
             break
         except OutOfMemory as error:
-            smaller = step_down(asked, planned) if planned and asked.on_out_of_memory == "step_down" else None
+            now = left_for(asked, device, error.standing_bytes)
+            smaller = step_down(asked, planned, now) if planned and asked.on_out_of_memory == "step_down" else None
             if planned is None or planned.chosen is None or smaller is None:
                 raise
             for line in (str(error), *compare_parts(planned.chosen.footprint.parts, error.parts)):
@@ -162,25 +169,30 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
             checkpoint = error.checkpoint
         planned, config = smaller, kept_to(asked, smaller)
         say.result("plan", planned)
-        set_recomputation(adapted, config.recompute or "full")
+        if config.recompute is None:
+            # The next trainer has layers on the generic path checkpoint, if that was planned.
+            adapted.get_base_model().gradient_checkpointing_disable()
+        else:
+            set_recomputation(adapted, config.recompute)
+        # With what it holds: its optimizer's state, and cycles that keep it.
+        del trainer
+        gc.collect()
+        reset_peak(device)
         trainer = trainer_of(choices.training_options(config))
+    parts = parts_in_use(adapted, trainer.optimizer, memory_used(device).peak_bytes)
+    memory = account_memory(planned, parts, say.line, is_sum=device.type == "cuda")
     run_folder.save_adapter(output, adapted, tokenizer)
     step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
     is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
     # Evaluation every so many steps may have ended before the last one.
-    measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
+    hint = f"the adapter is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
+    with reporting_out_of_memory("the trained model was measured", hint):
+        measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
-    metrics = summary(records) | {"train_seconds": result.metrics["train_runtime"]} | measured
-    if planned and planned.chosen and "memory_peak_bytes" in metrics:
-        metrics["planned_peak_bytes"] = planned.chosen.footprint.peak_bytes
-        peaks = [metrics[key] / 2**30 for key in ("memory_peak_bytes", "planned_peak_bytes")]
-        say.line("peak of memory {:.2f} GiB, planned {:.2f} GiB".format(*peaks))
-        parts = parts_in_use(adapted, trainer.optimizer, metrics["memory_peak_bytes"])
-        for line in compare_parts(planned.chosen.footprint.parts, parts):
-            say.line(line)
+    metrics = summary(records) | {"train_seconds": result.metrics["train_runtime"]} | memory | measured
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
     card = model_card(config, output, train_data.report, eval_data.report if eval_data else None, metrics)
     run_folder.write_model_card(output, card)
@@ -193,9 +205,10 @@ def evaluate(config: RunConfig, progress: str = "plain") -> dict[str, Any]:
     return metrics
 
 
+@within_limit
 def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[dict[str, Any], list[Sample]]:
     """`evaluate`, and the rows that were compared by generation."""
-    say = _Speaker(progress)
+    say = Speaker(progress)
     if config.eval_dataset is None and not config.eval_split_fraction and config.perplexity_text is None:
         raise ConfigError(
             "there is nothing to evaluate on", allowed=["eval_dataset", "eval_split_fraction", "perplexity_text"]
@@ -217,6 +230,7 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
 
 
+@within_limit
 def quantize_checkpoint(config: RunConfig, out: Path) -> ModelSize:
     """Write the quantized checkpoint of a model, its tokenizer beside it, whole or not at all.
 
@@ -290,16 +304,17 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
             )
         return load_adapter(original, folder)
 
-    return write_merged(
-        load_adapter(load_model(base_of(config), **options), folder),
-        tokenizer,
-        merge_prompts(config, tokenizer),
-        out,
-        dtype=dtype,
-        onto=onto,
-        load_original=load_original,
-        bound=bound,
-    )
+    with limit_of(config):
+        return write_merged(
+            load_adapter(load_model(base_of(config), **options), folder),
+            tokenizer,
+            merge_prompts(config, tokenizer),
+            out,
+            dtype=dtype,
+            onto=onto,
+            load_original=load_original,
+            bound=bound,
+        )
 
 
 @dataclass(frozen=True)
@@ -326,31 +341,6 @@ def chat(
     base = load_model(base_of(run.config), **choices.load_options(run.config, streams=True))
     adapted = load_adapter(base, run.adapter, **choices.stream_options(run.config))
     return ChatSession(adapted, load_tokenizer(run.adapter), options)
-
-
-class _Speaker:
-    """Prints what happens around training: lines for people, JSON lines for machines."""
-
-    def __init__(self, progress: str) -> None:
-        if progress not in PROGRESS:
-            raise ConfigError("unknown kind of progress", found=progress, allowed=PROGRESS)
-        self.progress = progress
-
-    def line(self, line: str) -> None:
-        if self.progress in ("terminal", "plain"):
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
-
-    def result(self, event: str, result: DataReport | ModelSize | Plan | None) -> None:
-        """Say a result by its `lines()`, or as a JSON event of its fields."""
-        if result is None:
-            return
-        if self.progress == "json":
-            fields = result.to_dict() if isinstance(result, Plan) else asdict(result)
-            sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-            sys.stdout.flush()
-        for line in result.lines():
-            self.line(line)
 
 
 def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -> PeftModel:

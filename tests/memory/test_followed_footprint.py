@@ -64,7 +64,7 @@ def test_peaks_are_foretold_as_they_were_allocated(family: str, method: str, che
     accumulation = 2 if family == "qwen3" else 1
     setting: Any = (FAMILIES[family], quantized, adapter(options), checkpoints, accumulation)
     peak = foretold(*setting).peak_bytes - LIBRARY_BYTES
-    # GPT-2 holds its sum of two embeddings once more.
+    # GPT-2's peaks are met less well, by up to 3%; the cause is not known.
     bound = 0.03 if family == "gpt2" else 0.015
     assert abs(peak / measured_peak(*setting) - 1) < bound
 

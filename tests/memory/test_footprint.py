@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from transformers import LlamaConfig
 
 from fourfold.kernels.low_rank import new_extended
-from fourfold.memory.footprint import Step, footprint
+from fourfold.memory.footprint import Footprint, Step, footprint
 from fourfold.memory.gpus import GPUS
+from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.memory.speed import step_seconds
+from fourfold.models.block_memory import BlockMemory
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
 from fourfold.optimizers.footprint import state_bytes
@@ -59,7 +62,9 @@ def test_steps_that_were_measured_on_an_h200_are_foretold_within_5_percent() -> 
         for key, row in json.loads((RESULTS / f"{name}.json").read_text())["results"].items():
             setting, shape = row["setting"], shape_of(row["setting"]["shape"])
             policies = [setting["policy"]] * len(shape.blocks)
-            foretold = step_seconds(shape, GPUS["h200"], setting["batch"], setting["seq"], policies)
+            batch, seq = setting["batch"], setting["seq"]
+            by_graphs = Step(batch, seq, policies).runs_by_graphs
+            foretold = step_seconds(shape, GPUS["h200"], batch, seq, policies, by_graphs=by_graphs)
             for run in row["systems"]["fourfold"]:
                 assert abs(foretold / statistics.median(run["step_seconds"]) - 1) < 0.05, key
 
@@ -86,8 +91,6 @@ def test_layers_that_keep_less_take_less_and_a_mixture_lies_between() -> None:
 
 
 def test_extended_tensors_take_what_their_formula_says() -> None:
-    from fourfold.models.block_memory import BlockMemory
-
     block = shape_of("8b").blocks[0]
     kept = BlockMemory(block, 64, "none").kept()
     made = new_extended(torch.empty(0, dtype=torch.bfloat16), 64, 2 * block.intermediate, block.gate_up_rank)
@@ -139,3 +142,88 @@ def test_graphs_hold_gradients_of_their_own() -> None:
     without = footprint(shape, Step(1, 2048, ["mlp"] * 32, cuda_graphs=False))
     assert "gradients in graphs" not in without.parts
     assert without.peak_bytes < held.peak_bytes
+
+
+def held_beside(policies: list[str], sizes: list[int]) -> tuple[list[int], list[int]]:
+    """Bytes of other layers' offloaded tensors on the GPU while each layer is at work, forward and backward: what
+    `recomputation.HostOffload` does, call by call."""
+    on_gpu: set[int] = set()
+    leaving: list[int] = []
+    forward, backward = [], []
+    saved = [index for index, policy in enumerate(policies) if POLICIES[policy].offload]
+    for index in range(len(policies)):
+        forward.append(sum(sizes[other] for other in on_gpu))
+        if index in saved:
+            while len(leaving) >= 2:
+                on_gpu.remove(leaving.pop(0))
+            leaving.append(index)
+            on_gpu.add(index)
+    for index in reversed(range(len(policies))):
+        if index in saved:
+            on_gpu.add(index)
+            on_gpu |= {max((other for other in saved if other < index), default=index)}
+        backward.append(sum(sizes[other] for other in on_gpu if other != index))
+        on_gpu.discard(index)
+    return forward, backward[::-1]
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        ["full_offload"] * 6,
+        ["full"] * 3 + ["full_offload"] * 3,
+        ["selective_offload"] * 3 + ["none"] * 3,
+        ["full_offload", "none", "mlp_offload", "none", "none", "none"],
+        ["none", "full_offload", "none", "selective_offload", "mlp", "full_offload"],
+        ["full_offload"] + ["selective"] * 5,
+    ],
+)
+def test_of_mixed_lists_the_layers_in_flight_are_those_that_offload(policies: list[str]) -> None:
+    shape = replace(shape_of("1b"), blocks=shape_of("1b").blocks[:6], layer_bytes=shape_of("1b").layer_bytes[:6])
+    tokens = 16384
+    blocks = [BlockMemory(block, tokens, policy) for block, policy in zip(shape.blocks, policies, strict=True)]
+    sizes = [sum(block.offloaded().values()) for block in blocks]
+    stay = [sum(block.kept().values()) - size for block, size in zip(blocks, sizes, strict=True)]
+    beside = held_beside(policies, sizes)
+    held = footprint(shape, Step(1, tokens, policies))
+    standing = sum(held.parts[part] for part in ("weights, 16 bits", "weights, quantized", "quantization state"))
+    standing += held.parts["adapters"] + held.parts["libraries"]
+    hidden = tokens * shape.hidden_size * 2
+    forward, backward = [], []
+    for index, block in enumerate(blocks):
+        x_is_gone = index and POLICIES[policies[0]].offload and len([size for size in sizes[1:index] if size]) >= 2
+        work = max(sum(moment.values()) for moment in block.forward_moments())
+        forward.append(sum(stay[:index]) + beside[0][index] + work + (hidden if x_is_gone else 0))
+        sums = 4 * block.shape.adapter_parameters
+        work = max(sum(moment.values()) for moment in block.backward_moments()) - sums
+        gradients = sums * (len(blocks) - index)
+        last = hidden if index == 5 else 0
+        backward.append(sum(stay[:index]) + beside[1][index] + work + gradients + last)
+    assert held.moments["forward"] - standing == max(forward)
+    assert held.moments["backward"] - standing == max(backward)
+
+
+def test_sharded_gpus_hold_their_share_and_the_layers_at_work() -> None:
+    shape = shape_of("8b")
+
+    def held(parallelism: Parallelism) -> Footprint:
+        return footprint(shape, Step(1, 2048, ["full"] * 32, cuda_graphs=False, parallelism=parallelism))
+
+    one, two, sharded = held(ONE_GPU), held(Parallelism(2)), held(Parallelism(2, "sharded"))
+    assert two.peak_bytes - one.peak_bytes == 4 * shape.num_adapter
+    layer = shape.layer_bytes[0] + 4 * shape.blocks[0].adapter_parameters
+    assert sharded.parts["layers on their way"] == 2 * layer
+    assert sharded.parts["adapters"] == 2 * shape.num_adapter
+    assert sharded.parts["weights, 16 bits"] == one.parts["weights, 16 bits"]
+    quantized = one.parts["weights, quantized"] + one.parts["quantization state"]
+    assert sharded.parts["weights, quantized"] == pytest.approx(quantized / 2, rel=1e-3)
+
+
+def test_sharded_weights_of_16_bits_leave_those_that_are_in_no_layer() -> None:
+    config = LlamaConfig(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, **SHAPES["8b"])
+    shape = model_shape(config, None, 16)
+    held = footprint(shape, Step(1, 2048, ["full"] * 32, parallelism=Parallelism(8, "sharded")))
+    embeddings = 2 * 2 * 128256 * 4096
+    layers = 2 * shape.num_parameters - embeddings
+    assert held.parts["weights, 16 bits"] == pytest.approx(embeddings + layers / 8, rel=1e-3)
+    assert "weights, quantized" not in held.parts

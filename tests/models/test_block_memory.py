@@ -58,4 +58,6 @@ def test_only_policies_that_offload_wait_in_host_memory() -> None:
     for name, policy in POLICIES.items():
         memory = BlockMemory(shape, 100, name)
         assert bool(memory.host_bytes()) == policy.offload
-        assert memory.host_bytes() >= sum(memory.offloaded().values())
+        # Whole pages, and no tensor's beginning is off by more than 256 bytes.
+        offloaded = memory.offloaded()
+        assert 0 <= memory.host_bytes() - sum(offloaded.values()) < 4096 + 256 * len(offloaded)

@@ -10,7 +10,7 @@ from decoders import adapted, decoder, distance, ids, loss_and_grads
 from peft import LoraConfig, PeftModel
 from torch.profiler import ProfilerActivity, profile
 
-from fourfold.models.block import FusedDecoderLayer
+from fourfold.models.block import FusedDecoderLayer, set_recomputation
 from fourfold.models.graphs import BlockGraphs
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +63,23 @@ def test_replayed_passes_give_what_launched_ones_give_on_every_batch(name: str, 
                     if key in grads:
                         parameter -= 0.1 * grads[key].to(parameter.dtype)
     assert graphs_of(replayed)._replays == 4 * 2
+
+
+def test_layers_of_different_policies_are_replayed_and_another_choice_frees_their_memory() -> None:
+    replayed, launched = model(), model(graphs=False)
+    names = ["selective", "none"]
+    for made in (replayed, launched):
+        set_recomputation(made, names)
+    for step in range(5):
+        tokens = batch(step)
+        ours, theirs = (loss_and_grads(each, input_ids=tokens) for each in (replayed, launched))
+        assert torch.equal(ours[0], theirs[0])
+        assert distance(ours[1], theirs[1]) < ORDER_OF_SUMS
+    assert len(graphs_of(replayed)._graphs) == len(names)
+    set_recomputation(replayed, names)
+    assert len(graphs_of(replayed)._graphs) == len(names)
+    set_recomputation(replayed, "full")
+    assert not graphs_of(replayed)._graphs
 
 
 @pytest.mark.parametrize("frozen", ["layers.1.", "layers.0.", "layers.1.self_attn", "lora_A"])

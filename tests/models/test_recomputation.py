@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fourfold.errors import ConfigError
-from fourfold.models.recomputation import POLICIES, HostOffload, SavedTensors, policies_of
+from fourfold.models.recomputation import POLICIES, HostOffload, SavedTensors, offloaded_bytes, policies_of
 
 
 def test_one_name_is_a_policy_for_all_layers_and_a_list_is_one_for_each() -> None:
@@ -62,6 +62,21 @@ def test_many_layers_tensors_come_back_bit_for_bit_while_the_gpu_is_busy() -> No
             back = one.take()
             busy = busy @ busy * 1e-3
             assert all(torch.equal(a.cpu(), b) for a, b in zip(back, copies, strict=True))
+
+
+@pytest.mark.gpu
+def test_rows_of_any_length_take_one_buffer_a_layer_as_large_as_the_longest() -> None:
+    offload, layers = HostOffload(), 3
+    for length in (1000, 3001, 17, 3001, 2048):
+        kept = [
+            [torch.randn(length, 7, device="cuda"), torch.randn(length, device="cuda").bfloat16()] for _ in range(3)
+        ]
+        copies = [[tensor.cpu() for tensor in tensors] for tensors in kept]
+        saved = [offload.save(kept.pop(0)) for _ in range(layers)]
+        for expected, one in zip(reversed(copies), reversed(saved), strict=True):
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(one.take(), expected, strict=True))
+        assert len(offload._free) == layers
+        assert max(buffer.data.nbytes for buffer in offload._free) <= offloaded_bytes([3001 * 28, 3001 * 2])
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,6 +63,61 @@ def test_the_disks_bandwidth_is_said_once(folder: Path, caplog: pytest.LogCaptur
     said = [record.message for record in caplog.records if "GB/s" in record.message]
     assert len(said) == 1
     assert said[0].startswith("The base streams from /")
+
+
+def reads_after(seconds: float) -> Any:
+    """`os.preadv` of a disk that takes so long for each read."""
+    read = os.preadv
+
+    def preadv(*args: Any) -> int:
+        time.sleep(seconds)
+        return read(*args)
+
+    return preadv
+
+
+def test_a_run_that_waits_for_the_disk_hears_of_it_once_with_the_bandwidth(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = streaming_from(folder)
+    monkeypatch.setattr(stream_files, "_BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(stream_files.os, "preadv", reads_after(0.01))
+    with caplog.at_level(logging.WARNING, "fourfold"):
+        for _ in range(4):
+            loss_and_grads(ours)
+    (said,) = [record.message for record in caplog.records if "waits for the disk" in record.message]
+    assert "MB/s" in said
+    assert str(folder) in said
+
+
+def test_a_disk_that_keeps_up_is_not_complained_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = streaming_from(folder)
+    with caplog.at_level(logging.WARNING, "fourfold"):
+        for _ in range(4):
+            loss_and_grads(ours)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_layer_that_is_long_in_coming_is_named_while_it_is_waited_for(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = streaming_from(folder)
+    monkeypatch.setattr(stream_files, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(stream_files.os, "preadv", reads_after(0.06))
+    with caplog.at_level(logging.WARNING, "fourfold"), torch.no_grad():
+        ours(ids())
+    said = [record.message for record in caplog.records if "Still waiting for layer" in record.message]
+    assert said[0].startswith(f"Still waiting for layer 0 from {folder}")
+
+
+def test_a_disk_that_fails_ends_the_run_by_an_error_that_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    ours = streaming_from(folder)
+    monkeypatch.setattr(stream_files.os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=r"could not be read(.|\n)*Input/output error(.|\n)*resume"):
+        loss_and_grads(ours)
 
 
 def test_a_base_quantized_as_it_was_loaded_is_in_no_file_and_the_error_says_how_to_make_one(

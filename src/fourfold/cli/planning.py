@@ -21,14 +21,17 @@ __all__ = ["print_comparison", "print_plan"]
 GIB = 2**30
 
 
-def print_plan(config: RunConfig, gpu: Gpu, host_bytes: int | None, as_json: bool) -> bool:
+def print_plan(config: RunConfig, gpu: Gpu, num_gpus: int, host_bytes: int | None, as_json: bool) -> bool:
     """The plan, or what would fit; returns whether something does."""
     from fourfold.planning import plan, remedies
 
-    made = plan(config, gpu, host_bytes)
-    helps = [] if made.chosen else list(remedies(config, gpu, host_bytes))
+    made = plan(config, gpu, host_bytes, num_gpus)
+    helps = [] if made.chosen else list(remedies(config, gpu, host_bytes, num_gpus))
     if as_json:
-        entries = [{"what": one.what, "change": one.change, "plan": one.plan.to_dict()} for one in helps]
+        entries = [
+            {"what": one.what, "change": one.change, "num_gpus": one.num_gpus, "plan": one.plan.to_dict()}
+            for one in helps
+        ]
         print_json({**made.to_dict(), "remedies": entries})
         return made.chosen is not None
     for line in made.lines():
@@ -56,8 +59,15 @@ def print_comparison(strategies: list[Strategy], picture: Path | None, as_json: 
         rows: list[dict[str, Any]] = [{"strategy": one.name, **one.plan.to_dict()} for one in strategies]
         print_json({"strategies": rows, "picture": picture})
         return
-    table = Table(box=None, pad_edge=False, title=f"for {shown[0][1].gpu.name}", title_justify="left")
-    for name in ("strategy", "rows", "tokens/s", "peak GiB", "host GiB", ""):
+    from fourfold.memory.plan import FORECAST
+
+    first = shown[0][2]
+    assert first is not None
+    num_gpus = first.parallelism.num_gpus
+    title = f"for {num_gpus} x {shown[0][1].gpu.name}, {FORECAST}" if num_gpus > 1 else f"for {shown[0][1].gpu.name}"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    traffic = ["GiB between"] if num_gpus > 1 else []
+    for name in ("strategy", "rows", "tokens/s", "peak GiB", "host GiB", *traffic, ""):
         table.add_column(name, justify="left" if name in ("strategy", "") else "right", no_wrap=True)
     for name, made, candidate in shown:
         assert candidate is not None
@@ -67,7 +77,8 @@ def print_comparison(strategies: list[Strategy], picture: Path | None, as_json: 
             f"{candidate.batch} x {candidate.accumulation}",
             f"{candidate.tokens_per_second:,.0f}" if fits else "",
             f"{candidate.footprint.peak_bytes / GIB:.2f}",
-            f"{candidate.footprint.host_bytes / GIB:.1f}" if candidate.footprint.host_bytes else "",
+            f"{candidate.host_bytes / GIB:.1f}" if candidate.host_bytes else "",
+            *([f"{candidate.traffic_bytes / GIB:.2f}"] if num_gpus > 1 else []),
             "" if fits else made.why_not(candidate),
             style=None if fits else "dim",
         )

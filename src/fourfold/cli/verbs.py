@@ -257,8 +257,10 @@ def plan(
     context: typer.Context,
     config: ConfigFile,
     gpu: Annotated[
-        str | None, typer.Option(help="A GPU's name or memory (H200, 24GB); without it, the one here.")
+        str | None,
+        typer.Option(help="A GPU's name or memory (H200, 24GB, 2xH200); without it, the one here, up to the limit."),
     ] = None,
+    gpus: Annotated[int | None, typer.Option(help="How many of them.")] = None,
     host: Annotated[
         str | None, typer.Option(help="Host memory that may be used (64GB); without it, what is free here.")
     ] = None,
@@ -273,12 +275,13 @@ def plan(
         quiet_libraries(verbose)
         from fourfold import planning
         from fourfold.cli.planning import print_comparison, print_plan
+        from fourfold.config.options import memory_limit
 
-        card = planning.find_gpu(gpu)
+        card, num_gpus = planning.find_gpus(gpu, gpus, memory_limit(run_config))
         host_bytes = planning.find_host(host, is_here=gpu is None)
         if compare:
-            print_comparison(planning.compare(run_config, card, host_bytes), picture, json)
-        elif not print_plan(run_config, card, host_bytes, json):
+            print_comparison(planning.compare(run_config, card, host_bytes, num_gpus), picture, json)
+        elif not print_plan(run_config, card, num_gpus, host_bytes, json):
             raise typer.Exit(1)
 
 

@@ -10,6 +10,7 @@ Sources: axolotl `src/axolotl/utils/schemas/`, LLaMA-Factory `src/llamafactory/h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,12 @@ def _optim(value: Any) -> dict[str, Any]:
     """Our own key too; the Trainer has several names for some."""
     names = {"paged_adamw": "paged_adamw_32bit", "paged_lion": "paged_lion_32bit", "lion_32bit": "lion"}
     return {"optim": names.get(value, value) if isinstance(value, str) else value}
+
+
+def _memory_limit(value: Any) -> dict[str, Any]:
+    """Our own key too; in Axolotl a number without a unit is gigabytes."""
+    is_number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", str(value)) is not None
+    return {"gpu_memory_limit": f"{value}GB" if is_number else value}
 
 
 def _one_dataset(key: str) -> Conversion:
@@ -167,6 +174,7 @@ ALIASES: dict[str, Conversion] = {
     "lr_scheduler": _same_value("lr_scheduler_type"),
     "optimizer": _optim,
     "optim": _optim,
+    "gpu_memory_limit": _memory_limit,
     "auto_resume_from_checkpoints": _on({"resume_from_checkpoint": "auto"}),
     "evals_per_epoch": _per_epoch("eval_steps"),
     "saves_per_epoch": _per_epoch("save_steps"),

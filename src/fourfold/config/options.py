@@ -13,6 +13,7 @@ from fourfold.config.run import RunConfig
 from fourfold.data import DataOptions
 from fourfold.errors import ConfigError
 from fourfold.inference import GenerationOptions
+from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.training.options import TrainingOptions
@@ -24,6 +25,7 @@ __all__ = [
     "generation_options",
     "load_options",
     "lora_config",
+    "memory_limit",
     "quantization",
     "stream_options",
     "training_options",
@@ -44,6 +46,11 @@ def device(config: RunConfig) -> torch.device:
             hint="`fourfold env` shows what this machine has",
         )
     return chosen
+
+
+def memory_limit(config: RunConfig) -> int | None:
+    """Bytes of the GPU that the run may take; None: all. Raises ConfigError for no amount."""
+    return None if config.gpu_memory_limit is None else parse_bytes(config.gpu_memory_limit)
 
 
 def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dtype:
@@ -157,7 +164,7 @@ def training_options(config: RunConfig) -> TrainingOptions:
         warmup_steps=config.warmup_steps or 0,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=config.optim,
+        optim=config.optim or TrainingOptions.optim,
         logging_steps=config.logging_steps,
         eval_strategy=eval_strategy,
         eval_steps=eval_steps,

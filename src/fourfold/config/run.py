@@ -8,19 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fourfold.config.types import Amount, ChatTemplate, Count, CountOrZero, CudaDevice, PiSSAIterations
+
 __all__ = ["EXCLUSIVE_KEYS", "GROUPS", "Contradiction", "RunConfig", "contradictions"]
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-PiSSAIterations = Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$", description="pissa_niter_N (N a number)")]
-CudaDevice = Annotated[str, Field(pattern=r"^cuda(:[0-9]+)?$", description="cuda or cuda:N (N a number)")]
-ChatTemplate = Annotated[
-    str,
-    Field(
-        pattern=r"\{[{%]|\.(jinja|jinja2|j2)$",
-        description="Jinja text, or the path of a .jinja file",
-    ),
-]
 RecomputePolicy = Literal["none", "mlp", "selective", "full", "mlp_offload", "selective_offload", "full_offload"]
 Optimizer = Literal[
     "adamw",
@@ -99,6 +90,10 @@ class RunConfig(BaseModel):
     )
     device: Literal["auto", "cpu"] | CudaDevice = Field(
         "auto", description="Where the model lives; auto: the GPU if there is one."
+    )
+    gpu_memory_limit: Amount | None = Field(
+        None,
+        description="What the process may take of the GPU, as if the card were that large; null: all.",
     )
     stream_base: Literal["host", "disk"] | None = Field(
         None,
@@ -195,8 +190,10 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
-    optim: Optimizer = Field(
-        "adamw", description="Optimizer; 8bit: state in 8 bits; paged: state in the host's memory, brought in pieces."
+    optim: Optimizer | None = Field(
+        None,
+        description="Optimizer; 8bit: state in 8 bits; paged: state in the host's memory, brought in pieces; null: as "
+        "planned, of AdamW's the fastest that fits, the more exact of equally fast ones; without a plan, adamw.",
     )
     logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
     eval_steps: Count | None = Field(None, description="Optimizer steps between two evaluations; null: once an epoch.")

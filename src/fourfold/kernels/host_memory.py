@@ -57,9 +57,12 @@ class HostBuffer:
         if not pinned:
             self.data = torch.empty(num_bytes, dtype=torch.uint8)
             return
-        # Anonymous pages of its own: what is locked shares no page with anything else.
-        pages = mmap.mmap(-1, max(1, rounded_to_pages(num_bytes)))
-        whole = torch.frombuffer(pages, dtype=torch.uint8)
+        # Anonymous pages of its own: what is locked shares no page with anything else. A process that is forked, such
+        # as a loader of data, does not get them: a write here would otherwise part them from those that CUDA knows.
+        pages = mmap.mmap(-1, max(1, rounded_to_pages(num_bytes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_DONTFORK)
+        # Touched by all cores at once: pages that are not there yet are locked by one.
+        whole = torch.frombuffer(pages, dtype=torch.uint8).zero_()
         runtime: Any = torch.cuda.cudart()
         status = runtime.cudaHostRegister(whole.data_ptr(), len(pages), 0)
         if status != runtime.cudaError.success:

@@ -12,16 +12,21 @@ moment is the peak:
 - update: gradients of all that is trained, what the optimizer works in, and what CUDA graphs hold;
 - capture: with CUDA graphs, the last layer's backward pass while it is recorded;
 - evaluation: a layer at work, and a chunk of logits; what graphs keep is there, too.
+
+Of several GPUs (`memory.parallel`), it is what one of them takes.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from fourfold.memory.head import evaluation_chunk, loss_moments
+from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.models.block_memory import Tensors
 from fourfold.models.following import GRADIENTS, INPUT
 from fourfold.models.graphs import AUTO_TOKENS
@@ -35,8 +40,11 @@ __all__ = ["Footprint", "Step", "footprint"]
 # more on the stream on which graphs are captured.
 LIBRARY_BYTES = 2 * 2**25
 GRAPH_LIBRARY_BYTES = 2**25
-# Where layers' tensors wait in host memory, those of so many layers are still, or again, on the GPU.
+# Of the layers whose tensors wait in host memory, those of so many are still, or again, on the GPU: the last ones of
+# the forward pass, which none after them pushed out, and the one before a layer that had its own brought back.
 IN_FLIGHT_FORWARD, IN_FLIGHT_BACKWARD = 2, 1
+# Layers whose weights are gathered from other GPUs at a time: one at work, one on its way.
+NUM_GATHERED = 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Step:
         eval_batch: Rows of a batch of evaluation, as long as those of training; 0: there is none.
         accumulation: Microbatches of an optimizer step: from the second on, gradients of all that is trained are there.
         update_bytes: What the optimizer works in, once it has all gradients.
+        parallelism: How GPUs share the run; batch and bytes are those of one.
     """
 
     batch: int
@@ -68,6 +77,7 @@ class Step:
     eval_batch: int = 0
     accumulation: int = 1
     update_bytes: int = 0
+    parallelism: Parallelism = ONE_GPU
 
     @property
     def tokens(self) -> int:
@@ -75,7 +85,9 @@ class Step:
 
     @property
     def runs_by_graphs(self) -> bool:
-        if self.streams or any(POLICIES[policy].offload for policy in self.policies):
+        """Where layers are fused blocks; others never do."""
+        # A graph reads weights where they were captured.
+        if self.streams or self.parallelism.shards.weights or any(POLICIES[policy].offload for policy in self.policies):
             return False
         return self.tokens <= AUTO_TOKENS if self.cuda_graphs is None else self.cuda_graphs
 
@@ -114,51 +126,39 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         shape: The model, its quantization, and what of it is trained.
         step: Batch, policies, optimizer.
     """
-    streamed = sum(shape.layer_bytes) if step.streams else 0
     by_graphs = shape.is_fused and step.runs_by_graphs
-    weights = {
-        "weights, 16 bits" if shape.element_size == 2 else "weights, 32 bits": shape.dense_bytes,
-        # What streams is aligned; what else is quantized, such as the head, stays.
-        "weights, quantized": max(0, shape.code_bytes + shape.scale_bytes - streamed) if streamed else shape.code_bytes,
-        "layers on their way": device_bytes(shape.layer_bytes) if streamed else 0,
-        "quantization state": 0 if streamed else shape.scale_bytes,
-        "adapters": shape.adapter_bytes,
-        "optimizer state": step.optimizer_bytes,
-        "pages of optimizer state": step.staging_bytes,
-        "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if by_graphs else 0),
-    }
     pairs = zip(shape.blocks, step.policies, strict=True)
     blocks = [block.memory(step.batch, step.seq, policy) for block, policy in pairs]
+    layers = [_layer(block) for block in blocks]
+    gradients = _gradients(shape, step)
+    standing = _standing(shape, step)
     moments = {
-        "forward": _forward(shape, step, blocks),
-        "loss": _loss(shape, step, blocks),
-        "backward": _backward(shape, step, blocks),
-        "update": _Moment({GRADIENTS: shape.gradient_bytes}, {"workspace of the optimizer": step.update_bytes}),
+        "forward": _forward(shape, step, layers),
+        "loss": _loss(shape, step, layers),
+        "backward": _backward(shape, step, layers),
+        "update": _Moment({GRADIENTS: gradients}, {"workspace of the optimizer": step.update_bytes}),
     }
     if shape.embedding_gradient_bytes:
         moments["embedding"] = _embedding(shape, step)
     if by_graphs:
         graphs = {
             # Graphs write gradients where they always write them; the optimizer gets copies.
-            "gradients in graphs": shape.gradient_bytes,
+            "gradients in graphs": gradients,
             "shared by graphs": blocks[0].backward_moments()[0]["gradient of the output"] + blocks[0].kept()[INPUT],
         }
         # The last layer's backward pass is captured before there is a loss.
-        kept, working = _on_gpu(blocks[:-1]), _heaviest(blocks[-1])
-        working.pop(GRADIENTS)
+        before = {"activations kept": _on_gpu(layers[:-1]), GRADIENTS: _gradients_before(shape, step)}
         loss, update = moments["loss"], moments["update"]
-        moments["capture"] = _Moment(
-            {"activations kept": kept, GRADIENTS: _gradients_before(shape, step), **graphs}, working
-        )
+        moments["capture"] = _Moment({**before, **graphs}, layers[-1].backward)
         moments["loss"] = _Moment({**loss.parts, **graphs}, loss.working)
-        moments["update"] = _Moment({"activations kept": _on_gpu(blocks), **update.parts, **graphs}, update.working)
+        moments["update"] = _Moment({"activations kept": _on_gpu(layers), **update.parts, **graphs}, update.working)
     if step.eval_batch:
-        moments["evaluation"] = _evaluation(shape, step, _on_gpu(blocks) if by_graphs else 0)
+        moments["evaluation"] = _evaluation(shape, step, _on_gpu(layers) if by_graphs else 0)
     name = max(moments, key=lambda name: moments[name].num_bytes)
-    highest, base = moments[name], sum(weights.values())
-    parts = {**weights, **highest.parts, "working memory": sum(highest.working.values())}
+    highest, base = moments[name], sum(standing.values())
+    parts = {**standing, **highest.parts, "working memory": sum(highest.working.values())}
     host = {
-        "activations": sum(block.host_bytes() for block in blocks),
+        "activations": sum(layer.host for layer in layers),
         "optimizer state": step.host_optimizer_bytes,
         "weights": host_bytes(shape.layer_bytes, step.streams) if step.streams else 0,
     }
@@ -186,14 +186,95 @@ def _highest(moments: Sequence[_Moment]) -> _Moment:
     return max(moments, key=lambda moment: moment.num_bytes)
 
 
-def _on_gpu(blocks: Sequence[LayerMemory]) -> int:
+def _standing(shape: ModelShape, step: Step) -> Tensors:
+    """What is there from the first step to the last."""
+    parallelism, layers = step.parallelism, shape.weights_of_layers
+    quantized = shape.code_bytes + shape.scale_bytes
+    adapters = shape.adapter_bytes
+    elsewhere = on_their_way = 0
+    if step.streams:
+        elsewhere, on_their_way = sum(layers), device_bytes(layers)
+    elif parallelism.shards.weights:
+        elsewhere = sum(layers) - parallelism.share(sum(layers), True)
+        # Where there are no adapters, what is trained is the layers themselves.
+        trained = [block.gradient_bytes if adapters else 0 for block in shape.blocks]
+        on_their_way = NUM_GATHERED * max(map(sum, zip(layers, trained, strict=True)))
+        adapters += parallelism.share(sum(trained), True) - sum(trained)
+    is_apart = elsewhere and quantized
+    return {
+        "weights, 16 bits" if shape.element_size == 2 else "weights, 32 bits": shape.dense_bytes
+        - (0 if quantized else elsewhere),
+        # What streams is aligned; what else is quantized, such as the head, stays.
+        "weights, quantized": max(0, quantized - elsewhere) if is_apart else shape.code_bytes,
+        "layers on their way": on_their_way,
+        "quantization state": 0 if is_apart else shape.scale_bytes,
+        "adapters": adapters,
+        "buckets of gradients": parallelism.bucket_bytes(shape.gradient_bytes),
+        "optimizer state": step.optimizer_bytes,
+        "pages of optimizer state": step.staging_bytes,
+        "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if shape.is_fused and step.runs_by_graphs else 0),
+    }
+
+
+def _gradients(shape: ModelShape, step: Step) -> int:
+    """Of all that is trained: those of layers, or one GPU's share of them, and the rest."""
+    layers = sum(block.gradient_bytes for block in shape.blocks)
+    return shape.gradient_bytes - layers + step.parallelism.share(layers, step.parallelism.shards.gradients)
+
+
+def _gradients_before(shape: ModelShape, step: Step) -> int:
+    """Gradients that are there when a backward pass begins: of the microbatches before."""
+    return _gradients(shape, step) if step.accumulation > 1 else 0
+
+
+class _Layer(NamedTuple):
+    """Of one layer: what it keeps on the GPU and in host memory, and its heaviest moments.
+
+    Args:
+        kept: Bytes that stay on the GPU while it is not at work.
+        offloaded: Bytes that wait in host memory, and are on the GPU before and after that.
+        embeddings: Of these, the layer's input; None where that is not kept at all.
+        host: Bytes there.
+        forward, backward: Tensors; the backward pass without the gradients that it makes.
+        gradients: Bytes of these that are there by then.
+    """
+
+    kept: int
+    offloaded: int
+    embeddings: int | None
+    host: int
+    forward: Tensors
+    backward: Tensors
+    gradients: int
+
+
+@lru_cache(maxsize=4096)
+def _layer(block: LayerMemory) -> _Layer:
+    kept, offloaded = block.kept(), block.offloaded()
+    backward = _heaviest(block.backward_moments())
+    return _Layer(
+        kept=sum(kept.values()) - sum(offloaded.values()),
+        offloaded=sum(offloaded.values()),
+        embeddings=offloaded.get(INPUT, 0) if INPUT in kept else None,
+        host=block.host_bytes(),
+        forward=_heaviest(block.forward_moments()),
+        backward={name: size for name, size in backward.items() if name != GRADIENTS},
+        gradients=backward.get(GRADIENTS, 0),
+    )
+
+
+def _heaviest(moments: Sequence[Tensors]) -> Tensors:
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _on_gpu(layers: Sequence[_Layer]) -> int:
     """What layers that are not at work keep there."""
-    return sum(sum(block.kept().values()) - sum(block.offloaded().values()) for block in blocks)
+    return sum(layer.kept for layer in layers)
 
 
-def _in_flight(blocks: Sequence[LayerMemory]) -> int:
-    """What layers have there that waits, or will wait, in host memory."""
-    return sum(sum(block.offloaded().values()) for block in blocks)
+def _in_flight(layers: Sequence[_Layer]) -> int:
+    """What the last layers that offload have there after the last layer's forward pass."""
+    return sum([layer.offloaded for layer in layers if layer.offloaded][-IN_FLIGHT_FORWARD:])
 
 
 def _hidden(shape: ModelShape, tokens: int) -> int:
@@ -205,30 +286,27 @@ def _around(shape: ModelShape, step: Step) -> int:
     return 0 if shape.ends is None else shape.ends.around(step.batch, step.seq)
 
 
-def _gradients_before(shape: ModelShape, step: Step) -> int:
-    """Gradients that are there when a backward pass begins: of the microbatches before."""
-    return shape.gradient_bytes if step.accumulation > 1 else 0
-
-
-def _forward(shape: ModelShape, step: Step, blocks: Sequence[LayerMemory]) -> _Moment:
+def _forward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     # Transformers holds the embeddings till the last layer is done.
-    kept_input = blocks[0].kept().get(INPUT, 0)
-    behind = blocks[0].offloaded().get(INPUT, 0) if kept_input else _hidden(shape, step.tokens)
-    behind += _around(shape, step)
-    gradients = _gradients_before(shape, step)
+    first = layers[0].embeddings
+    gradients, behind = _gradients_before(shape, step), _around(shape, step)
+    leaving: deque[int] = deque(maxlen=IN_FLIGHT_FORWARD)
     moments = []
-    for index, block in enumerate(blocks):
-        kept = behind + _in_flight(blocks[max(0, index - IN_FLIGHT_FORWARD) : index])
-        parts = {"activations kept": kept, GRADIENTS: gradients}
-        moments += [_Moment(parts, moment) for moment in block.forward_moments()]
-        behind += _on_gpu([block])
+    for index, layer in enumerate(layers):
+        embeddings = _hidden(shape, step.tokens) if first is None else first
+        if first is not None and (index == 0 or 0 in leaving):
+            embeddings = 0
+        kept = behind + embeddings + sum(layers[number].offloaded for number in leaving)
+        moments.append(_Moment({"activations kept": kept, GRADIENTS: gradients}, layer.forward))
+        behind += layer.kept
+        if layer.offloaded:
+            leaving.append(index)
     return _highest(moments)
 
 
-def _loss(shape: ModelShape, step: Step, blocks: Sequence[LayerMemory]) -> _Moment:
-    hidden = _hidden(shape, step.tokens)
-    kept = _on_gpu(blocks) + _in_flight(blocks[-IN_FLIGHT_FORWARD:]) + _around(shape, step)
-    tail: Tensors = {"last layer's output": hidden}
+def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
+    kept = _on_gpu(layers) + _in_flight(layers) + _around(shape, step)
+    tail: Tensors = {"last layer's output": _hidden(shape, step.tokens)}
     gradients = _gradients_before(shape, step)
     moments = []
     if shape.ends is not None:
@@ -245,27 +323,28 @@ def _loss(shape: ModelShape, step: Step, blocks: Sequence[LayerMemory]) -> _Mome
     return _highest(moments)
 
 
-def _heaviest(block: LayerMemory) -> Tensors:
-    """Of a layer's backward pass."""
-    heaviest: Tensors = max(block.backward_moments(), key=lambda moment: sum(moment.values()))
-    return dict(heaviest)
-
-
-def _backward(shape: ModelShape, step: Step, blocks: Sequence[LayerMemory]) -> _Moment:
+def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     """From the last layer to the first, what is kept grows less and the gradients more."""
-    heaviest = {block: _heaviest(block) for block in set(blocks)}
-    kept = list(itertools.accumulate((_on_gpu([block]) for block in blocks), initial=_around(shape, step)))
-    behind = _gradients_before(shape, step) or shape.head_gradient_bytes
+    kept = list(itertools.accumulate((layer.kept for layer in layers), initial=_around(shape, step)))
+    # Tensors that wait in host memory, of each layer before this one that has such.
+    waiting = [layer.offloaded for layer in layers if layer.offloaded]
+    last = max((index for index, layer in enumerate(layers) if layer.offloaded), default=-1)
+    shards = step.parallelism.shards
+    gradients = _gradients_before(shape, step) or shape.head_gradient_bytes
     moments = []
-    for index in reversed(range(len(blocks))):
-        before, working = blocks[max(0, index - IN_FLIGHT_BACKWARD) : index], dict(heaviest[blocks[index]])
-        if index == len(blocks) - 1 and shape.is_fused:
-            # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
-            working["gradient of the last norm's input"] = _hidden(shape, step.tokens)
-        gradients = behind + working.pop(GRADIENTS, 0)
-        moments.append(_Moment({"activations kept": kept[index] + _in_flight(before), GRADIENTS: gradients}, working))
+    for index in reversed(range(len(layers))):
+        layer = layers[index]
+        if layer.offloaded:
+            waiting.pop()
+        count = IN_FLIGHT_FORWARD if index > last else IN_FLIGHT_BACKWARD
+        parts = {"activations kept": kept[index] + sum(waiting[-count:]), GRADIENTS: gradients + layer.gradients}
         if step.accumulation == 1:
-            behind += shape.blocks[index].gradient_bytes
+            gradients += step.parallelism.share(shape.blocks[index].gradient_bytes, shards.gradients)
+        working = layer.backward
+        if index == len(layers) - 1 and shape.is_fused:
+            # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
+            working = {**working, "gradient of the last norm's input": _hidden(shape, step.tokens)}
+        moments.append(_Moment(parts, working))
     return _highest(moments)
 
 
@@ -274,13 +353,12 @@ def _embedding(shape: ModelShape, step: Step) -> _Moment:
     is_there = shape.is_tied or step.accumulation > 1
     again = shape.embedding_gradient_bytes if is_there else 0
     working = {"gradient of the embedding": again, "gradient of its output": _hidden(shape, step.tokens)}
-    return _Moment({"activations kept": _around(shape, step), GRADIENTS: shape.gradient_bytes}, working)
+    return _Moment({"activations kept": _around(shape, step), GRADIENTS: _gradients(shape, step)}, working)
 
 
 def _evaluation(shape: ModelShape, step: Step, kept: int) -> _Moment:
     batch, seq = step.eval_batch, step.seq
     hidden = _hidden(shape, batch * seq)
-    memories = [block.memory(batch, seq, "full") for block in dict.fromkeys(shape.blocks)]
-    moments = [moment for memory in memories for moment in memory.forward_moments()]
+    moments = [_layer(block.memory(batch, seq, "full")).forward for block in dict.fromkeys(shape.blocks)]
     moments.append({"last layer's output, and normed": 2 * hidden, "logits": evaluation_chunk(shape, batch * seq)})
-    return _Moment({"activations kept": kept}, max(moments, key=lambda moment: sum(moment.values())))
+    return _Moment({"activations kept": kept}, _heaviest(moments))

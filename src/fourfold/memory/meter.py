@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["MemoryReading", "free_host_bytes", "memory_used", "reset_peak"]
+__all__ = ["MemoryReading", "memory_used", "reset_peak"]
 
 # Linux alone reports the present resident set and lets a process lower its own high-water mark.
 _STATUS = Path("/proc/self/status")
-_MEMINFO = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK_RSS = "5"  # see proc(5), /proc/pid/clear_refs
 
@@ -32,14 +31,6 @@ class MemoryReading:
     current_bytes: int
     peak_bytes: int
     reserved_bytes: int
-
-
-def free_host_bytes() -> int | None:
-    """Host memory that a process could still get; None where the system does not say."""
-    if not _MEMINFO.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def memory_used(device: torch.device | str) -> MemoryReading:

@@ -1,173 +1,23 @@
-"""The fastest way to train that fits a GPU, and why the next faster one does not."""
+"""The search for the fastest way to train that fits."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from fourfold.memory.footprint import Footprint, Step, footprint
+from fourfold.errors import ConfigError
+from fourfold.memory.footprint import Step, footprint
 from fourfold.memory.gpus import Gpu
-from fourfold.memory.speed import step_seconds
+from fourfold.memory.parallel import ONE_GPU, Parallelism
+from fourfold.memory.plan import Candidate, OptimizerBytes, Plan
+from fourfold.memory.speed import reduction_seconds, step_seconds, update_seconds
 from fourfold.models.model_shape import ModelShape
-from fourfold.models.recomputation import POLICIES
 
-__all__ = ["Candidate", "OptimizerBytes", "Plan", "make_plan"]
+__all__ = ["TIE", "Candidate", "OptimizerBytes", "Plan", "make_plan"]
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class OptimizerBytes:
-    """What an optimizer takes.
-
-    Args:
-        name: As `optim` names it.
-        gpu, staging, host: State on the GPU, what paging works in there, state in host memory.
-        working: What an update works in on the GPU.
-    """
-
-    name: str
-    gpu: int
-    staging: int = 0
-    host: int = 0
-    working: int = 0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run a step.
-
-    Args:
-        batch: Rows of a microbatch.
-        accumulation: Microbatches of a step.
-        policies: Recomputation policy of each layer.
-        optimizer: Name of the optimizer.
-        seconds: Of a step, predicted.
-        tokens_per_second: Predicted.
-        footprint: Bytes, by part.
-    """
-
-    batch: int
-    accumulation: int
-    policies: tuple[str, ...]
-    optimizer: str
-    seconds: float
-    tokens_per_second: float
-    footprint: Footprint
-
-    @property
-    def recompute(self) -> str | list[str]:
-        """As the configuration takes it."""
-        return self.policies[0] if len(set(self.policies)) == 1 else list(self.policies)
-
-    @property
-    def recompute_text(self) -> str:
-        """For people: runs of equal policies, as "full x 20, selective x 12"."""
-        runs = [(name, len(list(group))) for name, group in itertools.groupby(self.policies)]
-        return runs[0][0] if len(runs) == 1 else ", ".join(f"{name} x {count}" for name, count in runs)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was decided.
-
-    Args:
-        gpu: The GPU it is for.
-        seq: Tokens of a row.
-        chosen: The fastest that fits; None where nothing does.
-        faster: The next faster one, which does not fit; None where the fastest does.
-        smallest: The one that takes the least, where nothing fits.
-        num_tried: How many were looked at.
-        host_bytes: Host memory that may be used; None: any.
-    """
-
-    gpu: Gpu
-    seq: int
-    chosen: Candidate | None
-    faster: Candidate | None
-    smallest: Candidate | None
-    num_tried: int
-    host_bytes: int | None = None
-
-    def shortage(self, candidate: Candidate) -> int:
-        """Bytes by which it does not fit the GPU."""
-        return max(0, candidate.footprint.peak_bytes - self.gpu.usable_bytes)
-
-    def why_not(self, candidate: Candidate) -> str:
-        """Where it does not fit."""
-        if self.shortage(candidate):
-            moment = candidate.footprint.moment
-            return f"{self.shortage(candidate) / GIB:.2f} GiB too much for the GPU, in the {moment}"
-        assert self.host_bytes is not None
-        short = candidate.footprint.host_bytes - self.host_bytes
-        return f"{short / GIB:.1f} GiB more of host memory than there is"
-
-    def lines(self) -> list[str]:
-        """For people."""
-        usable = f"{self.gpu.usable_bytes / GIB:.1f} GiB usable of {self.gpu.memory_bytes / GIB:.1f}"
-        lines = [f"plan for {self.gpu.name}: {usable}"]
-        if self.chosen is None:
-            assert self.smallest is not None
-            needed = self.smallest.footprint.peak_bytes / GIB
-            lines.append(
-                f"nothing fits: the smallest, {_told(self.smallest)}, takes {needed:.2f} GiB, "
-                f"{self.why_not(self.smallest)}"
-            )
-            return lines
-        peak = self.chosen.footprint
-        host = f", {peak.host_bytes / GIB:.1f} GiB of host memory" if peak.host_bytes else ""
-        speed = f"{self.chosen.tokens_per_second:,.0f} tokens/s"
-        lines.append(f"  {_told(self.chosen)}")
-        lines.append(f"  {speed}, peak {peak.peak_bytes / GIB:.2f} GiB in the {peak.moment}{host}")
-        lines += [f"    {size / GIB:7.2f} GiB  {name}" for name, size in _sorted(peak.parts)]
-        if self.faster is not None:
-            gain = self.faster.tokens_per_second / self.chosen.tokens_per_second - 1
-            lines.append(f"  {_told(self.faster)} would be {gain:.0%} faster, and takes {self.why_not(self.faster)}")
-        return lines
-
-    def to_dict(self) -> dict[str, Any]:
-        """For machines: numbers in bytes and seconds."""
-        return {
-            "gpu": asdict(self.gpu) | {"usable_bytes": self.gpu.usable_bytes},
-            "seq": self.seq,
-            "chosen": self._entry(self.chosen),
-            "faster": self._entry(self.faster),
-            "smallest": self._entry(self.smallest),
-            "num_tried": self.num_tried,
-        }
-
-    def _entry(self, candidate: Candidate | None) -> dict[str, Any] | None:
-        if candidate is None:
-            return None
-        entry = {
-            "per_device_train_batch_size": candidate.batch,
-            "gradient_accumulation_steps": candidate.accumulation,
-            "recompute": candidate.recompute,
-            "optim": candidate.optimizer,
-            "step_seconds": candidate.seconds,
-            "tokens_per_second": candidate.tokens_per_second,
-        }
-        held = candidate.footprint
-        return entry | {
-            "peak_bytes": held.peak_bytes,
-            "peak_in": held.moment,
-            "parts": held.parts,
-            "working_memory": held.detail,
-            "host": held.host,
-            "shortage_bytes": self.shortage(candidate),
-        }
-
-
-def _sorted(parts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(parts.items(), key=lambda part: -part[1])
-
-
-def _told(candidate: Candidate) -> str:
-    steps = f" x {candidate.accumulation}" if candidate.accumulation > 1 else ""
-    rows = f"{candidate.batch} row{'s' if candidate.batch > 1 else ''}{steps}"
-    return f"{rows}, recompute {candidate.recompute_text}, {candidate.optimizer}"
+# Speeds that differ by less are alike: predictions are no better, and what is simpler or more exact is worth it.
+TIE = 0.005
 
 
 def make_plan(
@@ -183,109 +33,179 @@ def make_plan(
     eval_batch: int = 0,
     cuda_graphs: bool | None = None,
     streams: str | None = None,
+    parallelisms: Sequence[Parallelism] = (ONE_GPU,),
 ) -> Plan:
     """The fastest step over `rows` rows of `seq` tokens that fits.
 
     Args:
-        shape: The model, its quantization and its adapter.
-        gpu: Where to.
-        rows: Of a whole optimizer step; a microbatch takes a divisor of them.
+        shape: The model, its quantization, and what of it is trained.
+        gpu: Where to; of several, each.
+        rows: Of a whole optimizer step; GPUs take equal parts of them, and a microbatch takes a divisor of a part.
         seq: Tokens of a row.
-        optimizers: In the order in which they are wanted: a later one is for where nothing fits with those before.
+        optimizers: To choose from; of those that are as fast as another but for `TIE`, the first.
         batches: Rows of a microbatch to choose from; None: every divisor.
-        policies: Recomputation policies to choose from; None: all that layers can have, and of fused blocks mixtures of
-            two over the layers.
-        host_bytes: Host memory that may be used; None: any.
+        policies: Recomputation policies to choose from; None: all that layers can have. Of fused blocks also mixtures
+            of two over the layers.
+        host_bytes: Host memory that may be used by all GPUs' processes; None: any.
         eval_batch: Rows of a batch of evaluation; 0: there is none.
         cuda_graphs: As the configuration has it.
         streams: Where the base streams from; None: it does not.
+        parallelisms: How GPUs may share the run; of equally fast ones the first.
+
+    Raises:
+        ConfigError: The rows cannot be parted among the GPUs.
     """
-    names = list(policies or shape.policies)
-    sizes = [batch for batch in (batches or range(1, rows + 1)) if rows % batch == 0]
-    tried: list[Candidate] = []
-    chosen: Candidate | None = None
-    for optimizer in optimizers:
-        search = _Search(shape, gpu, rows, seq, optimizer, host_bytes, eval_batch, cuda_graphs, streams)
-        found: list[Candidate] = []
-        for batch in sizes:
-            uniform = [search.candidate(batch, [name] * len(shape.blocks)) for name in names]
-            found += [*uniform, *(search.mixtures(uniform) if shape.is_fused else ())]
-        tried += found
-        fitting = [one for one in found if search.fits(one)]
-        # Of equally fast ones, the smaller.
-        chosen = max(fitting, key=lambda one: (one.tokens_per_second, -one.footprint.peak_bytes), default=None)
-        if chosen is not None:
+    plan = Plan(gpu, seq, None, None, None, 0, host_bytes)
+    graphs = cuda_graphs if shape.is_fused else False
+    step = Step(0, seq, (), cuda_graphs=graphs, streams=streams, eval_batch=eval_batch)
+    ways = [
+        _Way(shape, gpu, rows, step, optimizer, parallelism)
+        for optimizer in optimizers
+        for parallelism in parallelisms
+        if streams is None or not parallelism.shards.weights
+    ]
+    uniform = {
+        (way, batch): [way.candidate(batch, [name] * len(shape.blocks)) for name in policies or shape.policies]
+        for way in ways
+        for batch in way.batches(batches)
+    }
+    tried = [candidate for candidates in uniform.values() for candidate in candidates]
+    num_tried = len(tried)
+    fitting = [candidate for candidate in tried if plan.fits(candidate)]
+    # From the fastest that a mixture could come near to: what cannot win is not looked into.
+    pairs = [
+        (way, *pair)
+        for (way, _), candidates in uniform.items()
+        for pair in itertools.permutations(candidates, 2)
+        if shape.is_fused and _mixes(*pair)
+    ]
+    top = max((candidate.tokens_per_second for candidate in fitting), default=0.0)
+    for way, slow, fast in sorted(pairs, key=lambda pair: -pair[2].tokens_per_second):
+        if fast.tokens_per_second < top * (1 - TIE):
             break
-    faster = None
-    if chosen is not None:
-        ahead = [one for one in tried if one.tokens_per_second > chosen.tokens_per_second]
-        unmixed = [one for one in ahead if len(set(one.policies)) == 1]
-        faster = min(unmixed or ahead, key=lambda one: one.footprint.peak_bytes, default=None)
-    smallest = min(tried, key=lambda one: one.footprint.peak_bytes)
-    return Plan(gpu, seq, chosen, faster, None if chosen else smallest, len(tried), host_bytes)
+        for mixed in way.mixture(slow, fast, [plan.shortage, plan.host_shortage]):
+            num_tried += 1
+            if plan.fits(mixed):
+                fitting.append(mixed)
+                top = max(top, mixed.tokens_per_second)
+    order = {(way.optimizer.name, way.parallelism): number for number, way in enumerate(ways)}
+    alike = [candidate for candidate in fitting if candidate.tokens_per_second >= top * (1 - TIE)]
+    # Of equally fast ones with the same optimizer, the smaller.
+    chosen = min(
+        alike,
+        key=lambda one: (
+            order[one.optimizer, one.parallelism],
+            -one.tokens_per_second,
+            one.footprint.peak_bytes,
+            one.host_bytes,
+        ),
+        default=None,
+    )
+    smallest = min(tried, key=lambda one: (plan.shortage(one), plan.host_shortage(one), one.footprint.peak_bytes))
+    return replace(
+        plan,
+        chosen=chosen,
+        faster=None if chosen is None else _next_faster(plan, chosen, tried),
+        smallest=None if chosen else smallest,
+        num_tried=num_tried,
+    )
+
+
+def _mixes(slow: Candidate, fast: Candidate) -> bool:
+    """Whether layers of both policies are worth a try: one that offloads takes CUDA graphs from all."""
+    return fast.tokens_per_second >= slow.tokens_per_second and slow.runs_by_graphs == fast.runs_by_graphs
+
+
+def _next_faster(plan: Plan, chosen: Candidate, tried: Sequence[Candidate]) -> Candidate | None:
+    least = chosen.tokens_per_second * (1 + TIE)
+    ahead = [one for one in tried if one.tokens_per_second > least and not plan.fits(one)]
+    return min(ahead, key=lambda one: (plan.shortage(one), plan.host_shortage(one)), default=None)
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Way:
+    """What is the same for all microbatches and policies.
+
+    Args:
+        step: What is asked of every step.
+    """
+
     shape: ModelShape
     gpu: Gpu
     rows: int
-    seq: int
+    step: Step
     optimizer: OptimizerBytes
-    host_bytes: int | None
-    eval_batch: int
-    cuda_graphs: bool | None
-    streams: str | None
+    parallelism: Parallelism
 
-    def fits(self, candidate: Candidate) -> bool:
-        held = candidate.footprint
-        has_host = self.host_bytes is None or held.host_bytes <= self.host_bytes
-        return held.peak_bytes <= self.gpu.usable_bytes and has_host
+    def batches(self, wanted: Sequence[int] | None) -> list[int]:
+        """Rows of a microbatch: divisors of what a GPU gets of a step."""
+        num_gpus = self.parallelism.num_gpus
+        if self.rows % num_gpus:
+            raise ConfigError(
+                "the rows of a step cannot be parted among the GPUs",
+                found=f"{self.rows} rows, {num_gpus} GPUs",
+                allowed=f"a multiple of {num_gpus} rows",
+                hint="set gradient_accumulation_steps or per_device_train_batch_size accordingly",
+            )
+        each = self.rows // num_gpus
+        return [batch for batch in (wanted or range(1, each + 1)) if each % batch == 0]
 
     def candidate(self, batch: int, policies: Sequence[str]) -> Candidate:
-        accumulation = self.rows // batch
-        step = Step(
-            batch,
-            self.seq,
-            policies,
-            optimizer_bytes=self.optimizer.gpu,
-            staging_bytes=self.optimizer.staging,
-            host_optimizer_bytes=self.optimizer.host,
-            cuda_graphs=self.cuda_graphs,
-            streams=self.streams,
-            eval_batch=self.eval_batch,
+        shape, gpu, parallelism, optimizer = self.shape, self.gpu, self.parallelism, self.optimizer
+        accumulation = self.rows // parallelism.num_gpus // batch
+        is_sharded = parallelism.shards.optimizer
+        resident, paged = (parallelism.share(size, is_sharded) for size in (optimizer.gpu, optimizer.host))
+        step = replace(
+            self.step,
+            batch=batch,
+            policies=policies,
+            optimizer_bytes=resident,
+            staging_bytes=optimizer.staging,
+            host_optimizer_bytes=paged,
             accumulation=accumulation,
-            update_bytes=self.optimizer.working,
+            update_bytes=optimizer.working,
+            parallelism=parallelism,
         )
-        seconds = accumulation * step_seconds(
-            self.shape, self.gpu, batch, self.seq, policies, streams=self.streams is not None
+        by_graphs = step.runs_by_graphs
+        options = {"streams": step.streams is not None, "by_graphs": by_graphs}
+        microbatch = step_seconds(shape, gpu, batch, step.seq, policies, **options, parallelism=parallelism)
+        trained = shape.gradient_bytes
+        seconds = accumulation * microbatch + reduction_seconds(gpu, trained, parallelism, microbatch)
+        seconds += update_seconds(gpu, parallelism.share(trained, is_sharded), resident + paged, paged)
+        return Candidate(
+            batch=batch,
+            accumulation=accumulation,
+            policies=tuple(policies),
+            optimizer=optimizer.name,
+            seconds=seconds,
+            tokens_per_second=self.rows * step.seq / seconds,
+            footprint=footprint(shape, step),
+            runs_by_graphs=by_graphs,
+            parallelism=parallelism,
+            traffic_bytes=parallelism.traffic_bytes(sum(shape.weights_of_layers), trained, accumulation),
         )
-        tokens = self.rows * self.seq
-        held = footprint(self.shape, step)
-        return Candidate(batch, accumulation, tuple(policies), self.optimizer.name, seconds, tokens / seconds, held)
 
-    def mixtures(self, uniform: Sequence[Candidate]) -> Iterator[Candidate]:
-        """For each policy that fits and each faster one that does not: as many layers of the faster as fit.
+    def mixture(
+        self, slow: Candidate, fast: Candidate, shortages: Sequence[Callable[[Candidate], int]]
+    ) -> Iterator[Candidate]:
+        """As many layers of the faster policy as there is memory for: none where all fit, or where one is too many.
 
         Args:
-            uniform: Candidates of one microbatch, each with one policy for all layers.
+            slow, fast: With one policy each for all layers of the same microbatch.
+            shortages: Bytes by which a candidate does not fit the GPU, and the host. Either grows or shrinks with the
+                number of layers of the faster policy; where it shrinks, most of them are best for it as well.
         """
-        layers = len(self.shape.blocks)
-        fits = [one for one in uniform if self.fits(one)]
-        for slow, fast in itertools.product(fits, uniform):
-            if fast in fits or fast.tokens_per_second <= slow.tokens_per_second:
-                continue
-            if POLICIES[slow.policies[0]].offload != POLICIES[fast.policies[0]].offload:
-                # One layer that offloads takes CUDA graphs from all.
-                continue
-            few, many = 0, layers
-            best = None
-            while many - few > 1:
-                count = (few + many) // 2
-                mixed = self.candidate(slow.batch, [slow.policies[0]] * (layers - count) + [fast.policies[0]] * count)
-                if self.fits(mixed):
-                    few, best = count, mixed
-                else:
-                    many = count
-            if best is not None:
-                yield best
+        grows = [shortage for shortage in shortages if shortage(fast)]
+        if not grows or any(shortage(slow) for shortage in grows):
+            return
+        few, many = 0, len(slow.policies)
+        best = None
+        while many - few > 1:
+            count = (few + many) // 2
+            mixed = self.candidate(slow.batch, [*slow.policies[count:], *fast.policies[:count]])
+            if any(shortage(mixed) for shortage in grows):
+                many = count
+            else:
+                few, best = count, mixed
+        if best is not None:
+            yield best

@@ -300,7 +300,7 @@ def _holds_fused_layers(module: nn.Module) -> bool:
 
 
 def set_recomputation(model: nn.Module, recompute: str | Sequence[str]) -> None:
-    """Choose what each fused block of a model keeps for the backward pass.
+    """Choose what each fused block of a model keeps for the backward pass; CUDA graphs of another choice go.
 
     Args:
         recompute: A policy of `POLICIES` for all blocks, or one for each, the first layer's first.
@@ -309,7 +309,10 @@ def set_recomputation(model: nn.Module, recompute: str | Sequence[str]) -> None:
         ConfigError: An unknown policy, or not as many as there are blocks.
     """
     blocks = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
-    for block, name in zip(blocks, policies_of(recompute, len(blocks)), strict=True):
+    names = policies_of(recompute, len(blocks))
+    if [block.recompute for block in blocks] != names:
+        drop_graphs(model)
+    for block, name in zip(blocks, names, strict=True):
         block.recompute = name
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fourfold.kernels.host_memory import rounded_to_pages
 from fourfold.kernels.low_rank import row_length
 from fourfold.models.block_state import parts
 from fourfold.models.following import GRADIENTS
-from fourfold.models.recomputation import POLICIES
+from fourfold.models.recomputation import POLICIES, offloaded_bytes
 
 __all__ = ["BlockMemory", "BlockShape", "Tensors"]
 
@@ -56,12 +57,26 @@ class BlockShape:
     def gradient_bytes(self) -> int:
         return self.adapter_parameters * _FP32
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.products.values()) * self.element_size
+
     def memory(self, batch: int, seq: int, policy: str) -> BlockMemory:
         return BlockMemory(self, batch * seq, policy)
 
     @property
     def qkv_width(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def products(self) -> dict[str, int]:
+        """Weights of each group of linear layers."""
+        return {
+            "qkv": self.qkv_width * self.hidden,
+            "out": self.features * self.hidden,
+            "gate_up": 2 * self.intermediate * self.hidden,
+            "down": self.intermediate * self.hidden,
+        }
 
 
 @dataclass(frozen=True)
@@ -148,8 +163,8 @@ class BlockMemory:
         return {name: size for name, size in self.kept().items() if name in ("x", "qkv", "mid", "attention", "lse")}
 
     def host_bytes(self) -> int:
-        """What that takes there: PyTorch rounds pinned allocations up to powers of two."""
-        return sum(1 << (size - 1).bit_length() for size in self.offloaded().values() if size)
+        """What that takes there: one buffer of whole pages."""
+        return rounded_to_pages(offloaded_bytes(self.offloaded().values()))
 
     def forward_moments(self) -> list[Tensors]:
         """The forward pass: after the attention, after the output projection, and in the MLP."""

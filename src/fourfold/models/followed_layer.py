@@ -104,12 +104,14 @@ class FollowedLayer:
         runs: What was followed.
         index: Of the first layer that is like this one.
         gradient_bytes: Of what it trains.
+        weight_bytes: Of the base's weights in it that are not quantized.
         features, head_dim: Of its attention, as the model's configuration has them.
     """
 
     runs: _Runs
     index: int
     gradient_bytes: int
+    weight_bytes: int
     features: int
     head_dim: int
 
@@ -164,7 +166,11 @@ def followed_shape(
     held = list(model.parameters())
     trained = [(one, many) for one, many in held if one.requires_grad]
     dense = [(one, many) for one, many in held if one.is_floating_point() and (lora is None or not one.requires_grad)]
-    weights = [(weight, many) for module, many in model.modules() for weight in _quantized(module)]
+    is_tied = embedding.weight is head.weight
+    # A head that shares the embedding's codes is counted once.
+    counted = [(module, many) for module, many in model.modules() if not (is_tied and module is head)]
+    weights = [(weight, many) for module, many in counted for weight in _quantized(module)]
+    in_base = {id(one) for one, _ in dense}
     num_quantized = sum(weight.num_elements * many for weight, many in weights)
     trained_bytes = sum(one.nbytes * many for one, many in trained)
     return ModelShape(
@@ -177,7 +183,14 @@ def followed_shape(
         adapter_bytes=0 if lora is None else trained_bytes,
         gradient_bytes=trained_bytes,
         blocks=tuple(
-            FollowedLayer(runs, index, _gradient_bytes(model.layers[index]), heads * head_dim, head_dim)
+            FollowedLayer(
+                runs,
+                index,
+                _gradient_bytes(model.layers[index]),
+                sum(one.nbytes for one in model.layers[index].parameters() if id(one) in in_base),
+                heads * head_dim,
+                head_dim,
+            )
             for index in model.first
         ),
         layer_bytes=tuple(_streamed_bytes(layer) for layer in model.layers) if weights else (),
@@ -188,7 +201,7 @@ def followed_shape(
         element_size=dtype.itemsize,
         head_gradient_bytes=_gradient_bytes(head),
         embedding_gradient_bytes=_gradient_bytes(embedding),
-        is_tied=embedding.weight is head.weight,
+        is_tied=is_tied,
         ends=FollowedEnds(runs),
     )
 

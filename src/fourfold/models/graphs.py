@@ -9,7 +9,8 @@ of its own that never moves. Hence:
   tensors are made or after they were used, as long as all forward passes come before all backward passes.
 - A forward pass while another one waits for its backward pass runs without graphs, as does any other shape, packed
   rows, and a policy that moves tensors to the host.
-- What a graph was captured with is its key: another adapter, another scaling, moved weights are another key.
+- What a graph was captured with is its key: another adapter, policy or scaling, moved weights are another key. Layers
+  may have different policies.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class BlockGraphs:
         """
         if not self._may_run(x, block):
             return None
-        shape = (x.shape, x.dtype, x.device, block.batch, block.policy)
+        shape = (x.shape, x.dtype, x.device, block.batch)
         if shape != self._shape:
             if self._graphs:
                 # A batch out of the ordinary, such as an epoch's last; if these are the ordinary ones, graphs go.
@@ -147,7 +148,7 @@ class BlockGraphs:
         waits = [other for (other, _), graph in self._graphs.items() if graph.is_pending()]
         if any(other >= index for other in waits):
             return None  # a second forward pass, before the first one's backward pass
-        key = (index, (shape, x.requires_grad, block.fingerprint()))
+        key = (index, (shape, x.requires_grad, block.policy, block.fingerprint()))
         graph = self._graphs.get(key)
         if graph is None:
             if any(other >= index for other, _ in self._graphs):

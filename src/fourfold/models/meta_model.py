@@ -29,7 +29,16 @@ from fourfold.quantization.formats import get_format
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.quantization.scales import NESTED_BLOCK_SIZE, NestedScales, PlainScales, dynamic_map
 from fourfold.quantization.selection import matches
-from fourfold.quantization.swapping import dense_linears, empty_linear, expert_names, skip_patterns
+from fourfold.quantization.swapping import (
+    dense_linears,
+    empty_embedding,
+    empty_linear,
+    expert_names,
+    input_embedding,
+    share_codes,
+    skip_patterns,
+    tied_head_of,
+)
 from fourfold.quantization.tensor import QuantizedTensor
 
 __all__ = ["MetaModel", "Prefix", "decoder_layers", "meta_model"]
@@ -208,6 +217,14 @@ def _quantize(model: PreTrainedModel, config: FourfoldConfig, dtype: torch.dtype
             layer.quantized = _empty(torch.Size((layer.out_features, layer.in_features)), config, dtype)
             layer.bias = linear.bias
             model.set_submodule(name, layer)
+    if config.quantize_embeddings:
+        name, table = input_embedding(model)
+        embedding = empty_embedding(table, config)
+        embedding.quantized = _empty(table.weight.shape, config, dtype)
+        model.set_submodule(name, embedding)
+        tied_head = tied_head_of(model)
+        if tied_head is not None:
+            share_codes(model, tied_head)
     for name in expert_names(model, skipped):
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)

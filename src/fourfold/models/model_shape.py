@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ class LayerMemory(Protocol):
     def host_bytes(self) -> int: ...
     def forward_moments(self) -> list[Tensors]: ...
     def backward_moments(self) -> list[Tensors]: ...
+    def __hash__(self) -> int: ...
 
 
 class LayerShape(Protocol):
@@ -44,6 +46,10 @@ class LayerShape(Protocol):
     @property
     def gradient_bytes(self) -> int:
         """Of what it trains."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights in linear layers, were none of them quantized."""
 
     def memory(self, batch: int, seq: int, policy: str) -> LayerMemory:
         """What it holds for `batch` rows of `seq` tokens."""
@@ -111,7 +117,14 @@ class ModelShape:
         """Weights that stay as they are."""
         return self.num_parameters - self.num_quantized
 
-    @property
+    @cached_property
+    def weights_of_layers(self) -> tuple[int, ...]:
+        """Bytes of each decoder layer's linear weights: quantized, as they stream, or as they are."""
+        if self.layer_bytes:
+            return self.layer_bytes
+        return tuple(block.weight_bytes for block in self.blocks)
+
+    @cached_property
     def num_adapter(self) -> int:
         """Trained weights."""
         return sum(math.prod(shape) for shape in self.adapter_shapes)
@@ -142,6 +155,9 @@ def model_shape(
     quantized = [linear for name, linear in linears.items() if not matches(name, skipped)]
     adapted = {name: linear for name, linear in linears.items() if linear is not head and is_target(name, targets)}
     sizes = [linear.weight.numel() for linear in quantized]
+    embedding = model.get_input_embeddings()
+    if quantization is not None and quantization.quantize_embeddings and embedding.weight is not head.weight:
+        sizes.append(embedding.weight.numel())
     codes = scales = 0
     if quantization is not None:
         block = (quantization.bnb_4bit_blocksize, quantization.bnb_4bit_use_double_quant)

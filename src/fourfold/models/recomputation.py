@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,12 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import ConfigError
+from fourfold.kernels.host_memory import HostBuffer
 
-__all__ = ["POLICIES", "USED_UP", "HostOffload", "Policy", "SavedTensors", "policies_of"]
+__all__ = ["POLICIES", "USED_UP", "HostOffload", "Policy", "SavedTensors", "offloaded_bytes", "policies_of"]
+
+# Of each tensor in a host buffer: a view of any dtype begins there, and copies do at their full speed.
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class _Offloaded(SavedTensors):
     def __init__(self, tensors: Sequence[Tensor], owner: HostOffload) -> None:
         super().__init__(tensors)
         self.owner = owner
-        self.host: list[Tensor] = []
+        self.buffer: HostBuffer | None = None
+        self.host: list[Tensor] = []  # the tensors in it
         self.copied: torch.cuda.Event | None = None  # to the host; later, back from it
         # Weak, so that a forward pass without a backward pass leaves nothing behind.
         self.previous: Callable[[], _Offloaded | None] = _nothing
@@ -127,15 +132,15 @@ class HostOffload:
 
     A copy to the host runs beside the next layers' work; the device copy is let go once it is done, and never more than
     `_IN_FLIGHT` layers' copies are under way, so that memory does not grow where the bus is slower than the GPU. On the
-    way back, the layer before is fetched while one is at work. Host buffers are kept for the next step. Off CUDA,
-    tensors stay where they are.
+    way back, the layer before is fetched while one is at work. Host buffers, one a layer, are kept for the next step,
+    and give way to larger ones where its rows are longer. Off CUDA, tensors stay where they are.
     """
 
     _IN_FLIGHT = 2
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._buffers: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._free: list[HostBuffer] = []
         self._leaving: deque[_Offloaded] = deque()
         self._last: Callable[[], _Offloaded | None] = _nothing
 
@@ -153,11 +158,11 @@ class HostOffload:
         while len(self._leaving) >= self._IN_FLIGHT:
             self._let_go(self._leaving.popleft())
         self._stream.wait_stream(torch.cuda.current_stream())
+        saved.buffer = self._buffer(offloaded_bytes(tensor.nbytes for tensor in tensors))
+        saved.host = _views(saved.buffer.data, tensors)
         with torch.cuda.stream(self._stream):
-            for tensor in tensors:
-                buffer = self._buffer(tensor)
+            for tensor, buffer in zip(tensors, saved.host, strict=True):
                 buffer.copy_(tensor, non_blocking=True)
-                saved.host.append(buffer)
             saved.copied = self._stream.record_event()
         self._leaving.append(saved)
         saved.previous, self._last = self._last, weakref.ref(saved)
@@ -168,10 +173,10 @@ class HostOffload:
         self._fetch(saved)
         assert saved.copied is not None
         torch.cuda.current_stream().wait_event(saved.copied)
-        # The buffers are written again at the earliest by a copy that this stream's work is ahead of.
-        for buffer in saved.host:
-            self._buffers.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
-        saved.host = []
+        # The buffer is written again at the earliest by a copy that this stream's work is ahead of.
+        assert saved.buffer is not None
+        self._free.append(saved.buffer)
+        saved.buffer, saved.host = None, []
         previous = saved.previous()
         if previous is not None and previous.host:
             self._fetch(previous)
@@ -199,6 +204,26 @@ class HostOffload:
             torch.cuda.current_stream().wait_event(saved.copied)
             saved._tensors = None
 
-    def _buffer(self, tensor: Tensor) -> Tensor:
-        free = self._buffers.get((tensor.shape, tensor.dtype))
-        return free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    def _buffer(self, num_bytes: int) -> HostBuffer:
+        """The smallest free one that is large enough; else a new one, in place of the largest that is too small."""
+        self._free.sort(key=lambda buffer: buffer.data.nbytes)
+        for index, buffer in enumerate(self._free):
+            if buffer.data.nbytes >= num_bytes:
+                return self._free.pop(index)
+        if self._free:
+            self._free.pop()
+        return HostBuffer(num_bytes, pinned=True, purpose="activations that wait for the backward pass")
+
+
+def offloaded_bytes(sizes: Iterable[int]) -> int:
+    """What tensors of these bytes take in a buffer of a layer."""
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+
+def _views(data: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each tensor its like in `data`, uint8."""
+    views, start = [], 0
+    for tensor in tensors:
+        views.append(data[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        start += offloaded_bytes([tensor.nbytes])
+    return views

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,10 @@ _NUM_READERS = 4
 _READ_BYTES = 16 * 2**20
 # The bandwidth is said after a pass over the layers, or, where that takes longer, after so much reading.
 _TELL_SECONDS = 10.0
+# A disk that is read from for this share of the time, over at least so many seconds, is what the run waits for.
+_BUSY_SHARE, _BUSY_SECONDS = 0.9, 1.0
+# Whoever waits longer than this for a layer hears of it, and again after as long.
+_PATIENCE_SECONDS = 30.0
 # safetensors' names, of what quantized tensors are made of.
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -117,6 +121,7 @@ class DiskCopies:
     """Reads layers into a few host buffers, in a thread of its own, and has each copied to the device from there.
 
     Files are read and not copied from their map: a file that is cut short meanwhile is an error, and no dead process.
+    The log has the bandwidth, once whether the run waits for the disk, and each layer that is long in coming.
 
     Args:
         layers: The pieces of each layer.
@@ -147,7 +152,9 @@ class DiskCopies:
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="layer-parts")
         for pool in (self._thread, self._readers):
             weakref.finalize(self, pool.shutdown, wait=False)
-        self._read_bytes, self._read_seconds, self._is_told = 0, 0.0, False
+        self._read_bytes, self._read_seconds = 0, 0.0
+        # Since when these count, and what has been said.
+        self._began, self._is_told, self._is_slow = time.perf_counter(), False, False
 
     def begin(self, slot: Slot, layer: int) -> None:
         self._pending[slot.index] = self._thread.submit(self._bring, slot, layer)
@@ -155,10 +162,20 @@ class DiskCopies:
     def enter(self, slot: Slot) -> None:
         pending = self._pending.get(slot.index)
         if pending is not None:
-            pending.result()
+            self._wait(pending, slot)
             del self._pending[slot.index]
         if self.copies is not None:
             self.copies.enter(slot)
+
+    def _wait(self, pending: Future[None], slot: Slot) -> None:
+        waited = 0.0
+        while not wait([pending], timeout=_PATIENCE_SECONDS).done:
+            waited += _PATIENCE_SECONDS
+            logger.warning(
+                "Still waiting for layer %s from %s, for %.0f s: the disk is slow, or does not answer",
+                *(slot.layer, self.files.folder, waited),
+            )
+        pending.result()
 
     def leave(self, slot: Slot) -> None:
         if self.copies is not None:
@@ -189,19 +206,40 @@ class DiskCopies:
             pass
         self._read_seconds += time.perf_counter() - started
         self._read_bytes += self.num_bytes[layer]
-        whole = sum(self.num_bytes)
-        if not self._is_told and (self._read_bytes >= whole or self._read_seconds >= _TELL_SECONDS):
+        if self._read_bytes >= sum(self.num_bytes) or self._read_seconds >= _TELL_SECONDS:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say what was read, and begin to count anew."""
+        rate, whole = self._read_bytes / self._read_seconds, sum(self.num_bytes)
+        now = time.perf_counter()
+        elapsed = now - self._began
+        if not self._is_told:
             self._is_told = True
-            rate = self._read_bytes / self._read_seconds
             logger.info(
                 "The base streams from %s at %.2f GB/s: %.1f s for its %.2f GB, in each pass over the layers",
                 *(self.files.folder, rate / 1e9, whole / rate, whole / 1e9),
             )
+        elif not self._is_slow and elapsed >= _BUSY_SECONDS and self._read_seconds >= _BUSY_SHARE * elapsed:
+            self._is_slow = True
+            logger.warning(
+                "The run waits for the disk: %s is read for %.0f%% of the time, at %.0f MB/s, %.1f s for each pass "
+                "over the layers; a faster disk, or host memory (stream_base: host), would make it faster",
+                *(self.files.folder, 100 * self._read_seconds / elapsed, rate / 1e6, whole / rate),
+            )
+        self._read_bytes, self._read_seconds, self._began = 0, 0.0, now
 
     def _read_part(self, target: memoryview, file: int, offset: int, start: int, num_bytes: int) -> None:
         done = 0
         while done < num_bytes:
-            count = os.preadv(file, [target[start + done : start + num_bytes]], offset + done)
+            try:
+                count = os.preadv(file, [target[start + done : start + num_bytes]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"a file in {self.files.folder} could not be read while the base streamed from it",
+                    found=str(error),
+                    hint="see to the disk, and resume from the last checkpoint",
+                ) from error
             if count == 0:
                 raise CheckpointError(
                     f"a file in {self.files.folder} was cut short while the base streamed from it",

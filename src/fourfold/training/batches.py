@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
+from fourfold.errors import DataError
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import ATTENTION_NAME, document_mask
 from fourfold.models.families import FAMILIES
+from fourfold.training.loss import IGNORE_INDEX
 
-__all__ = ["ROW_NUMBERS", "Collator", "NumberedCollator", "boundary_mask", "looks_back_only"]
+__all__ = ["ROW_NUMBERS", "Collator", "NumberedCollator", "boundary_mask", "looks_back_only", "require_labels"]
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -67,3 +70,17 @@ def boundary_mask(batch: Mapping[str, Any], config: Any) -> Tensor | None:
     rows, width = batch["input_ids"].shape
     ends = torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=batch["input_ids"].device)
     return document_mask(Documents(ends, width))
+
+
+def require_labels(name: str, dataset: Dataset) -> None:
+    """Raises DataError for rows, told as `name`, that there are none of, or with nothing to learn from."""
+    if len(dataset) == 0:
+        raise DataError(f"The {name} data set has no rows")
+    missing = {"input_ids", "labels"} - set(dataset.column_names)
+    if missing:
+        raise DataError(f"The {name} data set lacks columns", found=dataset.column_names, allowed=sorted(missing))
+    if all(label == IGNORE_INDEX for labels in dataset["labels"] for label in labels):
+        raise DataError(
+            f"All labels of the {name} data set are masked, so there is nothing to learn from",
+            hint="check that the template marks the answers",
+        )

@@ -20,7 +20,7 @@ from fourfold.data import supervised_positions
 from fourfold.kernels.cross_entropy import AUTOGRAD_LOGITS, IGNORE_INDEX, cross_entropy_, rows_at_once
 from fourfold.quantization.linear import QuantizedLinear
 
-__all__ = ["IGNORE_INDEX", "SupervisedLoss", "supervised_cross_entropy"]
+__all__ = ["IGNORE_INDEX", "SupervisedLoss", "logits_agree", "supervised_cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -193,3 +193,8 @@ class _AutogradCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *grad_trainable = (_scaled(grad, grad_loss) for grad in ctx.saved_tensors)
         return grad_hidden, None, None, None, *grad_trainable
+
+
+def logits_agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two logits are the same but for their roundings; the coarsest here is bf16's."""
+    return torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))

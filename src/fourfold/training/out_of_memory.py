@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,10 +18,13 @@ from fourfold.models.streaming import stream_of
 
 __all__ = [
     "OutOfMemory",
+    "by_kind",
     "compare_parts",
+    "is_out_of_memory",
     "let_go",
     "part_key",
     "parts_in_use",
+    "reporting_out_of_memory",
     "standing_parts",
     "with_rest",
 ]
@@ -29,6 +33,7 @@ GIB = 2**30
 # What a plan's parts are called -> what can be told apart in a run.
 _KINDS = {
     "weights, 16 bits": "weights",
+    "weights, 32 bits": "weights",
     "weights, quantized": "weights",
     "quantization state": "weights",
     "adapters": "adapters",
@@ -45,10 +50,12 @@ class OutOfMemory(TrainingError):  # noqa: N818 - named as torch names it
         step: The last step that was made.
         checkpoint: Its checkpoint; None before the first.
         parts: Bytes in use at the peak, see `parts_in_use`.
+        standing_bytes: Of them, what stays from step to step.
     """
 
     def __init__(self, step: int, checkpoint: Path | None, parts: Mapping[str, int], reason: str) -> None:
         self.step, self.checkpoint, self.parts = step, checkpoint, dict(parts)
+        self.standing_bytes = sum(size for part, size in parts.items() if part != _REST)
         told = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
         super().__init__(
             f"memory ran out in step {step + 1}; no update was made of it",
@@ -56,6 +63,15 @@ class OutOfMemory(TrainingError):  # noqa: N818 - named as torch names it
             hint="a smaller per_device_train_batch_size or max_length, or another recompute; `fourfold plan` shows them"
             + (f"; {checkpoint} holds all steps before" if checkpoint else ""),
         )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory of the GPU ran out: torch's allocator, or a library that has its own way to say so.
+
+    What is loaded late, such as a kernel, lies outside the allocator; its error is Triton's, CUDA's, cuBLAS's, cuDNN's.
+    """
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "ALLOC_FAILED" in told
 
 
 def parts_in_use(model: nn.Module, optimizer: Optimizer | None, peak_bytes: int) -> dict[str, int]:
@@ -93,11 +109,17 @@ def _storages(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
-def compare_parts(planned: Mapping[str, int], measured: Mapping[str, int]) -> list[str]:
-    """Lines that set a plan's parts beside what was in use."""
-    kinds = dict.fromkeys(measured, 0)
+def by_kind(planned: Mapping[str, int]) -> dict[str, int]:
+    """A plan's parts as they can be told apart in a run, under the names of `parts_in_use`."""
+    kinds = dict.fromkeys(("weights", "adapters", "optimizer state", _REST), 0)
     for part, size in planned.items():
         kinds[_KINDS.get(part, _REST)] += size
+    return kinds
+
+
+def compare_parts(planned: Mapping[str, int], measured: Mapping[str, int]) -> list[str]:
+    """Lines that set a plan's parts beside what was in use."""
+    kinds = by_kind(planned)
     lines = [f"{'':46}{'planned':>10}{'in use':>10}  GiB"]
     for kind, size in measured.items():
         lines.append(f"{kind:<46}{kinds[kind] / GIB:>10.2f}{size / GIB:>10.2f}")
@@ -117,3 +139,24 @@ def let_go(error: BaseException) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def reporting_out_of_memory(during: str, hint: str) -> Iterator[None]:
+    """Says of what is in no plan, when it does not fit, what it was and what to do.
+
+    Args:
+        during: What was being done: "the model was loaded".
+        hint: What to do about it.
+
+    Raises:
+        TrainingError: The GPU's memory ran out within.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        let_go(error)
+        raise TrainingError(f"memory ran out while {during}", found=reason, hint=hint) from None

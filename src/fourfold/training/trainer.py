@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,18 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from fourfold.data import model_inputs
-from fourfold.errors import ConfigError, DataError, TrainingError
+from fourfold.errors import ConfigError, TrainingError
 from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
 from fourfold.models.block import drop_graphs
-from fourfold.training.batches import ROW_NUMBERS, Collator, NumberedCollator, boundary_mask, looks_back_only
+from fourfold.training.batches import (
+    ROW_NUMBERS,
+    Collator,
+    NumberedCollator,
+    boundary_mask,
+    looks_back_only,
+    require_labels,
+)
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
@@ -47,30 +53,23 @@ from fourfold.training.interrupt import (
     TrainingInterrupted,
     catch_interrupts,
 )
-from fourfold.training.loss import IGNORE_INDEX, SupervisedLoss, supervised_cross_entropy
+from fourfold.training.loss import SupervisedLoss, logits_agree, supervised_cross_entropy
 from fourfold.training.options import TrainingOptions, own_optimizer_arguments, to_sft_config
-from fourfold.training.out_of_memory import OutOfMemory, let_go, part_key, parts_in_use, standing_parts, with_rest
+from fourfold.training.out_of_memory import (
+    OutOfMemory,
+    is_out_of_memory,
+    let_go,
+    part_key,
+    parts_in_use,
+    standing_parts,
+    with_rest,
+)
 from fourfold.training.progress import ProgressCallback
+from fourfold.training.tally import Tally
 
 __all__ = ["FourfoldTrainer", "build_trainer"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Tally:
-    """What was counted since the last log, as tensors on the device, so that counting never waits for it."""
-
-    loss_sum: torch.Tensor | float = 0.0
-    num_supervised: torch.Tensor | int = 0
-    num_correct: torch.Tensor | int = 0
-    num_tokens: torch.Tensor | int = 0
-
-    def add(self, loss: SupervisedLoss, num_tokens: torch.Tensor | int) -> None:
-        self.loss_sum = self.loss_sum + loss.loss_sum.detach()
-        self.num_supervised = self.num_supervised + loss.num_tokens
-        self.num_correct = self.num_correct + loss.num_correct
-        self.num_tokens = self.num_tokens + num_tokens
 
 
 class FourfoldTrainer(SFTTrainer):
@@ -98,7 +97,7 @@ class FourfoldTrainer(SFTTrainer):
         self._interrupt = InterruptCallback()
         self.add_callback(self._guard)
         self.add_callback(self._interrupt)
-        self._tallies = {"train": _Tally(), "eval": _Tally()}
+        self._tallies = {"train": Tally(), "eval": Tally()}
         self._tokens_seen = 0
         self._standing: dict[str, int] = {}
         self._head_is_plain: bool | None = None
@@ -166,7 +165,7 @@ class FourfoldTrainer(SFTTrainer):
         lm_head = base.get_output_embeddings()
         with self.accelerator.autocast():
             if self._head_is_plain is None:
-                self._head_is_plain = _agree(outputs.logits, lm_head(hidden_states[:, -1:].detach()))
+                self._head_is_plain = logits_agree(outputs.logits, lm_head(hidden_states[:, -1:].detach()))
                 if not self._head_is_plain:
                     logger.info("%s scales or caps its logits; TRL computes the loss", type(base).__name__)
             if not self._head_is_plain:
@@ -202,7 +201,7 @@ class FourfoldTrainer(SFTTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop, with the loss averaged over tokens; the Trainer's own averages over batches."""
-        self._tallies["eval"] = _Tally()
+        self._tallies["eval"] = Tally()
         output = super().evaluation_loop(*args, **kwargs)
         loss_sum, num_supervised, num_correct, _ = self._take("eval")
         if num_supervised:
@@ -213,7 +212,7 @@ class FourfoldTrainer(SFTTrainer):
 
     def _take(self, mode: str) -> list[float]:
         """Sums over all processes since the last call: loss, supervised, correct and all tokens."""
-        tally, self._tallies[mode] = self._tallies[mode], _Tally()
+        tally, self._tallies[mode] = self._tallies[mode], Tally()
         values = (tally.loss_sum, tally.num_supervised, tally.num_correct, tally.num_tokens)
         # fp64 counts tokens exactly where fp32 stops at 16 million; MPS has none.
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
@@ -276,7 +275,9 @@ class FourfoldTrainer(SFTTrainer):
                 output = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
             except EvaluationInterrupted:
                 self._save_checkpoint(self.model, None)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise self._out_of_memory(error) from None
             finally:
                 for callback in self.callback_handler.callbacks:
@@ -287,7 +288,7 @@ class FourfoldTrainer(SFTTrainer):
             raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
         return output
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> OutOfMemory:
+    def _out_of_memory(self, error: RuntimeError) -> OutOfMemory:
         """Gives up the step that did not fit, and saves those before."""
         reason = str(error).splitlines()[0]
         parts = parts_in_use(self.model, self.optimizer, memory_used(self.args.device).peak_bytes)
@@ -354,11 +355,6 @@ class FourfoldTrainer(SFTTrainer):
             load_rng_state(Path(checkpoint), self.args.process_index)
 
 
-def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two logits are the same but for their roundings; the coarsest here is bf16's."""
-    return torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
-
-
 def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -390,7 +386,7 @@ def build_trainer(
         raise ConfigError("The model has no parameter to train", hint="add adapters, or load them as trainable")
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         if dataset is not None:
-            _require_labels(name, dataset)
+            require_labels(name, dataset)
     return FourfoldTrainer(
         model=model,
         args=to_sft_config(options),
@@ -401,16 +397,3 @@ def build_trainer(
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=own_optimizer_arguments(options),
     )
-
-
-def _require_labels(name: str, dataset: Dataset) -> None:
-    if len(dataset) == 0:
-        raise DataError(f"The {name} data set has no rows")
-    missing = {"input_ids", "labels"} - set(dataset.column_names)
-    if missing:
-        raise DataError(f"The {name} data set lacks columns", found=dataset.column_names, allowed=sorted(missing))
-    if all(label == IGNORE_INDEX for labels in dataset["labels"] for label in labels):
-        raise DataError(
-            f"All labels of the {name} data set are masked, so there is nothing to learn from",
-            hint="check that the template marks the answers",
-        )

@@ -1,0 +1,93 @@
+"""What it costs that an optimizer's state lives in host memory: whole LoRA steps with each, in turn, on one model.
+
+    python benchmarks/paging.py [--shape 8b] [--rows 4] [--seq 2048] [--json FILE]
+
+The model has random weights in NF4; the adapters' rank is 16 on all linear layers. The median of all turns counts; the
+last column compares paged with resident state of the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig
+from transformers import LlamaConfig
+
+import fourfold
+from cards import LINEARS
+from fourfold.training.options import OPTIMIZERS
+from memory import SHAPES, make_step, random_model
+
+NAMES = ("adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+WARM_UP, STEPS, TURNS = 3, 5, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--recompute", default="selective")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[args.shape], max_position_embeddings=131072)
+    adapter = LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM")
+    options: dict[str, Any] = {"fused": True, "recompute": args.recompute}
+    model = fourfold.prepare(random_model(config, True, device), adapter, **options)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    peaks = dict.fromkeys(NAMES, 0)
+    for _ in range(TURNS):
+        for name in NAMES:
+            row = OPTIMIZERS[name]
+            assert row is not None
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            optimizer = row.optimizer(trained, lr=1e-5, max_grad_norm=1.0, **row.arguments())
+            step = make_step(model, optimizer, args.rows, args.seq, device)
+            for number in range(WARM_UP + STEPS):
+                start = time.perf_counter()
+                float(step())
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number >= WARM_UP:
+                    seconds[name].append(time.perf_counter() - start)
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated()
+            del optimizer, step
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    resident = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit", "paged_lion_8bit": "lion_8bit"}
+    rows = []
+    print(f"{args.shape}, {args.rows} x {args.seq}, {args.recompute}")
+    print(f"{'':<20} {'s':>8} {'peak GiB':>9} {'paged':>8}")
+    for name, median in medians.items():
+        slower = median / medians[resident[name]] - 1 if name in resident else None
+        rows.append({"optim": name, "seconds": median, "peak_bytes": peaks[name], "slower_by": slower})
+        print(f"{name:<20} {median:8.4f} {peaks[name] / 2**30:9.3f} {'' if slower is None else f'{slower:+.1%}':>8}")
+    if args.json is not None:
+        about = {
+            "command": f"python benchmarks/paging.py --shape {args.shape} --rows {args.rows} --seq {args.seq}",
+            "recompute": args.recompute,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+            "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
+        }
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
