@@ -133,3 +133,28 @@ def tiny_run(tiny_llama: Path) -> Callable[..., RunConfig]:
         return RunConfig(**(values | keys))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of Llama-3-8B, and no weights."""
+    folder = tmp_path_factory.mktemp("llama-8b")
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of Llama-3-70B."""
+    folder = tmp_path_factory.mktemp("llama-70b")
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
+    widths = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+    LlamaConfig(**heads, **widths).save_pretrained(folder)
+    return folder

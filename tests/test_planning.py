@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config
 from typer.testing import CliRunner
 
 from fourfold import planning
@@ -21,43 +21,16 @@ from fourfold.memory.gpus import Gpu, gpu_by_name
 from fourfold.memory.planner import Plan
 from fourfold.planning import (
     PLANNED_OPTIMIZERS,
-    compare,
     find_gpus,
     find_host,
     kept_to,
     plan,
     plan_for_training,
-    remedies,
     step_down,
 )
 from fourfold.training.options import OPTIMIZERS
 
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of Llama-3-8B, and no weights."""
-    folder = tmp_path_factory.mktemp("llama-8b")
-    LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of Llama-3-70B."""
-    folder = tmp_path_factory.mktemp("llama-70b")
-    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
-    widths = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
-    LlamaConfig(**heads, **widths).save_pretrained(folder)
-    return folder
 
 
 def configured(model: Path, **keys: Any) -> RunConfig:
@@ -126,16 +99,6 @@ def test_a_step_down_keeps_the_optimizer_that_was_given(llama: Path) -> None:
     assert made.chosen.optimizer == "adamw"
 
 
-def test_an_optimizer_is_a_remedy_only_where_one_was_given(llama: Path) -> None:
-    gpu = gpu_by_name("24GB")
-    keys = {"lora_r": 512, "max_length": 4096, "recompute": "full"}
-    given = configured(llama, optim="adamw", **keys)
-    assert plan(given, gpu).chosen is None
-    assert any("optim" in remedy.change for remedy in remedies(given, gpu))
-    planned = configured(llama, optim=None, **keys)
-    assert all("optim" not in remedy.change for remedy in remedies(planned, gpu_by_name("12GB")))
-
-
 def test_a_policy_that_is_asked_for_is_kept_to(llama: Path) -> None:
     made = plan(configured(llama, recompute="full"), gpu_by_name("80GB"))
     assert made.chosen is not None
@@ -176,74 +139,6 @@ def test_a_run_that_cannot_fit_does_not_begin_and_says_what_would(llama: Path) -
         plan_for_training(configured(llama, load_in_4bit=False), gpu_by_name("12GB"))
     assert "nothing fits" in str(error.value)
     assert "QLoRA: the base in 4 bits (--load_in_4bit true)" in str(error.value)
-
-
-def test_remedies_are_named_from_the_easiest_on_and_each_makes_it_fit(llama: Path) -> None:
-    config = configured(llama, load_in_4bit=False, optim="adamw", bnb_4bit_compute_dtype="float32")
-    gpu = gpu_by_name("16GB")
-    assert plan(config, gpu).chosen is None
-    found = list(remedies(config, gpu))
-    assert found
-    for remedy in found:
-        remade = plan(config.model_copy(update=remedy.change), gpu)
-        assert remade.chosen is not None
-    assert "load_in_4bit" in found[0].change
-
-
-def test_where_no_change_helps_none_is_named(llama: Path) -> None:
-    assert list(remedies(configured(llama), gpu_by_name("2GB"))) == []
-
-
-def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
-    found = list(remedies(configured(llama), gpu_by_name("5GB")))
-    assert found
-    assert found[0].change["stream_base"] == "host"
-    assert found[0].plan.chosen is not None
-    assert found[0].plan.chosen.footprint.host["weights"] > 3 * 2**30
-
-
-def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path) -> None:
-    config = configured(llama_70b, optim=None, max_length=256, lora_r=16, stream_base="disk")
-    gpu = gpu_by_name("10GB")
-    found = list(remedies(config, gpu, host_bytes=GIB))
-    assert len(found) == 1
-    number = found[0].num_gpus
-    assert number is not None
-    assert f"--gpus {number}" in str(found[0])
-    assert "forecast" in str(found[0])
-    stays = config.model_copy(update={"stream_base": None})
-    for fewer in range(1, number):
-        if 16 % fewer == 0:
-            assert plan(stays, gpu, GIB, fewer).chosen is None
-    assert plan(stays, gpu, GIB, number).chosen is not None
-
-
-def test_of_several_gpus_ways_to_share_the_run_are_compared(llama: Path) -> None:
-    rows = compare(configured(llama), gpu_by_name("24GB"), num_gpus=2)
-    assert [row.name for row in rows] == [
-        "LoRA, data parallel",
-        "LoRA, sharded",
-        "QLoRA, data parallel",
-        "QLoRA, sharded",
-        "QLoRA, streaming, data parallel",
-    ]
-    # 16 GB of weights are half as many on each of two.
-    candidates = [row.plan.chosen or row.plan.smallest for row in rows]
-    weights = [one.footprint.parts["weights, 16 bits"] for one in candidates if one]
-    assert weights[1] < 0.6 * weights[0]
-
-
-def test_strategies_are_compared_side_by_side(llama: Path) -> None:
-    rows = compare(configured(llama), gpu_by_name("24GB"))
-    peaks = {row.name: (row.plan.chosen or row.plan.smallest) for row in rows}
-    assert len(peaks) == 17
-    for name, candidate in peaks.items():
-        assert candidate is not None
-        if name.startswith("LoRA"):
-            twin = peaks[f"Q{name}"]
-            assert twin is not None
-            weights = candidate.footprint.parts["weights, 16 bits"]
-            assert weights > 2.5 * twin.footprint.parts["weights, 16 bits"]
 
 
 @pytest.mark.parametrize(
@@ -304,40 +199,6 @@ def test_packed_rows_on_the_generic_path_are_not_planned_for_training(llama: Pat
     gpu = gpu_by_name("24GB")
     assert plan_for_training(configured(llama, packing=True), gpu) is not None
     assert plan_for_training(configured(llama, packing=True, use_dora=True), gpu) is None
-
-
-def test_where_full_fine_tuning_does_not_fit_an_adapter_is_named_before_quantizing(llama: Path) -> None:
-    config = configured(llama, adapter=None, load_in_4bit=False)
-    large, small = ([str(one) for one in remedies(config, gpu_by_name(name))] for name in ("40GB", "12GB"))
-    assert "LoRA: adapters instead of all weights (--adapter lora)" in large
-    assert any("QLoRA: the base in 4 bits" in one and "--adapter lora" in one for one in small)
-
-
-def test_full_fine_tuning_is_shared_by_gpus_with_its_weights_gradients_and_state(llama: Path) -> None:
-    config = configured(llama, adapter=None, load_in_4bit=False)
-    rows = {row.name: row.plan.chosen or row.plan.smallest for row in compare(config, gpu_by_name("H200"), num_gpus=4)}
-    whole, sharded = rows["full fine-tuning, data parallel"], rows["full fine-tuning, sharded"]
-    assert whole is not None
-    assert sharded is not None
-    embeddings, every = 2 * 2 * 128256 * 4096, 2 * 8_030_261_248
-    assert whole.footprint.parts["weights, 16 bits"] == whole.footprint.parts["buckets of gradients"] == every
-    share = embeddings + (every - embeddings) / 4
-    assert sharded.footprint.parts["weights, 16 bits"] == pytest.approx(share, rel=1e-3)
-    assert whole.traffic_bytes == 2 * every * 3 // 4
-    assert "QLoRA, sharded" in rows
-
-
-def test_full_fine_tuning_is_compared_with_its_two_ways(llama: Path) -> None:
-    rows = compare(configured(llama, adapter=None, load_in_4bit=False), gpu_by_name("H200"))
-    assert [row.name for row in rows if row.name.startswith("full")] == [
-        "full fine-tuning, none",
-        "full fine-tuning, full",
-    ]
-    dora = compare(configured(llama, use_dora=True), gpu_by_name("24GB"))
-    assert [row.name for row in dora] == [
-        *("LoRA, none", "LoRA, full", "QLoRA, none", "QLoRA, full"),
-        "QLoRA, streaming, full",
-    ]
 
 
 def test_models_without_fused_blocks_are_planned_and_missing_ones_refused(tmp_path: Path) -> None:
@@ -416,12 +277,6 @@ def test_less_host_memory_than_paging_needs_is_refused_before_anything_is_loaded
         plan_for_training(configured(llama, **keys), gpu_by_name("24GB"), host_bytes=10**8)
     assert "GiB more of host memory than the 0.1 GiB there are" in str(error.value)
     assert help_ in str(error.value)
-
-
-def test_a_change_to_null_is_written_as_the_command_line_takes_it(llama: Path) -> None:
-    gpu = gpu_by_name("10GB")
-    found = [str(remedy) for remedy in remedies(configured(llama, recompute="none"), gpu)]
-    assert found[0] == "recompute as planned (--recompute null)"
 
 
 def test_host_memory_here_is_what_the_system_and_the_control_group_leave(monkeypatch: pytest.MonkeyPatch) -> None:
