@@ -203,7 +203,7 @@ def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
 
 def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path) -> None:
     config = configured(llama_70b, optim=None, max_length=256, lora_r=16, stream_base="disk")
-    gpu = gpu_by_name("10GB")
+    gpu = gpu_by_name("12GB")
     found = list(remedies(config, gpu, host_bytes=GIB))
     assert len(found) == 1
     number = found[0].num_gpus
@@ -358,7 +358,7 @@ def test_the_verb_plans_for_the_limit_and_for_a_named_gpu_all_the_same(
     for amount in ("16GB", "16"):
         told = run_plan(llama, tmp_path, "--gpu_memory_limit", amount)
         assert told.exit_code == 0, told.output
-        assert told.stdout.startswith("plan for limited: 14.7 GiB usable of 16.0")
+        assert told.stdout.startswith("plan for limited: 14.6 GiB usable of 16.0")
     assert "plan for H200" in run_plan(llama, tmp_path, "--gpu", "H200", "--gpu_memory_limit", "16GB").stdout
 
 
