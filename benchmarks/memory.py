@@ -31,13 +31,14 @@ import fourfold
 from fourfold.data import supervised_positions
 from fourfold.memory.footprint import Step, footprint
 from fourfold.models.attention import Documents
-from fourfold.models.attention_interface import document_mask
+from fourfold.models.attention_interface import ATTENTION_NAME, document_mask
+from fourfold.models.followed_layer import followed_shape
 from fourfold.models.model_shape import model_shape
-from fourfold.optimizers import AdamW
-from fourfold.optimizers.footprint import state_bytes
+from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.swapping import dense_linears
 from fourfold.training.loss import supervised_cross_entropy
+from fourfold.training.options import OPTIMIZERS, OptimizerRow
 
 # Llama's own, LLaMA-1's (whose papers name memory), and SmolLM2's.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -63,8 +64,11 @@ class Setting:
     """What is trained, and how.
 
     Args:
-        is_quantized: QLoRA over NF4; otherwise LoRA over 16 bits.
-        state_bits: Of the optimizer.
+        policy: Of `fourfold.models.recomputation.POLICIES`; on the generic path "none", or "full": with checkpointing.
+        method: "qlora", over NF4; "lora", over 16 bits; "full".
+        path: "fused" or "generic".
+        optimizer: Of `fourfold.training.options.OPTIMIZERS`.
+        dropout: On the adapter's input, for which layers take the generic path.
     """
 
     shape: str
@@ -72,30 +76,58 @@ class Setting:
     seq: int
     policy: str
     rank: int = 16
-    is_quantized: bool = True
-    state_bits: int = 8
+    method: str = "qlora"
+    path: str = "fused"
+    optimizer: str = "adamw_8bit"
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
-        more = "" if self.is_quantized else "-lora"
+        more = "" if self.method == "qlora" else f"-{self.method}"
+        more += "-generic" if self.path == "generic" and self.method != "full" else ""
+        more += "-dropout" if self.dropout else ""
         more += f"-r{self.rank}" if self.rank != 16 else ""
-        return f"{self.shape}-{self.batch}x{self.seq}-{self.policy}{more}" + ("-32bit" if self.state_bits == 32 else "")
+        state = {"adamw_8bit": "", "adamw": "-32bit"}.get(self.optimizer, f"-{self.optimizer}")
+        return f"{self.shape}-{self.batch}x{self.seq}-{self.policy}{more}{state}"
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        if self.method == "full":
+            return None
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        options: dict[str, Any] = {"lora_alpha": 16, "lora_dropout": self.dropout, "task_type": "CAUSAL_LM"}
+        return LoraConfig(r=self.rank, target_modules=targets, **options)
+
+    @property
+    def optimizer_row(self) -> OptimizerRow:
+        row = OPTIMIZERS[self.optimizer]
+        assert row is not None
+        return row
+
+
+def full(shape: str, batch: int, seq: int, policy: str, optimizer: str) -> Setting:
+    return Setting(shape, batch, seq, policy, method="full", path="generic", optimizer=optimizer)
 
 
 # For a look at the command on a CPU, where nothing is measured.
-TINY = [Setting("tiny", 2, 64, "none"), Setting("tiny", 2, 64, "selective", is_quantized=False, state_bits=32)]
+TINY = [
+    Setting("tiny", 2, 64, "none"),
+    Setting("tiny", 2, 64, "selective", method="lora", optimizer="adamw"),
+    full("tiny", 2, 64, "full", "adafactor"),
+    Setting("tiny", 2, 64, "none", path="generic", dropout=0.1),
+]
 SETTINGS = [
     Setting("135m", 8, 512, "none"),
     Setting("135m", 16, 2048, "none"),
     Setting("135m", 8, 2048, "selective"),
-    Setting("135m", 8, 1024, "mlp", is_quantized=False),
-    Setting("1b", 4, 2048, "full", is_quantized=False),
-    Setting("1b", 1, 16384, "full", state_bits=32),
+    Setting("135m", 8, 1024, "mlp", method="lora"),
+    Setting("1b", 4, 2048, "full", method="lora"),
+    Setting("1b", 1, 16384, "full", optimizer="adamw"),
     Setting("1b", 8, 1024, "mlp"),
     Setting("8b", 1, 512, "none"),
     Setting("8b", 1, 2048, "none"),
-    Setting("8b", 1, 2048, "selective", is_quantized=False),
-    Setting("8b", 1, 4096, "mlp", rank=64, state_bits=32),
+    Setting("8b", 1, 2048, "selective", method="lora"),
+    Setting("8b", 1, 4096, "mlp", rank=64, optimizer="adamw"),
     Setting("8b", 2, 8192, "none", rank=32),
     Setting("8b", 1, 16384, "selective_offload"),
     Setting("8b", 2, 8192, "full_offload", rank=64),
@@ -104,7 +136,14 @@ SETTINGS = [
     Setting("33b", 2, 2048, "selective"),
     Setting("65b", 1, 2048, "full_offload"),
     Setting("70b", 1, 2048, "selective"),
-    Setting("70b", 1, 8192, "selective_offload", state_bits=32),
+    Setting("70b", 1, 8192, "selective_offload", optimizer="adamw"),
+    full("135m", 8, 1024, "none", "adamw"),
+    full("135m", 8, 1024, "none", "adamw_8bit"),
+    full("1b", 1, 2048, "full", "adamw"),
+    full("1b", 1, 2048, "full", "adafactor"),
+    full("1b", 4, 2048, "full", "adamw_8bit"),
+    Setting("1b", 4, 1024, "none", method="lora", path="generic", dropout=0.1),
+    Setting("8b", 1, 2048, "full", path="generic"),
 ]
 
 
@@ -135,13 +174,20 @@ def random_model(
 
 
 def measure(model: PreTrainedModel, setting: Setting, device: torch.device) -> dict[str, Any]:
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapter = LoraConfig(r=setting.rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-    prepared = fourfold.prepare(model, adapter, fused=True, recompute=setting.policy)
-    prepared.train()
-    trained = [parameter for parameter in prepared.parameters() if parameter.requires_grad]
-    optimizer = AdamW(trained, lr=1e-5, state_bits=setting.state_bits, max_grad_norm=1.0)
-    step = make_step(prepared, optimizer, setting.batch, setting.seq, device)
+    is_fused = setting.path == "fused"
+    trainee: PeftModel | PreTrainedModel = model
+    if setting.lora is None:
+        model.requires_grad_(True)
+    else:
+        trainee = fourfold.prepare(model, setting.lora, fused=is_fused, recompute=setting.policy if is_fused else None)
+    if not is_fused and setting.policy == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    trainee.train()
+    trained = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+    row = setting.optimizer_row
+    optimizer = row.optimizer(trained, lr=1e-5, max_grad_norm=1.0, **row.arguments())
+    step = make_step(trainee, optimizer, setting.batch, setting.seq, device)
     tokens = setting.batch * setting.seq
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -159,15 +205,17 @@ def measure(model: PreTrainedModel, setting: Setting, device: torch.device) -> d
 
 
 def make_step(
-    model: PeftModel, optimizer: torch.optim.Optimizer, batch: int, seq: int, device: torch.device
+    model: PeftModel | PreTrainedModel, optimizer: torch.optim.Optimizer, batch: int, seq: int, device: torch.device
 ) -> Callable[[], Tensor]:
     """A whole training step over random rows, every token labelled; it gives the loss."""
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = torch.randint(10, base.config.vocab_size, (batch, seq), device=device)
     positions = supervised_positions(torch.zeros(batch, seq, dtype=torch.int64)).to(device)
     tokens = batch * seq
-    boundaries = torch.arange(0, tokens + 1, seq, dtype=torch.int32, device=device)
-    mask = document_mask(Documents(boundaries, seq))
+    mask = None
+    if base.config._attn_implementation == ATTENTION_NAME:
+        # As the trainer tells layers that are fused what a row is; others need no mask.
+        mask = document_mask(Documents(torch.arange(0, tokens + 1, seq, dtype=torch.int32, device=device), seq))
 
     def step() -> Tensor:
         hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
@@ -182,10 +230,23 @@ def make_step(
 
 
 def predict(config: LlamaConfig, setting: Setting) -> dict[str, Any]:
-    shape = model_shape(config, fourfold.FourfoldConfig() if setting.is_quantized else None, setting.rank)
-    optimizer = state_bytes("adamw", setting.state_bits, shape.adapter_shapes)
-    policies = [setting.policy] * len(shape.blocks)
-    held = footprint(shape, Step(setting.batch, setting.seq, policies, optimizer_bytes=optimizer))
+    quantization = fourfold.FourfoldConfig() if setting.method == "qlora" else None
+    row = setting.optimizer_row
+    if setting.path == "fused":
+        shape = model_shape(config, quantization, setting.rank)
+    else:
+        shape = followed_shape(config, quantization, setting.lora)
+    state = state_bytes(row.rule, row.state_bits, shape.adapter_shapes)
+    is_paged = row.placement == "paged"
+    step = Step(
+        setting.batch,
+        setting.seq,
+        [setting.policy] * len(shape.blocks),
+        optimizer_bytes=0 if is_paged else state,
+        staging_bytes=staging_bytes(row.rule, row.state_bits, shape.adapter_shapes) if is_paged else 0,
+        update_bytes=working_bytes(row.rule, shape.adapter_shapes, 2 if setting.method == "full" else 4),
+    )
+    held = footprint(shape, step)
     return {"predicted_bytes": held.peak_bytes, "moment": held.moment, "parts": held.parts}
 
 
@@ -194,7 +255,7 @@ def run(setting: Setting, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[setting.shape], max_position_embeddings=131072)
     result = {"name": setting.name, "setting": asdict(setting), **predict(config, setting)}
-    model = random_model(config, setting.is_quantized, device)
+    model = random_model(config, setting.method == "qlora", device)
     try:
         return result | measure(model, setting, device)
     except torch.OutOfMemoryError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,9 @@ def test_without_a_plan_the_optimizer_is_adamw(llama: Path) -> None:
 
 def test_a_large_adapter_is_paged_or_kept_in_8_bits_before_nothing_fits(llama: Path) -> None:
     config = configured(llama, optim=None, lora_r=512, max_length=2048)
-    found = {amount: plan(config, gpu_by_name(amount)).chosen for amount in ("80GB", "24GB", "20GB")}
+    found = {amount: plan(config, gpu_by_name(amount)).chosen for amount in ("100GB", "24GB", "20GB")}
     optimizers = {amount: candidate.optimizer for amount, candidate in found.items() if candidate}
-    assert optimizers["80GB"] == "adamw"
+    assert optimizers["100GB"] == "adamw"
     assert len(optimizers) == 3
     assert plan(config.model_copy(update={"optim": "adamw"}), gpu_by_name("20GB")).chosen is None
 
@@ -166,7 +167,7 @@ def test_nothing_is_planned_off_gpus_nor_over_what_is_asked_for_nor_without_form
     gpu = gpu_by_name("24GB")
     assert plan_for_training(configured(llama), None) is None
     assert plan_for_training(configured(llama, recompute="full"), gpu) is None
-    assert plan_for_training(configured(llama, lora_dropout=0.1), gpu) is None
+    assert plan_for_training(configured(llama, adapter=None, load_in_4bit=False), gpu) is None
     assert plan_for_training(configured(Path("model.gguf")), gpu) is None
 
 
@@ -246,22 +247,104 @@ def test_strategies_are_compared_side_by_side(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "keys",
+    [{"lora_dropout": 0.1}, {"use_dora": True}, {"fused_blocks": False}, {"modules_to_save": ["lm_head"]}],
+    ids=["dropout", "dora", "not-fused", "head-trained"],
+)
+def test_layers_on_the_generic_path_keep_all_or_their_input_and_a_run_keeps_to_that(
+    llama: Path, keys: dict[str, Any]
+) -> None:
+    config = configured(llama, **keys)
+    for gpu, policy in (("16GB", "full"), ("H200", "none")):
+        made = plan_for_training(config, gpu_by_name(gpu))
+        assert made is not None
+        assert made.chosen is not None
+        assert made.chosen.recompute == policy
+        kept = kept_to(config, made)
+        assert kept.recompute is None
+        assert kept.gradient_checkpointing is (policy == "full")
+        assert kept.optim == made.chosen.optimizer
+        assert kept.per_device_train_batch_size == made.chosen.batch
+
+
+def test_full_fine_tuning_is_planned_with_gradients_and_state_of_all_weights(llama: Path) -> None:
+    config = configured(llama, adapter=None, load_in_4bit=False)
+    assert plan(config, gpu_by_name("40GB")).chosen is None
+    made = plan(config, gpu_by_name("H200")).chosen
+    assert made is not None
+    parts = made.footprint.parts
+    assert parts["weights, 16 bits"] == 2 * 8_030_261_248
+    assert "adapters" not in parts
+    assert parts["optimizer state"] > parts["weights, 16 bits"]
+    paged = plan(configured(llama, adapter=None, load_in_4bit=False, optim="paged_adamw_8bit"), gpu_by_name("80GB"))
+    assert paged.chosen is not None
+    assert paged.chosen.footprint.host["optimizer state"] == parts["optimizer state"]
+
+
+def test_plans_take_less_than_two_seconds(llama: Path) -> None:
+    started = time.perf_counter()
+    plan(configured(llama, use_dora=True), gpu_by_name("24GB"))
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
     ("keys", "error"),
     [
-        ({"lora_dropout": 0.1}, "generic path"),
-        ({"use_dora": True}, "generic path"),
-        ({"fused_blocks": False}, "generic path"),
+        ({"fused_blocks": False, "recompute": "selective"}, "gradient_checkpointing is theirs"),
+        ({"adapter": None}, "weights are frozen"),
+        ({"lora_dropout": 0.1, "packing": True}, "mask of packed rows is not counted"),
     ],
 )
-def test_what_no_formula_is_known_of_is_refused(llama: Path, keys: dict[str, Any], error: str) -> None:
+def test_what_cannot_be_planned_is_refused(llama: Path, keys: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         plan(configured(llama, **keys), gpu_by_name("24GB"))
 
 
-def test_models_without_fused_blocks_and_missing_models_are_refused(tmp_path: Path) -> None:
-    GPT2Config(n_layer=1, n_embd=32, n_head=2).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match="generic path"):
-        plan(configured(tmp_path / "gpt2"), gpu_by_name("24GB"))
+def test_packed_rows_on_the_generic_path_are_not_planned_for_training(llama: Path) -> None:
+    gpu = gpu_by_name("24GB")
+    assert plan_for_training(configured(llama, packing=True), gpu) is not None
+    assert plan_for_training(configured(llama, packing=True, use_dora=True), gpu) is None
+
+
+def test_where_full_fine_tuning_does_not_fit_an_adapter_is_named_before_quantizing(llama: Path) -> None:
+    config = configured(llama, adapter=None, load_in_4bit=False)
+    large, small = ([str(one) for one in remedies(config, gpu_by_name(name))] for name in ("40GB", "12GB"))
+    assert "LoRA: adapters instead of all weights (--adapter lora)" in large
+    assert any("QLoRA: the base in 4 bits" in one and "--adapter lora" in one for one in small)
+
+
+def test_full_fine_tuning_is_shared_by_gpus_with_its_weights_gradients_and_state(llama: Path) -> None:
+    config = configured(llama, adapter=None, load_in_4bit=False)
+    rows = {row.name: row.plan.chosen or row.plan.smallest for row in compare(config, gpu_by_name("H200"), num_gpus=4)}
+    whole, sharded = rows["full fine-tuning, data parallel"], rows["full fine-tuning, sharded"]
+    assert whole is not None
+    assert sharded is not None
+    embeddings, every = 2 * 2 * 128256 * 4096, 2 * 8_030_261_248
+    assert whole.footprint.parts["weights, 16 bits"] == whole.footprint.parts["buckets of gradients"] == every
+    share = embeddings + (every - embeddings) / 4
+    assert sharded.footprint.parts["weights, 16 bits"] == pytest.approx(share, rel=1e-3)
+    assert whole.traffic_bytes == 2 * every * 3 // 4
+    assert "QLoRA, sharded" in rows
+
+
+def test_full_fine_tuning_is_compared_with_its_two_ways(llama: Path) -> None:
+    rows = compare(configured(llama, adapter=None, load_in_4bit=False), gpu_by_name("H200"))
+    assert [row.name for row in rows if row.name.startswith("full")] == [
+        "full fine-tuning, none",
+        "full fine-tuning, full",
+    ]
+    dora = compare(configured(llama, use_dora=True), gpu_by_name("24GB"))
+    assert [row.name for row in dora] == [
+        *("LoRA, none", "LoRA, full", "QLoRA, none", "QLoRA, full"),
+        "QLoRA, streaming, full",
+    ]
+
+
+def test_models_without_fused_blocks_are_planned_and_missing_ones_refused(tmp_path: Path) -> None:
+    GPT2Config(n_layer=2, n_embd=64, n_head=2).save_pretrained(tmp_path / "gpt2")
+    made = plan(configured(tmp_path / "gpt2", max_length=128), gpu_by_name("24GB"))
+    assert made.chosen is not None
+    assert made.chosen.recompute == "none"
     with pytest.raises(CheckpointError, match="no model"):
         plan(configured(tmp_path / "nothing"), gpu_by_name("24GB"))
 

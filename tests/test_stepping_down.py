@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fourfold import limiting, pipeline, planning
+from fourfold import limiting, pipeline, planning, run_plan
 from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
 from fourfold.errors import TrainingError
 from fourfold.memory import footprint
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.memory.planner import Plan
+from fourfold.models.block import FusedDecoderLayer
 from fourfold.models.loading import load_model
 from fourfold.models.preparing import prepare
 from fourfold.planning import plan, plan_for_training, step_down
@@ -109,6 +110,39 @@ def _log(run: pipeline.Run) -> list[dict[str, Any]]:
     from fourfold.training.run_folder import read_metrics
 
     return read_metrics(run.output_dir / "metrics.jsonl")
+
+
+def test_layers_on_the_generic_path_step_down_as_well(
+    tmp_path: Path, tiny_run: Callable[..., RunConfig], planned: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointed: list[bool] = []
+    own = FourfoldTrainer.training_step
+
+    def training_step(self: FourfoldTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layers = [module for module in self.model.modules() if isinstance(module, FusedDecoderLayer)]
+        assert all(layer.recompute is None for layer in layers)
+        checkpointed.append(any(layer._checkpoints for layer in layers))
+        if len(checkpointed) == 3:
+            raise type(OUT_OF_MEMORY)(*OUT_OF_MEMORY.args)
+        return own(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(FourfoldTrainer, "training_step", training_step)
+    smaller: list[Plan] = []
+
+    def note(*args: Any) -> Plan | None:
+        made = step_down(*args)
+        assert made is not None
+        smaller.append(made)
+        return made
+
+    monkeypatch.setattr(pipeline, "step_down", note)
+    run = pipeline.train(tiny_run(tmp_path, **FUSED, use_dora=True, cuda_graphs=False), progress="silent")
+    before, after = (made.chosen for made in (planned[0], smaller[0]))
+    assert before is not None
+    assert after is not None
+    assert checkpointed == [before.recompute == "full"] * 3 + [after.recompute == "full"] * (len(checkpointed) - 3)
+    assert after.footprint.peak_bytes < before.footprint.peak_bytes
+    assert _log(run)[-1]["step"] == 4
 
 
 def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_to_go_on_from(
@@ -230,13 +264,13 @@ def test_memory_that_runs_out_beside_training_is_told_with_what_to_do(
 def test_a_model_that_is_not_what_was_planned_is_refused_before_the_first_step(
     tmp_path: Path, tiny_run: Callable[..., RunConfig], planned: list[Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = planning.model_shape
+    own = run_plan.model_shape
 
     def one_layer_more(config: Any, *args: Any) -> Any:
         return own(type(config)(**config.to_dict() | {"num_hidden_layers": 3}), *args)
 
     config = tiny_run(tmp_path, **FUSED)
-    monkeypatch.setattr(planning, "model_shape", one_layer_more)
+    monkeypatch.setattr(run_plan, "model_shape", one_layer_more)
     model = load_model(config.model_name_or_path, dtype=torch.float32, device="cpu", quantization=FourfoldConfig())
     adapted = prepare(model, choices.lora_config(config))
     with pytest.raises(TrainingError) as error:

@@ -169,7 +169,11 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
             checkpoint = error.checkpoint
         planned, config = smaller, kept_to(asked, smaller)
         say.result("plan", planned)
-        set_recomputation(adapted, config.recompute or "full")
+        if config.recompute is None:
+            # The next trainer has layers on the generic path checkpoint, if that was planned.
+            adapted.get_base_model().gradient_checkpointing_disable()
+        else:
+            set_recomputation(adapted, config.recompute)
         # With what it holds: its optimizer's state, and cycles that keep it.
         del trainer
         gc.collect()

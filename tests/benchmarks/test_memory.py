@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_setting_is_foretold_and_trained(tmp_path: Path) -> None:
-    names = ["tiny-2x64-none", "tiny-2x64-selective-lora-32bit"]
+    names = [
+        "tiny-2x64-none",
+        "tiny-2x64-selective-lora-32bit",
+        "tiny-2x64-full-full-adafactor",
+        "tiny-2x64-none-generic-dropout",
+    ]
     done = subprocess.run(
         [sys.executable, "benchmarks/memory.py", "--settings", *names, "--json", str(tmp_path / "report.json")],
         cwd=ROOT,

@@ -6,10 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from decoders import DECODERS, adapted, decoder
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
+from fourfold.models.followed_layer import followed_shape
 from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.models.preparing import prepare
 from fourfold.models.shape_check import shape_differences
 from fourfold.models.streaming import stream_base
 from fourfold.quantization.hf_config import FourfoldConfig
@@ -22,6 +25,14 @@ def pair(name: str, quantization: FourfoldConfig | None, *, fused: bool = False)
     if quantization is not None:
         model = quantize_model(model, quantization)
     return shape, adapted(model, fused=fused, task_type="CAUSAL_LM")
+
+
+def followed_pair(name: str, quantization: FourfoldConfig | None, **options: Any) -> tuple[ModelShape, PeftModel]:
+    model = decoder(name, quantized=False)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **options)
+    shape = followed_shape(model.config, quantization, lora, torch.float32)
+    return shape, prepare(model if quantization is None else quantize_model(model, quantization), lora, fused=False)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -45,6 +56,34 @@ def test_what_is_loaded_is_what_was_planned(name: str, quantized: bool, fused: b
 def test_however_it_is_quantized(name: str, options: dict[str, Any]) -> None:
     shape, model = pair(name, FourfoldConfig(**options))
     assert list(shape_differences(shape, model)) == []
+
+
+GENERIC: list[dict[str, Any]] = [
+    {"lora_dropout": 0.1},
+    {"use_dora": True},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens"], "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("options", GENERIC, ids=["dropout", "dora", "head-trained", "embedding-trained"])
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa-tied", "qwen3-head-norms"])
+def test_what_takes_the_generic_path_is_what_was_planned(name: str, quantized: bool, options: dict[str, Any]) -> None:
+    assert list(shape_differences(*followed_pair(name, FourfoldConfig() if quantized else None, **options))) == []
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa-tied"])
+def test_a_quantized_embedding_is_counted_where_layers_are_followed(name: str) -> None:
+    quantization = FourfoldConfig(quantize_embeddings=True)
+    assert list(shape_differences(*followed_pair(name, quantization, lora_dropout=0.1))) == []
+
+
+def test_an_adapter_without_its_magnitudes_is_not_what_was_planned() -> None:
+    shape, _ = followed_pair("llama-gqa", FourfoldConfig(), use_dora=True)
+    _, model = followed_pair("llama-gqa", FourfoldConfig(), lora_dropout=0.1)
+    differences = [str(one) for one in shape_differences(shape, model)]
+    assert "adapter matrices: planned 42, found 28" in differences
 
 
 def test_a_quantized_head_is_counted() -> None:

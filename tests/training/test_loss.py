@@ -37,7 +37,7 @@ def plain_sum(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> to
 def test_loss_and_gradients_equal_plain_cross_entropy_in_float64(
     monkeypatch: pytest.MonkeyPatch, chunk_logits: int, trainable_head: bool, told: bool
 ) -> None:
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", chunk_logits)
+    monkeypatch.setattr(loss_module, "AUTOGRAD_LOGITS", chunk_logits)
     hidden, labels, head = batch(torch.float64, head_bias=True)
     head.requires_grad_(trainable_head)
     positions = supervised_positions(labels) if told else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fourfold.errors import AdapterError
 from fourfold.kernels.low_rank import low_rank_grad
-from fourfold.quantization.linear import QuantizedLinear
+from fourfold.quantization.linear import QuantizedLinear, without_autocast
 
 __all__ = ["LoraQuantizedLinear", "is_weight_dependent", "register"]
 
@@ -192,7 +192,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_a: Tensor) -> Tensor:
         ctx.save_for_backward(x, lora_a)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return x @ lora_a.to(x.dtype).T
 
     @staticmethod
@@ -210,7 +210,7 @@ class _Down(torch.autograd.Function):
 def _added(result: Tensor, low: Tensor, lora_b: Tensor, scaling: float = 1.0) -> Tensor:
     """`result` with an adapter's product added in fp32, rounded to the dtype of `result`."""
     wide = torch.promote_types(low.dtype, lora_b.dtype)
-    with torch.autocast(low.device.type, enabled=False):
+    with without_autocast(low.device.type):
         return (result + scaling * low.to(wide) @ lora_b.to(wide).T).to(result.dtype)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fourfold.kernels.availability import say_once, triton_refuses
 
-__all__ = ["IGNORE_INDEX", "cross_entropy_", "cross_entropy_reference", "rows_at_once"]
+__all__ = ["AUTOGRAD_LOGITS", "IGNORE_INDEX", "cross_entropy_", "cross_entropy_reference", "rows_at_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ IGNORE_INDEX = -100
 # positions of a vocabulary of 128,256, whose gradient [1024, 4096] is one wave of tiles on 132 processors.
 BYTES_AT_ONCE = 2**28
 GRADIENTS_AT_ONCE = 2**22
+# Where autograd needs a copy in fp32, 128 MiB; and off the GPU.
+AUTOGRAD_LOGITS = 2**25
 
 torch.library.define(
     "fourfold::cross_entropy_",

@@ -117,7 +117,8 @@ def low_rank_grad(p: Tensor, q: Tensor, out: Tensor | None = None) -> Tensor:
     Returns:
         fp32 [R, N] (float64 for float64 inputs): `out` where it is given.
     """
-    if p.is_cuda and p.dtype in (torch.bfloat16, torch.float16):
+    # The meta device is asked what a GPU would hold.
+    if p.device.type in ("cuda", "meta") and p.dtype in (torch.bfloat16, torch.float16):
         product = torch.mm(p.t(), q, out_dtype=torch.float32)
         return product if out is None else out.add_(product)
     dtype = working_dtype(p.dtype)

@@ -1,13 +1,15 @@
 """What a training step takes on a GPU, part by part, before anything is loaded.
 
 Each part's formula stands where the part lives: codes and scales in `quantization.footprint`, a block's tensors in
-`models.block_memory`, optimizer state in `optimizers.footprint`, a chunk of logits in `kernels.cross_entropy`. Here
-they are added up over the moments of a step, and the highest moment is the peak:
+`models.block_memory` (those of layers on the generic path are followed, see `models.followed_layer`), optimizer state
+in `optimizers.footprint`, logits in `memory.head`. Here they are added up over the moments of a step, and the highest
+moment is the peak:
 
 - forward: a layer at work, behind it what all layers before keep;
 - loss: all that is kept, and a chunk of logits;
 - backward: a layer at work, with what the layers before it keep, and the gradients of those behind it;
-- update: gradients of all adapters, and what CUDA graphs hold;
+- embedding: where it is trained, its gradient beside all others;
+- update: gradients of all that is trained, what the optimizer works in, and what CUDA graphs hold;
 - capture: with CUDA graphs, the last layer's backward pass while it is recorded;
 - evaluation: a layer at work, and a chunk of logits; what graphs keep is there, too.
 
@@ -23,17 +25,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from fourfold.kernels.cross_entropy import rows_at_once
+from fourfold.memory.head import evaluation_chunk, loss_moments
 from fourfold.memory.parallel import ONE_GPU, Parallelism
-from fourfold.models.block_memory import BlockMemory, Tensors
+from fourfold.models.block_memory import Tensors
+from fourfold.models.following import GRADIENTS, INPUT
 from fourfold.models.graphs import AUTO_TOKENS
-from fourfold.models.model_shape import ModelShape
+from fourfold.models.model_shape import LayerMemory, ModelShape
 from fourfold.models.recomputation import POLICIES
 from fourfold.models.streaming import device_bytes, host_bytes
 
 __all__ = ["Footprint", "Step", "footprint"]
 
-_FP32 = 4
 # What cuBLAS works in: 32 MiB on Hopper, for each of two of its interfaces (torch's `getChosenWorkspaceSize`); and once
 # more on the stream on which graphs are captured.
 LIBRARY_BYTES = 2 * 2**25
@@ -59,6 +61,8 @@ class Step:
         cuda_graphs: Whether blocks run by CUDA graphs; None: where they do by default.
         streams: Where the quantized layers stream from, of `models.streaming.SOURCES`; None: they stay on the GPU.
         eval_batch: Rows of a batch of evaluation, as long as those of training; 0: there is none.
+        accumulation: Microbatches of an optimizer step: from the second on, gradients of all that is trained are there.
+        update_bytes: What the optimizer works in, once it has all gradients.
         parallelism: How GPUs share the run; batch and bytes are those of one.
     """
 
@@ -71,6 +75,8 @@ class Step:
     cuda_graphs: bool | None = None
     streams: str | None = None
     eval_batch: int = 0
+    accumulation: int = 1
+    update_bytes: int = 0
     parallelism: Parallelism = ONE_GPU
 
     @property
@@ -79,6 +85,7 @@ class Step:
 
     @property
     def runs_by_graphs(self) -> bool:
+        """Where layers are fused blocks; others never do."""
         # A graph reads weights where they were captured.
         if self.streams or self.parallelism.shards.weights or any(POLICIES[policy].offload for policy in self.policies):
             return False
@@ -113,37 +120,40 @@ class Footprint:
 
 
 def footprint(shape: ModelShape, step: Step) -> Footprint:
-    """What a step of LoRA over fused blocks takes.
+    """What a step takes.
 
     Args:
-        shape: The model, its quantization and its adapter.
+        shape: The model, its quantization, and what of it is trained.
         step: Batch, policies, optimizer.
     """
+    by_graphs = shape.is_fused and step.runs_by_graphs
     pairs = zip(shape.blocks, step.policies, strict=True)
-    blocks = [BlockMemory(block, step.tokens, policy) for block, policy in pairs]
+    blocks = [block.memory(step.batch, step.seq, policy) for block, policy in pairs]
     layers = [_layer(block) for block in blocks]
-    gradients = step.parallelism.share(shape.num_adapter * _FP32, step.parallelism.shards.gradients)
+    gradients = _gradients(shape, step)
     standing = _standing(shape, step)
     moments = {
-        "forward": _forward(layers),
+        "forward": _forward(shape, step, layers),
         "loss": _loss(shape, step, layers),
         "backward": _backward(shape, step, layers),
-        "update": _Moment({"gradients": gradients}, {}),
+        "update": _Moment({GRADIENTS: gradients}, {"workspace of the optimizer": step.update_bytes}),
     }
-    if step.runs_by_graphs:
+    if shape.embedding_gradient_bytes:
+        moments["embedding"] = _embedding(shape, step)
+    if by_graphs:
         graphs = {
             # Graphs write gradients where they always write them; the optimizer gets copies.
             "gradients in graphs": gradients,
-            "shared by graphs": blocks[0].backward_moments()[0]["gradient of the output"] + blocks[0].kept()["x"],
+            "shared by graphs": blocks[0].backward_moments()[0]["gradient of the output"] + blocks[0].kept()[INPUT],
         }
         # The last layer's backward pass is captured before there is a loss.
-        kept, working = _on_gpu(layers[:-1]), layers[-1].backward
-        loss = moments["loss"]
-        moments["capture"] = _Moment({"activations kept": kept, **graphs}, working)
+        before = {"activations kept": _on_gpu(layers[:-1]), GRADIENTS: _gradients_before(shape, step)}
+        loss, update = moments["loss"], moments["update"]
+        moments["capture"] = _Moment({**before, **graphs}, layers[-1].backward)
         moments["loss"] = _Moment({**loss.parts, **graphs}, loss.working)
-        moments["update"] = _Moment({"activations kept": _on_gpu(layers), "gradients": gradients, **graphs}, {})
+        moments["update"] = _Moment({"activations kept": _on_gpu(layers), **update.parts, **graphs}, update.working)
     if step.eval_batch:
-        moments["evaluation"] = _evaluation(shape, step, layers)
+        moments["evaluation"] = _evaluation(shape, step, _on_gpu(layers) if by_graphs else 0)
     name = max(moments, key=lambda name: moments[name].num_bytes)
     highest, base = moments[name], sum(standing.values())
     parts = {**standing, **highest.parts, "working memory": sum(highest.working.values())}
@@ -157,7 +167,7 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         moment=name,
         moments={other: base + moment.num_bytes for other, moment in moments.items()},
         host={part: size for part, size in host.items() if size},
-        detail=highest.working,
+        detail={tensor: size for tensor, size in highest.working.items() if size},
     )
 
 
@@ -172,31 +182,49 @@ class _Moment(NamedTuple):
         return sum(self.parts.values()) + sum(self.working.values())
 
 
+def _highest(moments: Sequence[_Moment]) -> _Moment:
+    return max(moments, key=lambda moment: moment.num_bytes)
+
+
 def _standing(shape: ModelShape, step: Step) -> Tensors:
     """What is there from the first step to the last."""
-    element, parallelism = shape.blocks[0].element_size, step.parallelism
-    layers, adapters = shape.weights_of_layers, shape.num_adapter * _FP32
+    parallelism, layers = step.parallelism, shape.weights_of_layers
     quantized = shape.code_bytes + shape.scale_bytes
+    adapters = shape.adapter_bytes
     elsewhere = on_their_way = 0
     if step.streams:
         elsewhere, on_their_way = sum(layers), device_bytes(layers)
     elif parallelism.shards.weights:
         elsewhere = sum(layers) - parallelism.share(sum(layers), True)
-        whole = (layer + block.adapter_parameters * _FP32 for layer, block in zip(layers, shape.blocks, strict=True))
-        on_their_way = NUM_GATHERED * max(whole)
+        # Where there are no adapters, what is trained is the layers themselves.
+        trained = [block.gradient_bytes if adapters else 0 for block in shape.blocks]
+        on_their_way = NUM_GATHERED * max(map(sum, zip(layers, trained, strict=True)))
+        adapters += parallelism.share(sum(trained), True) - sum(trained)
     is_apart = elsewhere and quantized
     return {
-        "weights, 16 bits": shape.num_dense * element - (0 if quantized else elsewhere),
+        "weights, 16 bits" if shape.element_size == 2 else "weights, 32 bits": shape.dense_bytes
+        - (0 if quantized else elsewhere),
         # What streams is aligned; what else is quantized, such as the head, stays.
         "weights, quantized": max(0, quantized - elsewhere) if is_apart else shape.code_bytes,
         "layers on their way": on_their_way,
         "quantization state": 0 if is_apart else shape.scale_bytes,
-        "adapters": parallelism.share(adapters, parallelism.shards.weights),
-        "buckets of gradients": parallelism.bucket_bytes(adapters),
+        "adapters": adapters,
+        "buckets of gradients": parallelism.bucket_bytes(shape.gradient_bytes),
         "optimizer state": step.optimizer_bytes,
         "pages of optimizer state": step.staging_bytes,
-        "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if step.runs_by_graphs else 0),
+        "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if shape.is_fused and step.runs_by_graphs else 0),
     }
+
+
+def _gradients(shape: ModelShape, step: Step) -> int:
+    """Of all that is trained: those of layers, or one GPU's share of them, and the rest."""
+    layers = sum(block.gradient_bytes for block in shape.blocks)
+    return shape.gradient_bytes - layers + step.parallelism.share(layers, step.parallelism.shards.gradients)
+
+
+def _gradients_before(shape: ModelShape, step: Step) -> int:
+    """Gradients that are there when a backward pass begins: of the microbatches before."""
+    return _gradients(shape, step) if step.accumulation > 1 else 0
 
 
 class _Layer(NamedTuple):
@@ -205,15 +233,15 @@ class _Layer(NamedTuple):
     Args:
         kept: Bytes that stay on the GPU while it is not at work.
         offloaded: Bytes that wait in host memory, and are on the GPU before and after that.
-        embeddings: Of these, the layer's input.
+        embeddings: Of these, the layer's input; None where that is not kept at all.
         host: Bytes there.
         forward, backward: Tensors; the backward pass without the gradients that it makes.
-        gradients: Bytes of these.
+        gradients: Bytes of these that are there by then.
     """
 
     kept: int
     offloaded: int
-    embeddings: int
+    embeddings: int | None
     host: int
     forward: Tensors
     backward: Tensors
@@ -221,17 +249,17 @@ class _Layer(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _layer(block: BlockMemory) -> _Layer:
-    offloaded = block.offloaded()
+def _layer(block: LayerMemory) -> _Layer:
+    kept, offloaded = block.kept(), block.offloaded()
     backward = _heaviest(block.backward_moments())
     return _Layer(
-        kept=sum(block.kept().values()) - sum(offloaded.values()),
+        kept=sum(kept.values()) - sum(offloaded.values()),
         offloaded=sum(offloaded.values()),
-        embeddings=offloaded.get("x", 0),
+        embeddings=offloaded.get(INPUT, 0) if INPUT in kept else None,
         host=block.host_bytes(),
         forward=_heaviest(block.forward_moments()),
-        backward={name: size for name, size in backward.items() if name != "sums for adapters"},
-        gradients=block.shape.adapter_parameters * _FP32,
+        backward={name: size for name, size in backward.items() if name != GRADIENTS},
+        gradients=backward.get(GRADIENTS, 0),
     )
 
 
@@ -249,76 +277,88 @@ def _in_flight(layers: Sequence[_Layer]) -> int:
     return sum([layer.offloaded for layer in layers if layer.offloaded][-IN_FLIGHT_FORWARD:])
 
 
-def _forward(layers: Sequence[_Layer]) -> _Moment:
-    behind = 0
+def _hidden(shape: ModelShape, tokens: int) -> int:
+    return tokens * shape.hidden_size * shape.element_size
+
+
+def _around(shape: ModelShape, step: Step) -> int:
+    """What all layers are called with, where it is not the blocks' own."""
+    return 0 if shape.ends is None else shape.ends.around(step.batch, step.seq)
+
+
+def _forward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
+    # Transformers holds the embeddings till the last layer is done.
+    first = layers[0].embeddings
+    gradients, behind = _gradients_before(shape, step), _around(shape, step)
     leaving: deque[int] = deque(maxlen=IN_FLIGHT_FORWARD)
     moments = []
     for index, layer in enumerate(layers):
-        # Transformers holds the embeddings till the last layer is done.
-        embeddings = 0 if index == 0 or 0 in leaving else layers[0].embeddings
+        embeddings = _hidden(shape, step.tokens) if first is None else first
+        if first is not None and (index == 0 or 0 in leaving):
+            embeddings = 0
         kept = behind + embeddings + sum(layers[number].offloaded for number in leaving)
-        moments.append(_Moment({"activations kept": kept}, layer.forward))
+        moments.append(_Moment({"activations kept": kept, GRADIENTS: gradients}, layer.forward))
         behind += layer.kept
         if layer.offloaded:
             leaving.append(index)
-    return max(moments, key=lambda moment: moment.num_bytes)
-
-
-def _chunk_of_logits(shape: ModelShape, tokens: int) -> tuple[int, int]:
-    """Rows of it, and bytes."""
-    element = shape.blocks[0].element_size
-    rows = min(rows_at_once(shape.vocab_size, shape.hidden_size, element), tokens)
-    return rows, rows * (-(-shape.vocab_size // 64) * 64) * element
+    return _highest(moments)
 
 
 def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
-    element = shape.blocks[0].element_size
-    hidden = step.tokens * shape.hidden_size * element
-    rows, logits = _chunk_of_logits(shape, step.tokens)
-    working: Tensors = {
-        "last layer's output": hidden,
-        "normed output": hidden,
-        "gradient of it": hidden,
-        "a chunk of it, and its gradient": 2 * rows * shape.hidden_size * element,
-    }
-    if shape.head_is_quantized:
-        working["head, dequantized"] = shape.vocab_size * shape.hidden_size * element
-    kept = _on_gpu(layers) + _in_flight(layers)
-    return _Moment({"activations kept": kept, "logits": logits}, working)
+    kept = _on_gpu(layers) + _in_flight(layers) + _around(shape, step)
+    tail: Tensors = {"last layer's output": _hidden(shape, step.tokens)}
+    gradients = _gradients_before(shape, step)
+    moments = []
+    if shape.ends is not None:
+        norm = shape.ends.tail(step.batch, step.seq)
+        tail = norm.forward.after
+        # The norm's own passes, before and behind the head.
+        parts = {"activations kept": kept, GRADIENTS: gradients}
+        moments.append(_Moment(parts, norm.forward.peak))
+        late = {**parts, GRADIENTS: max(gradients, shape.head_gradient_bytes)}
+        moments.append(_Moment(late, norm.backward.peak))
+    for logits, working in loss_moments(shape, step.tokens):
+        parts = {"activations kept": kept, "logits": logits, GRADIENTS: gradients}
+        moments.append(_Moment(parts, {**tail, **working}))
+    return _highest(moments)
 
 
 def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
-    """From the last layer to the first, what is kept grows less and the gradients of adapters more."""
-    kept = list(itertools.accumulate((layer.kept for layer in layers), initial=0))
+    """From the last layer to the first, what is kept grows less and the gradients more."""
+    kept = list(itertools.accumulate((layer.kept for layer in layers), initial=_around(shape, step)))
     # Tensors that wait in host memory, of each layer before this one that has such.
     waiting = [layer.offloaded for layer in layers if layer.offloaded]
     last = max((index for index, layer in enumerate(layers) if layer.offloaded), default=-1)
     shards = step.parallelism.shards
-    gradients = 0
+    gradients = _gradients_before(shape, step) or shape.head_gradient_bytes
     moments = []
     for index in reversed(range(len(layers))):
         layer = layers[index]
         if layer.offloaded:
             waiting.pop()
         count = IN_FLIGHT_FORWARD if index > last else IN_FLIGHT_BACKWARD
-        parts = {
-            "activations kept": kept[index] + sum(waiting[-count:]),
-            "gradients": gradients + layer.gradients,
-        }
-        gradients += step.parallelism.share(layer.gradients, shards.gradients)
+        parts = {"activations kept": kept[index] + sum(waiting[-count:]), GRADIENTS: gradients + layer.gradients}
+        if step.accumulation == 1:
+            gradients += step.parallelism.share(shape.blocks[index].gradient_bytes, shards.gradients)
         working = layer.backward
-        if index == len(layers) - 1:
+        if index == len(layers) - 1 and shape.is_fused:
             # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
-            hidden = step.tokens * shape.hidden_size * shape.blocks[index].element_size
-            working = {**working, "gradient of the last norm's input": hidden}
+            working = {**working, "gradient of the last norm's input": _hidden(shape, step.tokens)}
         moments.append(_Moment(parts, working))
-    return max(moments, key=lambda moment: moment.num_bytes)
+    return _highest(moments)
 
 
-def _evaluation(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
-    tokens = step.eval_batch * step.seq
-    hidden = tokens * shape.hidden_size * shape.blocks[0].element_size
-    moments = [_layer(BlockMemory(block, tokens, "full")).forward for block in shape.blocks]
-    moments.append({"last layer's output, and normed": 2 * hidden, "logits": _chunk_of_logits(shape, tokens)[1]})
-    kept = _on_gpu(layers) if step.runs_by_graphs else 0
+def _embedding(shape: ModelShape, step: Step) -> _Moment:
+    """The end of the backward pass: the gradient of the embedding is made, and added to what there is of it."""
+    is_there = shape.is_tied or step.accumulation > 1
+    again = shape.embedding_gradient_bytes if is_there else 0
+    working = {"gradient of the embedding": again, "gradient of its output": _hidden(shape, step.tokens)}
+    return _Moment({"activations kept": _around(shape, step), GRADIENTS: _gradients(shape, step)}, working)
+
+
+def _evaluation(shape: ModelShape, step: Step, kept: int) -> _Moment:
+    batch, seq = step.eval_batch, step.seq
+    hidden = _hidden(shape, batch * seq)
+    moments = [_layer(block.memory(batch, seq, "full")).forward for block in dict.fromkeys(shape.blocks)]
+    moments.append({"last layer's output, and normed": 2 * hidden, "logits": evaluation_chunk(shape, batch * seq)})
     return _Moment({"activations kept": kept}, _heaviest(moments))

@@ -24,12 +24,14 @@ class OptimizerBytes:
     Args:
         name: As `optim` names it.
         gpu, staging, host: State on the GPU, what paging works in there, state in host memory: of all trained weights.
+        working: What an update works in on the GPU.
     """
 
     name: str
     gpu: int
     staging: int = 0
     host: int = 0
+    working: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,11 @@ from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.memory.plan import Candidate, OptimizerBytes, Plan
 from fourfold.memory.speed import reduction_seconds, step_seconds, update_seconds
 from fourfold.models.model_shape import ModelShape
-from fourfold.models.recomputation import POLICIES
 
 __all__ = ["TIE", "Candidate", "OptimizerBytes", "Plan", "make_plan"]
 
 # Speeds that differ by less are alike: predictions are no better, and what is simpler or more exact is worth it.
 TIE = 0.005
-_FP32 = 4
 
 
 def make_plan(
@@ -40,13 +38,14 @@ def make_plan(
     """The fastest step over `rows` rows of `seq` tokens that fits.
 
     Args:
-        shape: The model, its quantization and its adapter.
+        shape: The model, its quantization, and what of it is trained.
         gpu: Where to; of several, each.
         rows: Of a whole optimizer step; GPUs take equal parts of them, and a microbatch takes a divisor of a part.
         seq: Tokens of a row.
         optimizers: To choose from; of those that are as fast as another but for `TIE`, the first.
         batches: Rows of a microbatch to choose from; None: every divisor.
-        policies: Recomputation policies to choose from; None: all, and mixtures of two over the layers.
+        policies: Recomputation policies to choose from; None: all that layers can have. Of fused blocks also mixtures
+            of two over the layers.
         host_bytes: Host memory that may be used by all GPUs' processes; None: any.
         eval_batch: Rows of a batch of evaluation; 0: there is none.
         cuda_graphs: As the configuration has it.
@@ -57,7 +56,8 @@ def make_plan(
         ConfigError: The rows cannot be parted among the GPUs.
     """
     plan = Plan(gpu, seq, None, None, None, 0, host_bytes)
-    step = Step(0, seq, (), cuda_graphs=cuda_graphs, streams=streams, eval_batch=eval_batch)
+    graphs = cuda_graphs if shape.is_fused else False
+    step = Step(0, seq, (), cuda_graphs=graphs, streams=streams, eval_batch=eval_batch)
     ways = [
         _Way(shape, gpu, rows, step, optimizer, parallelism)
         for optimizer in optimizers
@@ -65,7 +65,7 @@ def make_plan(
         if streams is None or not parallelism.shards.weights
     ]
     uniform = {
-        (way, batch): [way.candidate(batch, [name] * len(shape.blocks)) for name in policies or POLICIES]
+        (way, batch): [way.candidate(batch, [name] * len(shape.blocks)) for name in policies or shape.policies]
         for way in ways
         for batch in way.batches(batches)
     }
@@ -77,7 +77,7 @@ def make_plan(
         (way, *pair)
         for (way, _), candidates in uniform.items()
         for pair in itertools.permutations(candidates, 2)
-        if _mixes(*pair)
+        if shape.is_fused and _mixes(*pair)
     ]
     top = max((candidate.tokens_per_second for candidate in fitting), default=0.0)
     for way, slow, fast in sorted(pairs, key=lambda pair: -pair[2].tokens_per_second):
@@ -162,12 +162,14 @@ class _Way:
             optimizer_bytes=resident,
             staging_bytes=optimizer.staging,
             host_optimizer_bytes=paged,
+            accumulation=accumulation,
+            update_bytes=optimizer.working,
             parallelism=parallelism,
         )
         by_graphs = step.runs_by_graphs
         options = {"streams": step.streams is not None, "by_graphs": by_graphs}
         microbatch = step_seconds(shape, gpu, batch, step.seq, policies, **options, parallelism=parallelism)
-        trained = shape.num_adapter * _FP32
+        trained = shape.gradient_bytes
         seconds = accumulation * microbatch + reduction_seconds(gpu, trained, parallelism, microbatch)
         seconds += update_seconds(gpu, parallelism.share(trained, is_sharded), resident + paged, paged)
         return Candidate(

@@ -1,8 +1,9 @@
 """How long a training step takes, from what it must compute and move.
 
 Products with weights and attention are counted in floating-point operations, everything else in the bytes that its
-kernels read and write (`models.block_forward`, `block_backward`). The shares of the data sheet's rates that are reached
-are those of one H200 (docs/planning.md), and taken for all GPUs alike.
+kernels read and write (`models.block_forward`, `block_backward`). Of layers on the generic path both are those of the
+operators that were seen (`models.following`), an estimate that was never measured. The shares of the data sheet's rates
+that are reached are those of one H200 (docs/planning.md), and taken for all GPUs alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from functools import lru_cache
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.models.block_memory import BlockMemory, BlockShape
-from fourfold.models.model_shape import ModelShape
+from fourfold.models.followed_layer import FollowedLayer
+from fourfold.models.model_shape import LayerShape, ModelShape
 from fourfold.models.recomputation import POLICIES
 
 __all__ = ["reduction_seconds", "step_seconds", "update_seconds"]
@@ -28,9 +30,11 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.60, 376), (0.57, 946)
 NARROW_HEADS = 0.75
 # Before the first layer is launched, and gaps between kernels, by layer.
 START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
-# What the host takes to launch a layer's kernels one by one, in both passes: of the CPUs beside two H200; they differ.
-LAUNCH_SECONDS = 5e-3
-_FP32 = 4
+# What the host takes to launch a fused block's kernels one by one, in both passes, and each of PyTorch's operators on
+# the generic path: the former of the CPUs beside two H200; they differ. The latter was never measured.
+BLOCK_LAUNCH_SECONDS, OPERATOR_LAUNCH_SECONDS = 5e-3, 1e-5
+# Products in fp32 are that much slower (an H200's data sheet: 989 and 67 TFLOPS).
+WIDE = 15
 
 
 def step_seconds(
@@ -48,20 +52,21 @@ def step_seconds(
     tokens = batch * seq
     matmul, memory = _rates(gpu, tokens)
     seconds = START_SECONDS
-    # The head, forward and back, and its logits: written, read twice, written, read.
-    seconds += 4 * tokens * shape.vocab_size * shape.hidden_size / matmul
-    seconds += 5 * tokens * shape.vocab_size * shape.blocks[0].element_size / memory
+    # The head, forward and back, and its logits: written, read twice, written, read. A trained one has a gradient, too.
+    passes = 6 if shape.head_gradient_bytes else 4
+    seconds += passes * tokens * shape.vocab_size * shape.hidden_size / matmul
+    seconds += 5 * tokens * shape.vocab_size * shape.element_size / memory
     weights = shape.weights_of_layers
     scatters = parallelism.shards.gradients
     for block, name, weight in zip(shape.blocks, policies, weights, strict=True):
-        work, moved = _layer(block, batch, seq, name, gpu)
+        work, launches, moved = _layer(block, batch, seq, name, gpu)
         # Activations go there and back, weights come once in each pass, all beside the work; what is left over is
         # waited for.
         host = 2 * (moved + (weight if streams else 0))
         peers = 2 * parallelism.gathered_bytes(weight)
         if scatters:
-            peers += parallelism.reduced_bytes(block.adapter_parameters * _FP32)
-        launched = 0.0 if by_graphs else LAUNCH_SECONDS
+            peers += parallelism.reduced_bytes(block.gradient_bytes)
+        launched = 0.0 if by_graphs else launches
         seconds += max(work, launched, _transfer_seconds(gpu, host, peers)) + LAYER_SECONDS
     return seconds
 
@@ -98,18 +103,34 @@ def _rates(gpu: Gpu, tokens: int) -> tuple[float, float]:
     return gpu.matmul_rate * MATMUL_SHARE * filled, gpu.memory_rate * MEMORY_SHARE
 
 
+def _layer(block: LayerShape, batch: int, seq: int, name: str, gpu: Gpu) -> tuple[float, float, int]:
+    """Seconds of a layer's work in both passes, those that the host takes to launch all of it, and bytes of activations
+    that wait in host memory."""
+    if isinstance(block, BlockShape):
+        return _block(block, batch, seq, name, gpu)
+    assert isinstance(block, FollowedLayer)
+    return _followed(block, batch, seq, name, gpu)
+
+
 @lru_cache(maxsize=4096)
-def _layer(block: BlockShape, batch: int, seq: int, name: str, gpu: Gpu) -> tuple[float, int]:
-    """Seconds of a layer's work in both passes, and bytes of activations that wait in host memory."""
+def _block(block: BlockShape, batch: int, seq: int, name: str, gpu: Gpu) -> tuple[float, float, int]:
     tokens, policy = batch * seq, POLICIES[name]
     matmul, memory = _rates(gpu, tokens)
-    forward, backward = _attention_operations(block, tokens, seq)
-    again = 0 if "attention" in policy.keeps else 1
     work = tokens * _product_operations(block, policy.keeps) / matmul
-    work += forward * (1 + again) / _attention_rate(block, seq, gpu, *ATTENTION_FORWARD)
-    work += backward / _attention_rate(block, seq, gpu, *ATTENTION_BACKWARD)
+    work += _attention_seconds(block, tokens, seq, policy.keeps, gpu)
     work += (tokens * _moved_bytes(block, policy.keeps) + _weight_bytes(block)) / memory
-    return work, sum(BlockMemory(block, tokens, name).offloaded().values())
+    return work, BLOCK_LAUNCH_SECONDS, sum(BlockMemory(block, tokens, name).offloaded().values())
+
+
+def _followed(block: FollowedLayer, batch: int, seq: int, name: str, gpu: Gpu) -> tuple[float, float, int]:
+    tokens, followed = batch * seq, block.memory(batch, seq, name).followed
+    matmul, memory = _rates(gpu, tokens)
+    work = _attention_seconds(block, tokens, seq, POLICIES[name].keeps, gpu)
+    for each in (followed.forward, followed.backward):
+        # Where all of it is in fp32, so is what the shares were measured with.
+        wide = each.wide_operations * (WIDE if each.operations else 1)
+        work += (each.operations + wide) / matmul + each.moved_bytes / memory
+    return work, (followed.forward.launches + followed.backward.launches) * OPERATOR_LAUNCH_SECONDS, 0
 
 
 def _product_operations(block: BlockShape, keeps: frozenset[str]) -> int:
@@ -121,14 +142,19 @@ def _product_operations(block: BlockShape, keeps: frozenset[str]) -> int:
     return 2 * (2 * sum(sizes.values()) + again)
 
 
-def _attention_operations(block: BlockShape, tokens: int, seq: int) -> tuple[int, int]:
-    """Forward and backward, what causality leaves out not counted: two products, and five."""
+def _attention_seconds(
+    block: BlockShape | FollowedLayer, tokens: int, seq: int, keeps: frozenset[str], gpu: Gpu
+) -> float:
+    """Two products forward, once more where they are computed again, and five back; what causality leaves out is not
+    counted."""
     scores = tokens * seq * block.features
-    return 2 * scores, 5 * scores
+    again = 0 if "attention" in keeps else 1
+    forward = 2 * scores * (1 + again) / _attention_rate(block.head_dim, seq, gpu, *ATTENTION_FORWARD)
+    return forward + 5 * scores / _attention_rate(block.head_dim, seq, gpu, *ATTENTION_BACKWARD)
 
 
-def _attention_rate(block: BlockShape, seq: int, gpu: Gpu, share: float, half: int) -> float:
-    narrow = NARROW_HEADS if block.head_dim < 128 else 1.0
+def _attention_rate(head_dim: int, seq: int, gpu: Gpu, share: float, half: int) -> float:
+    narrow = NARROW_HEADS if head_dim < 128 else 1.0
     return gpu.matmul_rate * share * narrow * seq / (seq + half)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fourfold.kernels.host_memory import rounded_to_pages
 from fourfold.kernels.low_rank import row_length
 from fourfold.models.block_state import parts
+from fourfold.models.following import GRADIENTS
 from fourfold.models.recomputation import POLICIES, offloaded_bytes
 
 __all__ = ["BlockMemory", "BlockShape", "Tensors"]
@@ -51,6 +52,17 @@ class BlockShape:
     def features(self) -> int:
         """Of the attention's output."""
         return self.num_heads * self.head_dim
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.adapter_parameters * _FP32
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.products.values()) * self.element_size
+
+    def memory(self, batch: int, seq: int, policy: str) -> BlockMemory:
+        return BlockMemory(self, batch * seq, policy)
 
     @property
     def qkv_width(self) -> int:
@@ -189,7 +201,7 @@ class BlockMemory:
         keeps, kept = POLICIES[self.policy].keeps, self.kept()
         early = not {"mid", "attention"} <= keeps
         incoming = {"gradient of the output": self._rows(tokens, shape.hidden, shape.down_rank)}
-        sums = {"sums for adapters": shape.adapter_parameters * _FP32}
+        sums = {GRADIENTS: shape.gradient_bytes}
         half = {name: every[name] for name in ("low_qkv", "qkv", "attention", "lse", "rstd1")}
         half |= {"weight of q, k, v": weights["weight of q, k, v"]}
         if shape.has_head_norms:

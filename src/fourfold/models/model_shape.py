@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fourfold.models.block_memory import BlockShape
+from fourfold.models.block_memory import BlockShape, Tensors
 from fourfold.models.families import FAMILIES, default_target_modules
+from fourfold.models.following import Followed
 from fourfold.models.linear_group import padded_rank
+from fourfold.models.recomputation import POLICIES
 from fourfold.models.streaming import layer_bytes
 from fourfold.quantization.footprint import code_bytes, scale_bytes, scale_parts
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.quantization.selection import matches
 from fourfold.quantization.swapping import dense_linears, skip_patterns
 
-__all__ = ["ModelShape", "model_shape"]
+__all__ = ["Ends", "LayerMemory", "LayerShape", "ModelShape", "is_target", "model_shape"]
+
+_FP32 = 4
+
+
+class LayerMemory(Protocol):
+    """A layer's tensors for a microbatch under one policy; see `block_memory.BlockMemory`."""
+
+    def kept(self) -> Tensors: ...
+    def offloaded(self) -> Tensors: ...
+    def host_bytes(self) -> int: ...
+    def forward_moments(self) -> list[Tensors]: ...
+    def backward_moments(self) -> list[Tensors]: ...
+    def __hash__(self) -> int: ...
+
+
+class LayerShape(Protocol):
+    """A decoder layer: a fused block (`block_memory.BlockShape`), or one that is followed (`followed_layer`)."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of what it trains."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights in linear layers, were none of them quantized."""
+
+    def memory(self, batch: int, seq: int, policy: str) -> LayerMemory:
+        """What it holds for `batch` rows of `seq` tokens."""
+
+
+class Ends(Protocol):
+    """What of a model is before and behind its layers; see `followed_layer.FollowedEnds`."""
+
+    def around(self, batch: int, seq: int) -> int: ...
+    def tail(self, batch: int, seq: int) -> Followed: ...
 
 
 @dataclass(frozen=True)
@@ -32,26 +70,47 @@ class ModelShape:
         num_parameters: Weights of the base, a shared one counted once.
         num_quantized: Those that are quantized.
         code_bytes, scale_bytes: What these take.
-        adapter_shapes: Of every A and B, as they are trained.
+        dense_bytes: What the others take.
+        adapter_shapes: Of every A and B, or whatever else is trained.
+        adapter_bytes: What is trained beside the base takes; 0 where the base itself is.
+        gradient_bytes: Of all that is trained.
         blocks: The decoder layers, first to last.
         layer_bytes: Quantized weights of each decoder layer as they stream, see `models.streaming`; empty where they
             cannot.
         vocab_size, hidden_size: Of the output head.
         head_is_quantized: Whether it is dequantized for the loss.
-        is_fused: Whether the family has a fused block, which alone `blocks` describe.
+        is_fused: Whether `blocks` are fused blocks.
+        element_size: Bytes of a number of the activations.
+        head_gradient_bytes: Of the output head and what else is trained behind the layers.
+        embedding_gradient_bytes: Of the input embedding.
+        is_tied: Whether these two are one.
+        ends: What is before and behind layers that are followed; None for fused blocks.
     """
 
     num_parameters: int
     num_quantized: int
     code_bytes: int
     scale_bytes: int
-    adapter_shapes: tuple[tuple[int, int], ...]
-    blocks: tuple[BlockShape, ...]
+    dense_bytes: int
+    adapter_shapes: tuple[tuple[int, ...], ...]
+    adapter_bytes: int
+    gradient_bytes: int
+    blocks: tuple[LayerShape, ...]
     layer_bytes: tuple[int, ...]
     vocab_size: int
     hidden_size: int
     head_is_quantized: bool
     is_fused: bool
+    element_size: int = 2
+    head_gradient_bytes: int = 0
+    embedding_gradient_bytes: int = 0
+    is_tied: bool = False
+    ends: Ends | None = None
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Those that layers can have."""
+        return tuple(POLICIES) if self.is_fused else ("none", "full")
 
     @property
     def num_dense(self) -> int:
@@ -63,12 +122,12 @@ class ModelShape:
         """Bytes of each decoder layer's linear weights: quantized, as they stream, or as they are."""
         if self.layer_bytes:
             return self.layer_bytes
-        return tuple(sum(block.products.values()) * block.element_size for block in self.blocks)
+        return tuple(block.weight_bytes for block in self.blocks)
 
     @cached_property
     def num_adapter(self) -> int:
         """Trained weights."""
-        return sum(rows * columns for rows, columns in self.adapter_shapes)
+        return sum(math.prod(shape) for shape in self.adapter_shapes)
 
 
 def model_shape(
@@ -94,7 +153,7 @@ def model_shape(
     head = model.get_output_embeddings()
     linears = dict(dense_linears(model))
     quantized = [linear for name, linear in linears.items() if not matches(name, skipped)]
-    adapted = {name: linear for name, linear in linears.items() if linear is not head and _is_target(name, targets)}
+    adapted = {name: linear for name, linear in linears.items() if linear is not head and is_target(name, targets)}
     sizes = [linear.weight.numel() for linear in quantized]
     embedding = model.get_input_embeddings()
     if quantization is not None and quantization.quantize_embeddings and embedding.weight is not head.weight:
@@ -112,22 +171,28 @@ def model_shape(
     family = FAMILIES.get(config.model_type)
     is_fused = family is not None and family.fused_layer is not None
     layers = _layers(model) if is_fused else []
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    adapter_bytes = _FP32 * sum(rows * columns for rows, columns in shapes)
     return ModelShape(
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         num_quantized=sum(sizes),
         code_bytes=codes,
         scale_bytes=scales,
+        dense_bytes=(num_parameters - sum(sizes)) * element_size,
         adapter_shapes=shapes,
+        adapter_bytes=adapter_bytes,
+        gradient_bytes=adapter_bytes,
         layer_bytes=tuple(_layer_bytes(layer, quantized, quantization) for layer in layers) if quantized else (),
         blocks=tuple(_block(layer, set(map(id, adapted.values())), rank, element_size) for layer in layers),
         vocab_size=head.weight.shape[0],
         hidden_size=head.weight.shape[1],
         head_is_quantized=any(linear is head for linear in quantized),
         is_fused=is_fused,
+        element_size=element_size,
     )
 
 
-def _is_target(name: str, targets: Sequence[str] | str) -> bool:
+def is_target(name: str, targets: Sequence[str] | str) -> bool:
     """PEFT's rule: a regular expression for the whole name, or names of modules; "all-linear" but for the head."""
     if targets == "all-linear":
         return True

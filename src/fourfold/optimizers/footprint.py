@@ -10,7 +10,7 @@ from fourfold.kernels.optimizer_state import BLOCK_SIZE, CHUNK_SIZE, MOMENTS, mo
 from fourfold.kernels.paging import NUM_SLOTS, PAGE_BYTES, slot_bytes
 from fourfold.optimizers.moments import state_bits_of
 
-__all__ = ["staging_bytes", "state_bytes"]
+__all__ = ["staging_bytes", "state_bytes", "working_bytes"]
 
 
 def state_bytes(rule: str, state_bits: int, shapes: Iterable[Sequence[int]], min_8bit_size: int = 4096) -> int:
@@ -53,3 +53,19 @@ def staging_bytes(
             parts = [elements * bits // 8] + ([elements // BLOCK_SIZE * 4] if bits == 8 else [])
             largest = max(largest, slot_bytes(parts * len(MOMENTS[rule])))
     return min(NUM_SLOTS, num_pages) * largest
+
+
+def working_bytes(rule: str, shapes: Iterable[Sequence[int]], element_size: int = 4) -> int:
+    """Bytes of the GPU that an update works in beside parameters, gradients and state.
+
+    AdamW and Lion are kernels, and take none. Adafactor updates one parameter at a time in fp32: of the largest it
+    holds three copies, and four where it is in 16 bits.
+
+    Args:
+        rule: "adamw", "lion" or "adafactor".
+        shapes: Those of the parameters that are trained.
+        element_size: Bytes of a number of theirs.
+    """
+    if rule != "adafactor":
+        return 0
+    return (3 if element_size == 4 else 4) * 4 * max((math.prod(shape) for shape in shapes), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.scales import Scales
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
-__all__ = ["QuantizedLinear", "QuantizedWeight", "Streamed"]
+__all__ = ["QuantizedLinear", "QuantizedWeight", "Streamed", "without_autocast"]
 
 
 class Streamed(Protocol):
@@ -207,7 +208,9 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
     def product_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype in which `input` is multiplied, and the output's: autocast's, or else `input`'s own."""
         device_type = input.device.type
-        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else input.dtype
+        # The meta device, on which models are looked at before they are loaded, knows no autocast.
+        is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if is_on else input.dtype
 
     def forward(
         self, input: Tensor, *, low: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0
@@ -264,7 +267,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             return layer.read(input.device).linear(input, bias)
 
     @staticmethod
@@ -302,7 +305,7 @@ class _AdaptedLinear(torch.autograd.Function):
         weight = layer.read(input.device)
         num_rows, num_columns = weight.shape
         flat, flat_low = input.reshape(-1, num_columns), low.reshape(-1, low.shape[-1])
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             up = _scaled(lora_b, scaling, flat.dtype)
             if after:
                 out = weight.linear(flat, bias).addmm_(flat_low, up.T)
@@ -325,6 +328,13 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = (low_rank_grad(grad, low.reshape(-1, low.shape[-1])) * ctx.scaling).to(lora_b.dtype)
         return grad_input, grad_bias, None, grad_low, grad_b, None, None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast switched off, on a device that knows it."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _scaled(lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

@@ -17,13 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fourfold.data import supervised_positions
-from fourfold.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_, rows_at_once
+from fourfold.kernels.cross_entropy import AUTOGRAD_LOGITS, IGNORE_INDEX, cross_entropy_, rows_at_once
 from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = ["IGNORE_INDEX", "SupervisedLoss", "logits_agree", "supervised_cross_entropy"]
-
-# Logits of a chunk off the GPU, and where autograd needs a copy in fp32: 128 MiB in fp32.
-_LOGITS_PER_CHUNK = 2**25
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
         vocab = weight.shape[0]
-        rows = max(1, _LOGITS_PER_CHUNK // vocab)
+        rows = max(1, AUTOGRAD_LOGITS // vocab)
         if hidden.is_cuda:
             rows = rows_at_once(vocab, weight.shape[1], weight.element_size())
         # Rows start on 128 bytes whatever the vocabulary is: the products and the kernel load vectors.
@@ -184,7 +181,7 @@ class _AutogradCrossEntropy(torch.autograd.Function):
             loss_sum += loss.detach()
             num_correct += (logits.detach().argmax(dim=-1) == target).sum()
             start += size
-            size = max(1, _LOGITS_PER_CHUNK // logits.shape[-1])
+            size = max(1, AUTOGRAD_LOGITS // logits.shape[-1])
 
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, *grad_trainable)

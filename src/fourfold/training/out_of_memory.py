@@ -33,6 +33,7 @@ GIB = 2**30
 # What a plan's parts are called -> what can be told apart in a run.
 _KINDS = {
     "weights, 16 bits": "weights",
+    "weights, 32 bits": "weights",
     "weights, quantized": "weights",
     "quantization state": "weights",
     "adapters": "adapters",

@@ -1,0 +1,150 @@
+"""What would fit where a plan does not, and strategies side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fourfold.config import RunConfig
+from fourfold.memory.gpus import Gpu
+from fourfold.memory.parallel import Parallelism
+from fourfold.memory.plan import FORECAST, Plan
+from fourfold.models.recomputation import POLICIES
+from fourfold.run_plan import optimizer_row, parallelisms_of, run_plan, run_shape
+from fourfold.training.options import OPTIMIZERS
+
+__all__ = ["Remedy", "Strategy", "compare", "remedies"]
+
+# GPUs that are tried where nothing fits fewer.
+_MOST_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of the configuration after which something fits.
+
+    Args:
+        what: For people.
+        change: Keys and their values.
+        plan: What then fits.
+        num_gpus: How many of them it takes, where that is the change.
+    """
+
+    what: str
+    change: dict[str, Any]
+    plan: Plan
+    num_gpus: int | None = None
+
+    def __str__(self) -> str:
+        if self.num_gpus is not None:
+            return f"{self.what} (fourfold plan --gpus {self.num_gpus}, {FORECAST})"
+        values = {key: "null" if value is None else str(value).lower() for key, value in self.change.items()}
+        keys = " ".join(f"--{key} {value}" for key, value in values.items())
+        return f"{self.what} ({keys})"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of a comparison: the fastest way of its kind that fits, or, where none does, the smallest."""
+
+    name: str
+    plan: Plan
+
+
+def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus: int = 1) -> Iterator[Remedy]:
+    """Where nothing fits: each change, from the easiest to the hardest, after which something does.
+
+    Changes are looked at one by one, and then each on top of those before it. Where none helps, more GPUs.
+    """
+    together: dict[str, Any] = {}
+    found = False
+    for what, change in _changes(config):
+        together |= change
+        for update in (change, together):
+            changed = config.model_copy(update=update)
+            made = run_plan(changed, gpu, host_bytes, parallelisms=parallelisms_of(num_gpus))
+            if made.chosen is not None:
+                found = True
+                yield Remedy(what if update is change else f"{what}, with all before", dict(update), made)
+                break
+        if found and together != change:
+            # What is harder would fit as well, and is not asked for.
+            return
+    if not found:
+        yield from _more_gpus(config, gpu, host_bytes, num_gpus)
+
+
+def _more_gpus(config: RunConfig, gpu: Gpu, host_bytes: int | None, num_gpus: int) -> Iterator[Remedy]:
+    """The least number of the same GPUs over which the run fits when the base is sharded."""
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    stays = config.model_copy(update={"stream_base": None})
+    for number in range(num_gpus + 1, min(rows, _MOST_GPUS) + 1):
+        if rows % number == 0:
+            made = run_plan(stays, gpu, host_bytes, parallelisms=[Parallelism(number, "sharded")])
+            if made.chosen is not None:
+                yield Remedy(f"{number} GPUs, the base sharded over them", {}, made, number)
+                return
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    if config.bnb_4bit_compute_dtype == "float32":
+        yield "bf16", {"bnb_4bit_compute_dtype": "bfloat16"}
+    if config.recompute is not None:
+        yield "recompute as planned", {"recompute": None}
+    if config.optim is not None:
+        in_8_bits = optimizer_row(config.optim)._replace(state_bits=8)
+        name = next((name for name, row in OPTIMIZERS.items() if row == in_8_bits), config.optim)
+        if name != config.optim:
+            yield "8-bit optimizer state", {"optim": name}
+    # What is frozen in 4 bits is trained by an adapter.
+    quantized: dict[str, Any] = {"load_in_4bit": True}
+    if config.adapter is None:
+        quantized["adapter"] = "lora"
+        yield "LoRA: adapters instead of all weights", {"adapter": "lora"}
+    if not config.load_in_4bit:
+        yield "QLoRA: the base in 4 bits", quantized
+    if config.adapter is not None and config.lora_r > 16:
+        yield "rank 16", {"lora_r": 16}
+    if config.optim is not None and optimizer_row(config.optim).placement == "resident":
+        yield "paged optimizer state", {"optim": "paged_adamw_8bit"}
+    else:
+        # Where host memory is what is short.
+        yield "optimizer state on the GPU", {"optim": "adamw_8bit"}
+    if config.stream_base is None:
+        yield "the base streams from host memory", {"stream_base": "host", **quantized}
+    else:
+        yield "the base on the GPU", {"stream_base": None}
+    if config.stream_base != "disk":
+        checkpoint = "the base streams from the disk, out of a checkpoint of `fourfold quantize`"
+        yield checkpoint, {"stream_base": "disk", **quantized}
+    length = config.max_length // 2
+    while length >= 256:
+        yield f"rows of {length} tokens", {"max_length": length}
+        length //= 2
+
+
+def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus: int = 1) -> list[Strategy]:
+    """LoRA over 16 bits, over 4, and over 4 that stream from host memory, before them full fine-tuning where that is
+    asked for: of one GPU, each with every way to recompute; of several, each with every way to share the run."""
+    rows = []
+    bases: dict[str, dict[str, Any]] = {
+        "LoRA": {"load_in_4bit": False, "stream_base": None},
+        "QLoRA": {"load_in_4bit": True, "stream_base": None},
+        "QLoRA, streaming": {"load_in_4bit": True, "stream_base": "host"},
+    }
+    if config.adapter is None:
+        adapted = {name: {**update, "adapter": "lora"} for name, update in bases.items()}
+        bases = {"full fine-tuning": bases["LoRA"], **adapted}
+    for base, update in bases.items():
+        changed, streams = config.model_copy(update=update), update["stream_base"] is not None
+        shape = run_shape(changed)
+        if num_gpus > 1:
+            ways = [way for way in parallelisms_of(num_gpus) if not (streams and way.shards.weights)]
+            made = [(way.strategy, run_plan(changed, gpu, host_bytes, parallelisms=[way], shape=shape)) for way in ways]
+        else:
+            # A base streams where there is no memory to keep much else.
+            names = [name for name in shape.policies if POLICIES[name].offload or not streams] or ["full"]
+            made = [(name, run_plan(changed, gpu, host_bytes, [name], shape=shape)) for name in names]
+        rows += [Strategy(f"{base}, {name}", one) for name, one in made]
+    return rows

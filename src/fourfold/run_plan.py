@@ -1,0 +1,157 @@
+"""One plan of a run: what a configuration says of the model, the optimizers and the rows, given to the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fourfold.config import RunConfig
+from fourfold.config import options as choices
+from fourfold.errors import ConfigError
+from fourfold.memory.gpus import Gpu
+from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
+from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
+from fourfold.models.families import FAMILIES
+from fourfold.models.followed_layer import followed_shape
+from fourfold.models.loading import read_config
+from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.optimizers import AdamW
+from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
+from fourfold.training.options import OPTIMIZERS, OptimizerRow
+
+__all__ = [
+    "PLANNED_OPTIMIZERS",
+    "optimizer_row",
+    "optimizers_of_the_same_state",
+    "parallelisms_of",
+    "run_plan",
+    "run_shape",
+    "takes_generic_path",
+]
+
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Where `optim` is null. Of equally fast ones the first: the more exact before the smaller, and of the same numbers the
+# one that passes over no link.
+PLANNED_OPTIMIZERS = ("adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
+
+
+def run_plan(
+    config: RunConfig,
+    gpu: Gpu,
+    host_bytes: int | None = None,
+    policies: Sequence[str] | None = None,
+    most: int | None = None,
+    optimizers: Sequence[str] | None = None,
+    parallelisms: Sequence[Parallelism] = (ONE_GPU,),
+    shape: ModelShape | None = None,
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: The run.
+        gpu: Where to; of several, each.
+        host_bytes: Host memory that may be used; None: any.
+        policies: Recomputation policies to choose from; None: as the configuration has it, or all.
+        most: Rows of a microbatch at most; None: any.
+        optimizers: To choose from; None: as the configuration has it, or `PLANNED_OPTIMIZERS`.
+        parallelisms: How GPUs may share the run.
+        shape: The model's, where it is known already.
+
+    Raises:
+        CheckpointError: There is no such model.
+        ConfigError: What cannot be planned; see `fourfold.planning.plan`.
+    """
+    if shape is None:
+        shape = run_shape(config)
+    has_evaluation = config.eval_dataset is not None or config.eval_split_fraction > 0
+    wanted = config.recompute
+    if policies is None and wanted is not None:
+        policies = [wanted] if isinstance(wanted, str) else None
+    names = optimizers or (PLANNED_OPTIMIZERS if config.optim is None else (config.optim,))
+    return make_plan(
+        shape,
+        gpu,
+        rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        seq=config.max_length,
+        optimizers=[_optimizer(name, shape) for name in names],
+        batches=range(1, most + 1) if most else None,
+        policies=policies,
+        host_bytes=host_bytes,
+        eval_batch=config.per_device_eval_batch_size if has_evaluation else 0,
+        # Packed rows run without them: their documents lie differently in each batch.
+        cuda_graphs=False if config.packing else config.cuda_graphs,
+        streams=config.stream_base,
+        parallelisms=parallelisms,
+    )
+
+
+def parallelisms_of(num_gpus: int) -> list[Parallelism]:
+    """Every way in which so many GPUs may share a run."""
+    return [Parallelism(num_gpus, name) for name in STRATEGIES] if num_gpus > 1 else [ONE_GPU]
+
+
+def run_shape(config: RunConfig) -> ModelShape:
+    """The model of a run, with what of it is trained. Raises as `run_plan`."""
+    is_gguf = config.model_name_or_path.endswith(".gguf")
+    model = None if is_gguf else read_config(config.model_name_or_path, config.model_revision)
+    reason = "a GGUF file, which has no config.json" if is_gguf else _no_formula(config, model)
+    if reason is not None:
+        raise ConfigError("there is no plan for this run", found=reason, hint="see docs/planning.md")
+    dtype, quantization = _DTYPES[config.bnb_4bit_compute_dtype], choices.quantization(config)
+    if not _is_generic(config, model):
+        return model_shape(model, quantization, config.lora_r, config.target_modules, dtype.itemsize)
+    lora = None if config.adapter is None else choices.lora_config(config)
+    return followed_shape(model, quantization, lora, dtype, config.attn_implementation)
+
+
+def takes_generic_path(config: RunConfig) -> bool:
+    """Whether layers are Transformers' own. Raises CheckpointError where there is no such model."""
+    return _is_generic(config, read_config(config.model_name_or_path, config.model_revision))
+
+
+def _is_generic(config: RunConfig, model: Any) -> bool:
+    """As `takes_generic_path`; `model`: its Transformers configuration."""
+    family = FAMILIES.get(model.model_type)
+    has_fused_layer = family is not None and family.fused_layer is not None and config.fused_blocks is not False
+    trains_more = config.adapter is None or config.use_dora or bool(config.modules_to_save)
+    return not has_fused_layer or trains_more or config.lora_dropout > 0
+
+
+def _no_formula(config: RunConfig, model: Any) -> str | None:
+    """Why it is not known what the run takes; `model`: its Transformers configuration."""
+    if getattr(model, "quantization_config", None) is not None:
+        return "a checkpoint that is quantized already"
+    if config.adapter is None and config.load_in_4bit:
+        return "adapter: null with load_in_4bit: true, whose weights are frozen (--no-load_in_4bit)"
+    if not _is_generic(config, model):
+        return None
+    if config.recompute is not None:
+        return f"recompute: {config.recompute}, where layers take the generic path (gradient_checkpointing is theirs)"
+    if config.packing:
+        return "packing: true, where layers take the generic path (Transformers' mask of packed rows is not counted)"
+    return None
+
+
+def optimizer_row(name: str) -> OptimizerRow:
+    """What `optim` names; what the Trainer makes keeps the state of `adamw`."""
+    return OPTIMIZERS[name] or OptimizerRow(AdamW, "adamw")
+
+
+def optimizers_of_the_same_state(name: str) -> list[str]:
+    """Those planned ones that go on from its checkpoints: with the same rule and bits, wherever state is."""
+    state = optimizer_row(name)[:3]
+    return [other for other in PLANNED_OPTIMIZERS if optimizer_row(other)[:3] == state]
+
+
+def _optimizer(name: str, shape: ModelShape) -> OptimizerBytes:
+    row = optimizer_row(name)
+    # A base that is trained is so in its own dtype, and beside it nothing is; adapters are fp32.
+    element = 4 if shape.adapter_bytes else shape.element_size
+    working = working_bytes(row.rule, shape.adapter_shapes, element)
+    state = state_bytes(row.rule, row.state_bits, shape.adapter_shapes)
+    if row.placement == "resident":
+        return OptimizerBytes(name, state, working=working)
+    staging = staging_bytes(row.rule, row.state_bits, shape.adapter_shapes)
+    return OptimizerBytes(name, 0, staging, state, working)
