@@ -28,8 +28,10 @@ from cards import LINEARS
 from fourfold.training.options import OPTIMIZERS
 from memory import SHAPES, make_step, random_model
 
-NAMES = ("adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
-WARM_UP, STEPS, TURNS = 3, 5, 2
+NAMES = ("adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
+# Paged -> with the same state on the GPU.
+RESIDENT = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
+WARM_UP, STEPS, TURNS = 4, 5, 2
 
 
 def main() -> None:
@@ -48,9 +50,16 @@ def main() -> None:
     model = fourfold.prepare(random_model(config, True, device), adapter, **options)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    peaks = dict.fromkeys(NAMES, 0)
-    for _ in range(TURNS):
+    about = {
+        "command": f"python benchmarks/paging.py --shape {args.shape} --rows {args.rows} --seq {args.seq}",
+        "recompute": args.recompute,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
+    }
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    for turn in range(TURNS):
         for name in NAMES:
             row = OPTIMIZERS[name]
             assert row is not None
@@ -59,34 +68,33 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             optimizer = row.optimizer(trained, lr=1e-5, max_grad_norm=1.0, **row.arguments())
             step = make_step(model, optimizer, args.rows, args.seq, device)
-            for number in range(WARM_UP + STEPS):
+            warm_up = WARM_UP if turn == 0 and name == NAMES[0] else 1
+            for number in range(warm_up + STEPS):
                 start = time.perf_counter()
                 float(step())
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                if number >= WARM_UP:
-                    seconds[name].append(time.perf_counter() - start)
-            if device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated()
+                if number >= warm_up:
+                    seconds.setdefault(name, []).append(time.perf_counter() - start)
+            peaks[name] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             del optimizer, step
+        rows = table(seconds, peaks)
+        if args.json is not None:
+            # After each turn: what was measured is not lost with what was not.
+            args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+def table(seconds: dict[str, list[float]], peaks: dict[str, int]) -> list[dict[str, Any]]:
+    """Prints and gives the medians so far."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    resident = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit", "paged_lion_8bit": "lion_8bit"}
     rows = []
-    print(f"{args.shape}, {args.rows} x {args.seq}, {args.recompute}")
     print(f"{'':<20} {'s':>8} {'peak GiB':>9} {'paged':>8}")
     for name, median in medians.items():
-        slower = median / medians[resident[name]] - 1 if name in resident else None
+        slower = median / medians[RESIDENT[name]] - 1 if name in RESIDENT else None
         rows.append({"optim": name, "seconds": median, "peak_bytes": peaks[name], "slower_by": slower})
-        print(f"{name:<20} {median:8.4f} {peaks[name] / 2**30:9.3f} {'' if slower is None else f'{slower:+.1%}':>8}")
-    if args.json is not None:
-        about = {
-            "command": f"python benchmarks/paging.py --shape {args.shape} --rows {args.rows} --seq {args.seq}",
-            "recompute": args.recompute,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-            "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
-        }
-        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        told = "" if slower is None else f"{slower:+.1%}"
+        print(f"{name:<20} {median:8.4f} {peaks[name] / 2**30:9.3f} {told:>8}", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import fourfold
 from cards import LINEARS
 from fourfold.memory.gpus import gpu_by_name, gpu_present
 from fourfold.memory.planner import OptimizerBytes, make_plan
-from fourfold.models.block import set_recomputation
+from fourfold.models.block import drop_graphs, set_recomputation
 from fourfold.models.graphs import AUTO_TOKENS
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
@@ -93,6 +93,8 @@ class Trials:
     def measure(self, batch: int, seq: int, policies: str | Sequence[str]) -> Way | None:
         """None where memory runs out."""
         set_recomputation(self.model, policies)
+        # Those of another length would stay until enough of this one came.
+        drop_graphs(self.model)
         gc.collect()
         on_gpu = self.device.type == "cuda"
         if on_gpu:

@@ -296,7 +296,7 @@ def test_the_verb_plans_for_the_limit_and_for_a_named_gpu_all_the_same(
     for amount in ("16GB", "16"):
         told = run_plan(llama, tmp_path, "--gpu_memory_limit", amount)
         assert told.exit_code == 0, told.output
-        assert told.stdout.startswith("plan for limited: 14.7 GiB usable of 16.0")
+        assert told.stdout.startswith("plan for limited: 14.6 GiB usable of 16.0")
     assert "plan for H200" in run_plan(llama, tmp_path, "--gpu", "H200", "--gpu_memory_limit", "16GB").stdout
 
 

@@ -56,7 +56,7 @@ def test_streaming_is_named_where_nothing_easier_helps(llama: Path) -> None:
 
 def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path) -> None:
     config = configured(llama_70b, optim=None, max_length=256, lora_r=16, stream_base="disk")
-    gpu = gpu_by_name("10GB")
+    gpu = gpu_by_name("12GB")
     found = list(remedies(config, gpu, host_bytes=GIB))
     assert len(found) == 1
     number = found[0].num_gpus

@@ -98,3 +98,18 @@ def test_the_table_shows_every_package_and_gpu(nvidia_smi):
 
 def test_an_environment_is_plain_data():
     assert asdict(gather())["cpu_cores"] >= 1
+
+
+@pytest.mark.parametrize("given", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", None])
+def test_the_allocator_grows_its_segments_unless_its_settings_are_given(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    for name in environment.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:512")
+    environment.let_segments_grow()
+    found = {name: os.environ[name] for name in environment.ALLOCATOR_SETTINGS if name in os.environ}
+    expected = {given: "max_split_size_mb:512"} if given else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert found == expected
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)

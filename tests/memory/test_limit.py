@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from fourfold.errors import ConfigError
-from fourfold.memory.gpus import CONTEXT_BYTES, FRAGMENTATION, LARGEST_CONTEXT_BYTES, context_bytes, gpu_present
+from fourfold.memory.gpus import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    LARGEST_CONTEXT_BYTES,
+    POOLS_BYTES,
+    context_bytes,
+    gpu_present,
+)
 from fourfold.memory.limit import memory_limit
 
 GIB = 2**30
@@ -103,7 +110,7 @@ def test_a_plan_is_for_a_card_as_large_as_the_limit(card: Card) -> None:
     gpu = gpu_present(CUDA, 8 * GIB)
     assert gpu is not None
     assert gpu.memory_bytes == 8 * GIB
-    assert gpu.usable_bytes == int((8 * GIB - CONTEXT_BYTES) / (1 + FRAGMENTATION))
+    assert gpu.usable_bytes == int((8 * GIB - CONTEXT_BYTES - POOLS_BYTES) / (1 + FRAGMENTATION))
     assert gpu.name == "8 GB of an NVIDIA H100 80GB HBM3"
     # As fast as the card is.
     assert gpu.matmul_rate == 989e12

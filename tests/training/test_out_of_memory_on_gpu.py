@@ -293,7 +293,10 @@ class Refusing:
     ("keys", "said"),
     [
         ({"stream_base": "host"}, r"refused: \d+ MiB for layer 0 of 8, 0\.\d GiB in all(.|\n)*error 2(.|\n)*ulimit -l"),
-        ({"optim": "paged_adamw_8bit"}, r"refused: .*paged state(.|\n)*error 2, for [\d,]+ bytes(.|\n)*adamw_8bit"),
+        (
+            {"optim": "paged_adamw_8bit", "recompute": "none"},
+            r"refused: .*paged state(.|\n)*error 2, for [\d,]+ bytes(.|\n)*adamw_8bit",
+        ),
     ],
 )
 def test_pinned_memory_that_is_refused_ends_the_run_by_saying_how_much_for_what_and_what_to_do(
@@ -310,15 +313,10 @@ def test_pinned_memory_that_is_refused_ends_the_run_by_saying_how_much_for_what_
 def test_pinned_memory_that_is_refused_to_activations_is_no_reason_to_step_down(
     run_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("pin_memory") and "device" not in kwargs:
-            raise RuntimeError("CUDA error: out of memory")
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(TrainingError, match=r"refused: \d+ MiB for what layers keep(.|\n)*does not offload") as error:
+    runtime = Refusing(torch.cuda.cudart())
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    said = r"refused: \d+ MiB for activations(.|\n)*does not offload"
+    with pytest.raises(TrainingError, match=said) as error:
         pipeline.train(run_of(recompute="mlp_offload"), progress="silent")
     assert not isinstance(error.value, OutOfMemory)
 

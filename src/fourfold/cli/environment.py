@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Environment", "Gpu", "gather"]
+__all__ = ["Environment", "Gpu", "gather", "let_segments_grow"]
 
 # Distribution -> why it is there. None: part of every installation.
 PACKAGES: dict[str, str | None] = {
@@ -26,6 +26,9 @@ PACKAGES: dict[str, str | None] = {
     "safetensors": None,
     "bitsandbytes": "the tests' reference",
 }
+
+# Read by torch when it is first imported: settings of its allocator for GPUs.
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 CPU_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, then Arm
 FIRST_GPU_WITH_BFLOAT16 = (8, 0)
@@ -55,6 +58,13 @@ class Environment:
     torch_cuda: str | None
     bfloat16_is_fast: bool
     advice: list[str]
+
+
+def let_segments_grow() -> None:
+    """Have torch's allocator for GPUs extend its segments in place, unless its settings are given: between large
+    tensors of changing sizes, such as those of long rows, an eighth of the memory would lie idle otherwise."""
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def gather() -> Environment:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fourfold.cli.environment import PACKAGES, Environment, gather
+from fourfold.cli.environment import PACKAGES, Environment, gather, let_segments_grow
 from fourfold.cli.terminal import (
     print_json,
     print_result,
@@ -391,4 +391,5 @@ def _stdout_for_result(as_json: bool) -> contextlib.AbstractContextManager[Any]:
 
 def main() -> None:
     """Entry point of the `fourfold` command."""
+    let_segments_grow()
     app()

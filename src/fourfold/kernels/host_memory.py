@@ -48,12 +48,13 @@ class HostBuffer:
         num_bytes: Size.
         pinned: Whether it is page-locked, through the current CUDA device and for all of them.
         purpose: What errors say it is for.
+        otherwise: What they say can be done.
 
     Raises:
         TrainingError: The system has no such memory left, or refuses to lock it.
     """
 
-    def __init__(self, num_bytes: int, *, pinned: bool, purpose: str) -> None:
+    def __init__(self, num_bytes: int, *, pinned: bool, purpose: str, otherwise: str = "use less of it") -> None:
         if not pinned:
             self.data = torch.empty(num_bytes, dtype=torch.uint8)
             return
@@ -71,7 +72,7 @@ class HostBuffer:
                 f"page-locked host memory was refused: {num_bytes / 2**20:,.0f} MiB for {purpose}",
                 found=f"CUDA error {int(status)}",
                 hint="raise the limit on locked memory (`ulimit -l unlimited`, `docker run --ulimit memlock=-1`), or "
-                "use less of it",
+                f"{otherwise}",
             )
         # Holds the pages: they are unlocked first, and given back then.
         weakref.finalize(self, _unlock, pages, whole.data_ptr(), torch.cuda.current_device()).atexit = False

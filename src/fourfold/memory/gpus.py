@@ -26,9 +26,10 @@ GIB = 2**30
 # benchmarks/cards.py measures it, and less on smaller GPUs.
 CONTEXT_BYTES = 768 * 2**20
 LARGEST_CONTEXT_BYTES = 1024 * 2**20
-# Of the allocator's memory, what lies between tensors. Where memory is short it gives back what is cached and asks
-# again, so that this is less than the gap between "reserved" and "allocated" of a run that has room.
-FRAGMENTATION = 0.04
+# Of the allocator's memory, what lies between tensors: some of each pool (streams and graphs have their own), and a
+# share of all. Where memory is short it gives back what is cached and asks again, so that this is less than the gap
+# between "reserved" and "allocated" of a run that has room.
+POOLS_BYTES, FRAGMENTATION = 64 * 2**20, 0.04
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Gpu:
     @property
     def usable_bytes(self) -> int:
         """What tensors may take at most: without the context, and what lies between them."""
-        return int((self.memory_bytes - self.context_bytes) / (1 + FRAGMENTATION))
+        return int((self.memory_bytes - self.context_bytes - POOLS_BYTES) / (1 + FRAGMENTATION))
 
     def with_usable(self, num_bytes: int) -> Gpu:
         """The same GPU with so much for tensors."""
-        return replace(self, memory_bytes=int(num_bytes * (1 + FRAGMENTATION)) + self.context_bytes)
+        return replace(self, memory_bytes=int(num_bytes * (1 + FRAGMENTATION)) + POOLS_BYTES + self.context_bytes)
 
 
 # Data sheets: dense bf16 tensor-core rate with fp32 sums, memory rate, and 80% of PCIe's and of NVLink's. Bridges that

@@ -212,7 +212,11 @@ class HostOffload:
                 return self._free.pop(index)
         if self._free:
             self._free.pop()
-        return HostBuffer(num_bytes, pinned=True, purpose="activations that wait for the backward pass")
+        told = {
+            "purpose": "activations that wait for the backward pass",
+            "otherwise": "take a recompute policy that does not offload",
+        }
+        return HostBuffer(num_bytes, pinned=True, **told)
 
 
 def offloaded_bytes(sizes: Iterable[int]) -> int:
