@@ -17,6 +17,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -69,8 +70,8 @@ SETTINGS = {
     "33b-in-24GB": Setting("33b", 24, rank=64),
     "65b-in-48GB": Setting("65b", 48, rank=64),
     "70b-in-24GB-streamed": Setting("70b", 24, streams="host"),
-    "8b-longest-in-24GB": Setting("8b", 24, seq=None, rank=32, steps=2),
-    "8b-longest-in-80GB": Setting("8b", 80, seq=None, rank=32, steps=1),
+    "8b-longest-in-24GB": Setting("8b", 24, seq=None, rank=32, steps=1),
+    "8b-409600-in-80GB": Setting("8b", 80, seq=409600, rank=32, steps=1),
     "unsloth-in-24GB": Setting("8b", 24, rank=32, lengths=(16384, 32768, 49152, 65536, 78848, 90112)),
 }
 # For a look at the command on a CPU, where nothing is capped.
@@ -216,7 +217,9 @@ def shown(name: str, row: dict[str, Any]) -> list[str]:
 
 def run_apart(name: str, models: Path | None) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", name, *(["--models", str(models)] if models else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # As the `fourfold` command has it; Unsloth sets it itself.
+    grows = {} if (SETTINGS | TINY)[name].lengths else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **grows})
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return {"error": f"failed: {done.stderr[-3000:]}"}

@@ -30,9 +30,10 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.60, 376), (0.57, 946)
 NARROW_HEADS = 0.75
 # Before the first layer is launched, and gaps between kernels, by layer.
 START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
-# What the host takes to launch a fused block's kernels one by one, in both passes, and each of PyTorch's operators on
-# the generic path: the former of the CPUs beside two H200; they differ. The latter was never measured.
-BLOCK_LAUNCH_SECONDS, OPERATOR_LAUNCH_SECONDS = 5e-3, 1e-5
+# What the host takes to launch kernels one by one, in both passes: those of a fused block, those for each part of its
+# rows that the MLP works on at once, and each of PyTorch's operators on the generic path. The CPUs beside two H200 took
+# that, or half as much again; others differ. The last was never measured alone.
+BLOCK_LAUNCH_SECONDS, PART_LAUNCH_SECONDS, OPERATOR_LAUNCH_SECONDS = 4e-3, 1.2e-3, 1e-5
 # Products in fp32 are that much slower (an H200's data sheet: 989 and 67 TFLOPS).
 WIDE = 15
 
@@ -119,7 +120,9 @@ def _block(block: BlockShape, batch: int, seq: int, name: str, gpu: Gpu) -> tupl
     work = tokens * _product_operations(block, policy.keeps) / matmul
     work += _attention_seconds(block, tokens, seq, policy.keeps, gpu)
     work += (tokens * _moved_bytes(block, policy.keeps) + _weight_bytes(block)) / memory
-    return work, BLOCK_LAUNCH_SECONDS, sum(BlockMemory(block, tokens, name).offloaded().values())
+    held = BlockMemory(block, tokens, name)
+    launching = BLOCK_LAUNCH_SECONDS + -(-tokens // held.part) * PART_LAUNCH_SECONDS
+    return work, launching, sum(held.offloaded().values())
 
 
 def _followed(block: FollowedLayer, batch: int, seq: int, name: str, gpu: Gpu) -> tuple[float, float, int]:
