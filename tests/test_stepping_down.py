@@ -277,7 +277,7 @@ def test_a_model_that_is_not_what_was_planned_is_refused_before_the_first_step(
         planning.require_planned_shape(config, adapted)
     assert "layers: planned 3, found 2" in str(error.value)
     assert "adapter matrices: planned 42, found 28" in str(error.value)
-    assert "recompute" in str(error.value)
+    assert "plan: false" in str(error.value)
 
 
 def test_a_run_asks_whether_its_model_is_what_was_planned(

@@ -43,8 +43,7 @@ __all__ = [
     "step_down",
 ]
 
-# Not where layers take the generic path, which know no policies.
-_WITHOUT_PLAN = "with recompute given (recompute: full), the run starts without a plan"
+_WITHOUT_PLAN = "with plan: false, the run starts as it is configured"
 
 
 def find_gpus(name: str | None, count: int | None = None, limit: int | None = None) -> tuple[Gpu, int]:
@@ -119,13 +118,13 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         host_bytes: Host memory that may be used; None: any.
 
     Returns:
-        None where nothing is planned: off GPUs, where `recompute` is given, for full fine-tuning, which does not train
-        yet, and for what cannot be planned.
+        None where nothing is planned: off GPUs, with `plan: false`, where `recompute` is given, for full fine-tuning,
+        which does not train yet, and for what cannot be planned.
 
     Raises:
         TrainingError: Nothing fits.
     """
-    if gpu is None or config.recompute is not None or config.adapter is None:
+    if gpu is None or not config.plan or config.recompute is not None or config.adapter is None:
         return None
     try:
         made = run_plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)
@@ -139,7 +138,7 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}"
         + ("" if host_bytes is None else f", {host_bytes / 2**30:.1f} GiB of host memory"),
         allowed=f"what would fit: {'; '.join(helps) or 'nothing known here'}",
-        hint="see `fourfold plan`" + ("" if takes_generic_path(config) else f"; {_WITHOUT_PLAN}"),
+        hint=f"see `fourfold plan`; {_WITHOUT_PLAN}",
     )
 
 
@@ -175,7 +174,7 @@ def require_planned_shape(config: RunConfig, model: PeftModel) -> None:
             "the plan does not describe the model that was loaded",
             found="; ".join(differences),
             allowed=f"what {config.model_name_or_path} says in its config.json",
-            hint=None if takes_generic_path(config) else _WITHOUT_PLAN,
+            hint=_WITHOUT_PLAN,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,23 +54,22 @@ class Strategy:
 
 
 def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus: int = 1) -> Iterator[Remedy]:
-    """Where nothing fits: each change, from the easiest to the hardest, after which something does.
+    """Where nothing fits: each change, from the easiest to the hardest, after which something does; where none is
+    enough alone, as many of them together as it takes; where all are not, more GPUs."""
 
-    Changes are looked at one by one, and then each on top of those before it. Where none helps, more GPUs.
-    """
+    def fitting(change: dict[str, Any]) -> Plan | None:
+        made = run_plan(config.model_copy(update=change), gpu, host_bytes, parallelisms=parallelisms_of(num_gpus))
+        return made if made.chosen is not None else None
+
+    changes = list(_changes(config))
+    found = [(what, change, made) for what, change in changes if (made := fitting(change)) is not None]
+    yield from itertools.starmap(Remedy, found)
     together: dict[str, Any] = {}
-    found = False
-    for what, change in _changes(config):
+    for what, change in [] if found else changes:
         together |= change
-        for update in (change, together):
-            changed = config.model_copy(update=update)
-            made = run_plan(changed, gpu, host_bytes, parallelisms=parallelisms_of(num_gpus))
-            if made.chosen is not None:
-                found = True
-                yield Remedy(what if update is change else f"{what}, with all before", dict(update), made)
-                break
-        if found and together != change:
-            # What is harder would fit as well, and is not asked for.
+        made = fitting(together)
+        if made is not None:
+            yield Remedy(f"{what}, with all before", together, made)
             return
     if not found:
         yield from _more_gpus(config, gpu, host_bytes, num_gpus)
@@ -106,6 +106,10 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "QLoRA: the base in 4 bits", quantized
     if config.adapter is not None and config.lora_r > 16:
         yield "rank 16", {"lora_r": 16}
+    if not config.quantize_lm_head:
+        yield "the output head in 4 bits", {"quantize_lm_head": True, **quantized}
+    if not config.quantize_embeddings:
+        yield "the embeddings in 4 bits", {"quantize_embeddings": True, **quantized}
     if config.optim is not None and optimizer_row(config.optim).placement == "resident":
         yield "paged optimizer state", {"optim": "paged_adamw_8bit"}
     else:

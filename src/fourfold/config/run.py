@@ -161,6 +161,9 @@ class RunConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about a third slower."
     )
+    plan: bool = Field(
+        True, description="On a GPU, train as planned for its memory, where there is a plan; false: as configured."
+    )
     recompute: RecomputePolicy | list[RecomputePolicy] | None = Field(
         None,
         description="What fused blocks compute again, and what waits in host memory; a list has one for each layer; "
