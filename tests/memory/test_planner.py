@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,16 +26,8 @@ TINY |= {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @pytest.fixture(scope="module")
-def shape() -> ModelShape:
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
-    return model_shape(config, FourfoldConfig(), 16)
+def shape(llama: Path) -> ModelShape:
+    return model_shape(LlamaConfig.from_pretrained(llama), FourfoldConfig(), 16)
 
 
 def planned(shape: ModelShape, gpu: Gpu, rows: int = 16, seq: int = 2048, **options: Any) -> Plan:
