@@ -1,6 +1,7 @@
 """The footprint that is predicted from a model's configuration alone, and what training steps then take.
 
     python benchmarks/memory.py [--settings 8b-4x2048-none ...] [--json FILE]
+    python benchmarks/memory.py --check benchmarks/results/memory.json    no GPU: a record, and what is foretold now
 
 Models have random weights, quantized layer by layer, so that none is ever whole in 16 bits. Predicted is the peak of
 `fourfold.memory.footprint`; measured is torch's max_memory_allocated from the first training step on.
@@ -281,6 +282,18 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['name']:<34} {predicted:>14.3f} {taken:>13} {off:>8}  {row['moment']} {row.get('error', '')}"
 
 
+def check(record: Path, settings: dict[str, Setting]) -> int:
+    """Foretell again what was measured once; how many peaks are off by more than 3%."""
+    far = 0
+    for row in json.loads(record.read_text())["rows"]:
+        setting = settings[row["name"]]
+        config = LlamaConfig(**SHAPES[setting.shape], max_position_embeddings=131072)
+        now = row | predict(config, setting)
+        far += abs(now["predicted_bytes"] / row["measured_bytes"] - 1) > 0.03
+        print(shown(now), flush=True)
+    return far
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {setting.name: setting for setting in (*SETTINGS, *TINY)}
@@ -289,12 +302,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="settings at a time, where the GPU has room for them")
     parser.add_argument("--only", choices=names, metavar="SETTING", help="measure one here, and print it as JSON")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", type=Path, metavar="RECORD", help="compare a record with what is foretold now")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.only is not None:
         print(json.dumps(run(names[args.only], device)))
         return
     print(f"{'setting':<34} {'predicted GiB':>14} {'measured GiB':>13} {'off by':>8}  peak in")
+    if args.check is not None:
+        sys.exit(check(args.check, names))
     results = []
     about = {
         "command": f"python benchmarks/memory.py --json {args.json}",

@@ -32,3 +32,16 @@ def test_every_setting_is_foretold_and_trained(tmp_path: Path) -> None:
     for row in rows:
         assert row["predicted_bytes"] == sum(row["parts"].values())
         assert 4 < row["loss"] < 7
+
+
+def test_what_was_measured_is_still_foretold_within_3_percent() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/memory.py", "--check", "benchmarks/results/memory.json"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "8b-1x65536-mlp_offload" in done.stdout
