@@ -7,9 +7,11 @@
 # PYTHON       the interpreter for the virtual environment (3.11 to 3.13); found by itself if not given
 # TORCH_INDEX  an index to take torch from, such as PyTorch's own for CPU builds (see pytorch.org, "Get started")
 # PYTEST_ARGS  more arguments for pytest
+# WORKERS      tests at a time: one a processor, at most eight
 
 BIN := .venv/bin
 NUM_GPUS := $(shell sh scripts/count_gpus.sh)
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 
 # The tests that this machine can run; pyproject.toml leaves those for GPUs out.
 ifeq ($(NUM_GPUS),0)
@@ -25,8 +27,9 @@ endif
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
+# One thread a process: the tests' tensors are small.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(MARKS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(MARKS) $(PYTEST_ARGS)
 
 # Each of its own, so that --keep-going shows what all of them say.
 lint: rules format imports

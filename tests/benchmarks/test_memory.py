@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_setting_is_foretold_and_trained(tmp_path: Path) -> None:
     names = [
-        "tiny-2x64-none",
         "tiny-2x64-selective-lora-32bit",
         "tiny-2x64-full-full-adafactor",
         "tiny-2x64-none-generic-dropout",
