@@ -194,7 +194,7 @@ def checkpoint_folder(config: RunConfig) -> Path:
 
 def original_checkpoint(config: RunConfig) -> Path | None:
     """The folder of the 16-bit checkpoint that is quantized while it loads; None where none of that happens."""
-    if not config.load_in_4bit:
+    if not config.quantizes:
         return None
     if Path(config.model_name_or_path).is_file():
         return None

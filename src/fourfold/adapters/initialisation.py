@@ -19,8 +19,7 @@ from torch import Tensor
 from fourfold.adapters.lora import LoraQuantizedLinear
 from fourfold.errors import AdapterError
 from fourfold.quantization.linear import QuantizedLinear
-from fourfold.quantization.scales import NestedScales
-from fourfold.quantization.tensor import QuantizedTensor, quantize
+from fourfold.quantization.tensor import QuantizedTensor
 
 __all__ = ["changes_base", "initialise"]
 
@@ -136,10 +135,4 @@ def _decompose(matrix: Tensor, rank: int, iterations: int | None = None) -> tupl
 
 def _requantize(weight: Tensor, like: QuantizedTensor, name: str) -> QuantizedTensor:
     """`weight` in the format, block size and dtype of `like`."""
-    return quantize(
-        weight.to(like.dtype),
-        like.format,
-        like.block_size,
-        isinstance(like.scales, NestedScales),
-        name=name,
-    )
+    return like.requantize(weight, name=name)

@@ -70,8 +70,15 @@ def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dty
 
 def quantization(config: RunConfig) -> FourfoldConfig | None:
     """How the base is quantized; None: not at all."""
-    if not config.load_in_4bit:
+    if not config.quantizes:
         return None
+    if config.load_in_8bit:
+        return FourfoldConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=config.llm_int8_threshold,
+            modules_to_not_convert=config.modules_to_not_convert,
+            quantize_lm_head=config.quantize_lm_head,
+        )
     return FourfoldConfig(
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,

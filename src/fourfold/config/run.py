@@ -46,6 +46,10 @@ def _default_warmup(given: dict[str, Any]) -> float | None:
     return 0.0 if given.get("lr_scheduler_type") == "constant" else 0.03
 
 
+def _default_4bit(given: dict[str, Any]) -> bool:
+    return not given.get("load_in_8bit", False)
+
+
 class RunConfig(BaseModel):
     """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
 
@@ -62,7 +66,17 @@ class RunConfig(BaseModel):
         min_length=1, description="Folder of the base model's checkpoint, or its name on the hub."
     )
     model_revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
-    load_in_4bit: bool = Field(True, description="Store the base model quantized; false keeps its 16 bits.")
+    load_in_8bit: bool = Field(
+        False, description="LLM.int8() as the base: rows of int8, inputs rounded too but for their outliers."
+    )
+    llm_int8_threshold: float = Field(
+        6.0, ge=0, description="Magnitude from which a column of an input is an outlier of LLM.int8(); 0: none is."
+    )
+    load_in_4bit: bool = Field(
+        default_factory=_default_4bit,
+        description="Store the base model quantized, by the bnb_4bit_ keys; true unless load_in_8bit is. With both "
+        "false it keeps its 16 bits.",
+    )
     bnb_4bit_quant_type: Literal["nf4", "fp4", "int4", "int8"] = Field(
         "nf4", description="Number format of the base model's weights."
     )
@@ -230,6 +244,11 @@ class RunConfig(BaseModel):
             raise ValueError("\n".join(found))
         return self
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether the base is quantized."""
+        return self.load_in_4bit or self.load_in_8bit
+
     def to_yaml(self) -> str:
         """The resolved configuration: every key with its value. `load_config` reads back an equal object."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
@@ -250,6 +269,7 @@ EXCLUSIVE_KEYS: tuple[tuple[str, str], ...] = (
     ("max_steps", "num_train_epochs"),
     ("warmup_steps", "warmup_ratio"),
     ("eval_dataset", "eval_split_fraction"),
+    ("load_in_8bit", "load_in_4bit"),
     ("resume_from_checkpoint", "overwrite_output_dir"),
 )
 
@@ -343,7 +363,26 @@ def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:
 
 
 def _quantization_contradictions(config: RunConfig) -> Iterator[Contradiction]:
-    if not config.load_in_4bit:
+    if config.load_in_8bit:
+        for key, is_set in {
+            "load_in_4bit": config.load_in_4bit,
+            "bnb_4bit_quant_type": config.bnb_4bit_quant_type != "nf4",
+            "quantize_embeddings": config.quantize_embeddings,
+            "calibration": config.calibration != "absmax",
+        }.items():
+            if is_set:
+                yield Contradiction(
+                    (key, "load_in_8bit"),
+                    f"{key} is given, and load_in_8bit is LLM.int8(), which has its own format",
+                    "give one of them; blocks of int8 are load_in_4bit: true with bnb_4bit_quant_type: int8",
+                )
+    if config.llm_int8_threshold != 6.0 and not config.load_in_8bit:
+        yield Contradiction(
+            ("llm_int8_threshold", "load_in_8bit"),
+            "llm_int8_threshold is given, and load_in_8bit is false",
+            "set load_in_8bit: true or leave llm_int8_threshold out",
+        )
+    if not config.quantizes:
         for key, is_set in {
             "bnb_4bit_quant_type": config.bnb_4bit_quant_type != "nf4",
             "quantize_lm_head": config.quantize_lm_head,
