@@ -178,7 +178,7 @@ def test_an_alias_stands_for_our_key(tmp_path, alias, value, key, ours):
         ("base_model: m\nmodel_name_or_path: n\n", "base_model (model_name_or_path) are one key"),
         ("model_name_or_path: m\nadapter: qlora\nload_in_4bit: false\n", "are one key with two values"),
         ("model_name_or_path: m\neval_dataset: e\neval_strategy: no\n", "are one key with two values"),
-        ("model_name_or_path: m\nquantization_bit: 8\n", "bnb_4bit_quant_type: int8"),
+        ("model_name_or_path: m\nquantization_bit: 3\n", "give 4 or 8"),
         ("model_name_or_path: m\nload_in_8bit: true\nload_in_4bit: true\n", "bnb_4bit_quant_type: int8"),
         ("model_name_or_path: m\nfinetuning_type: full\n", "only lora is supported"),
         ("model_name_or_path: m\nstage: dpo\n", "only sft is supported"),

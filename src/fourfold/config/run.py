@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fourfold.config.precision import precision_contradictions
 from fourfold.config.types import Amount, ChatTemplate, Count, CountOrZero, CudaDevice, PiSSAIterations
 
 __all__ = ["EXCLUSIVE_KEYS", "GROUPS", "Contradiction", "RunConfig", "contradictions"]
@@ -203,6 +204,9 @@ class RunConfig(BaseModel):
         description="Steps of warm-up as a share of all steps; 0.03 unless warmup_steps is given.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    requantize_every: Count | None = Field(
+        None, description="Optimizer steps after which the adapter is merged into the quantized base; null: never."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
     optim: Optimizer | None = Field(
         None,
@@ -323,7 +327,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "choose another folder for the run",
         )
     yield from _data_contradictions(config)
-    yield from _quantization_contradictions(config)
+    yield from (Contradiction(*each) for each in precision_contradictions(config))
     yield from _adapter_contradictions(config)
 
 
@@ -360,54 +364,6 @@ def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "perplexity_stride is not below perplexity_max_length: tokens between windows would be skipped",
             "lower perplexity_stride",
         )
-
-
-def _quantization_contradictions(config: RunConfig) -> Iterator[Contradiction]:
-    if config.load_in_8bit:
-        for key, is_set in {
-            "load_in_4bit": config.load_in_4bit,
-            "bnb_4bit_quant_type": config.bnb_4bit_quant_type != "nf4",
-            "quantize_embeddings": config.quantize_embeddings,
-            "calibration": config.calibration != "absmax",
-        }.items():
-            if is_set:
-                yield Contradiction(
-                    (key, "load_in_8bit"),
-                    f"{key} is given, and load_in_8bit is LLM.int8(), which has its own format",
-                    "give one of them; blocks of int8 are load_in_4bit: true with bnb_4bit_quant_type: int8",
-                )
-    if config.llm_int8_threshold != 6.0 and not config.load_in_8bit:
-        yield Contradiction(
-            ("llm_int8_threshold", "load_in_8bit"),
-            "llm_int8_threshold is given, and load_in_8bit is false",
-            "set load_in_8bit: true or leave llm_int8_threshold out",
-        )
-    if not config.quantizes:
-        for key, is_set in {
-            "bnb_4bit_quant_type": config.bnb_4bit_quant_type != "nf4",
-            "quantize_lm_head": config.quantize_lm_head,
-            "init_lora_weights": config.init_lora_weights == "loftq",
-            "stream_base": config.stream_base is not None,
-        }.items():
-            if is_set:
-                yield Contradiction(
-                    (key, "load_in_4bit"),
-                    f"{key} asks for a quantized base model, and load_in_4bit is false",
-                    f"set load_in_4bit: true or leave {key} out",
-                )
-    if config.stream_base is not None and config.cuda_graphs:
-        yield Contradiction(
-            ("stream_base", "cuda_graphs"),
-            "cuda_graphs is true, and the weights of a base that streams have no place of their own",
-            "leave cuda_graphs out",
-        )
-    for key in ("modules_to_not_convert", "modules_to_save"):
-        if config.quantize_lm_head and "lm_head" in getattr(config, key):
-            yield Contradiction(
-                ("quantize_lm_head", key),
-                f"quantize_lm_head is true, and {key} lists lm_head",
-                "choose one",
-            )
 
 
 def _adapter_contradictions(config: RunConfig) -> Iterator[Contradiction]:

@@ -83,12 +83,18 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
         x = torch.nn.functional.pad(x, (0, width, 0, max(0, _FEWEST_ROWS - len(x))))[: max(len(x), _FEWEST_ROWS)]
         if width or rows % _MULTIPLE:
             weight = torch.nn.functional.pad(weight, (0, width, 0, -rows % _MULTIPLE))
-        return torch._int_mm(x, weight.t())
+        return _int_mm(x, weight)
     # Without AVX-512, PyTorch's int8 product is one element at a time. fp32 counts to 2^24, and rounds beyond that.
     is_fast = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if is_fast or x.is_meta:
-        return torch._int_mm(x, weight.t())
-    return x.float() @ weight.float().t()
+        return _int_mm(x, weight)
+    product: Tensor = x.float() @ weight.float().t()
+    return product
+
+
+def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
+    sums: Tensor = torch._int_mm(x, weight.t())
+    return sums
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:

@@ -157,8 +157,9 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
 
     W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more
     in the backward pass: between the two only the codes are kept. On a GPU, up to 64 rows of `x` are multiplied with
-    the codes themselves. By LLM.int8() the codes are multiplied with an input that is rounded to int8 too; the input's
-    gradient is that of the dequantized weight, as if it had not been. It is an `nn.Linear`, so that whatever selects linear layers (PEFT's "all-linear") finds it.
+    the codes themselves. By LLM.int8() they always are, with an input that is rounded to int8 too; its gradient is that
+    of the dequantized weight, as if it had not been. It is an `nn.Linear`, so that whatever selects linear layers
+    (PEFT's "all-linear") finds it.
 
     Args:
         in_features: Size of the last dimension of the input.
