@@ -61,7 +61,9 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
         dtype: fp32, fp16 or bf16.
     """
     scale = (absmax / _LARGEST).view(*codes.shape[:-1], 1)
-    return torch.mul(codes, scale, out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
+    dense = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    torch.mul(codes, scale, out=dense)
+    return dense
 
 
 def outlier_columns(x: Tensor, threshold: float) -> Tensor:

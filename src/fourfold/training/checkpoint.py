@@ -6,6 +6,7 @@
       optimizer.safetensors, optimizer.json             tensors; groups, scheduler, trained parameters
       rng_state_0.safetensors, rng_state_0.json         one pair a process
       trainer_state.json                                step, epoch, log history, as the Trainer writes it
+      base/                                             the quantized base, where the run changes it between checkpoints
       manifest.json                                     every file above with its size; written last
 
 A checkpoint is written into a hidden sibling folder, synced to the disk and renamed. The Trainer's own format

@@ -29,12 +29,16 @@ class RequantizeCallback(TrainerCallback):
         calibration: As for `quantize`.
         save_base: Writes the base, as it is now, into a folder. Every checkpoint holds one, since its adapter belongs
             to that base alone.
+        keeps_rest: As for `requantize`.
     """
 
-    def __init__(self, every: int, calibration: str, save_base: Callable[[Path], None]) -> None:
+    def __init__(
+        self, every: int, calibration: str, save_base: Callable[[Path], None], keeps_rest: bool = True
+    ) -> None:
         self.every = every
         self.calibration = calibration
         self.save_base = save_base
+        self.keeps_rest = keeps_rest
 
     def on_step_end(
         self,
@@ -49,7 +53,8 @@ class RequantizeCallback(TrainerCallback):
             return
         assert model is not None
         peft_model = getattr(model, "module", model)
-        kept = requantize(peft_model, seed=args.seed + state.global_step, calibration=self.calibration)
+        options: dict[str, Any] = {"calibration": self.calibration, "keeps_rest": self.keeps_rest}
+        kept = requantize(peft_model, seed=args.seed + state.global_step, **options)
         drop_graphs(peft_model)
         # No entry for a parameter: it has never been updated.
         optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
