@@ -74,7 +74,8 @@ def outlier_columns(x: Tensor, threshold: float) -> Tensor:
     # A model that is followed on the meta device has no numbers, and so no outliers.
     if threshold <= 0 or x.is_meta:
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    return (torch.linalg.vector_norm(x, math.inf, dim=0) >= threshold).nonzero().view(-1)
+    largest: Tensor = torch.linalg.vector_norm(x, math.inf, dim=0)
+    return (largest >= threshold).nonzero().view(-1)
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -232,10 +232,10 @@ class FourfoldTrainer(SFTTrainer):
                 logs["mean_token_accuracy"] = num_correct / num_supervised
                 logs["num_tokens"] = self._tokens_seen
                 logs["tokens_per_second"] = num_tokens / self._guard.seconds
-            self._guard.seconds, logs = 0.0, logs | self._guard.scaling()
+            self._guard.seconds = 0.0
+            logs |= self._guard.scaling()
             memory = memory_used(self.args.device)
-            logs["memory_current_bytes"] = memory.current_bytes
-            logs["memory_peak_bytes"] = memory.peak_bytes
+            logs |= {"memory_current_bytes": memory.current_bytes, "memory_peak_bytes": memory.peak_bytes}
             if self.args.device.type == "cuda":
                 # Elsewhere the process is measured, whose memory is no sum of these.
                 if not self._standing:
