@@ -301,7 +301,7 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
     def load_original() -> PeftModel:
         if base_of(config, folder) != config.model_name_or_path:
             raise ConfigError(
-                "this adapter belongs to a base that its initialisation, or requantize_every, changed",
+                "this adapter belongs to a base that its initialisation changed, or requantize_every",
                 found=f"init_lora_weights: {config.init_lora_weights}, requantize_every: {config.requantize_every}",
                 allowed="--onto dequantized",
             )

@@ -143,7 +143,7 @@ def test_a_run_that_requantizes_resumes_exactly_and_saves_its_base(
     assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
     report = pipeline.merge(str(output), tmp_path / "merged")
     assert report.difference.relative_error < 0.02
-    with pytest.raises(ConfigError, match="requantize_every, changed"):
+    with pytest.raises(ConfigError, match="requantize_every"):
         pipeline.merge(str(output), tmp_path / "other", onto="original")
     assert json.loads((output / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         output / "base"
