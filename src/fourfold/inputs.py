@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.config import RunConfig, load_config
@@ -17,6 +18,7 @@ from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.models.loading import load_tokenizer
+from fourfold.quantization.swapping import base_state_dict
 from fourfold.training import run_folder
 from fourfold.training.checkpoint import find_checkpoint, list_checkpoints
 
@@ -35,9 +37,11 @@ __all__ = [
     "read_held_out",
     "read_tokenizer",
     "require_free",
+    "write_base",
 ]
 
-# In the run folder, where the adapter's initialisation changed the base.
+# In the run folder, where the adapter's initialisation or `requantize_every` changed the base; in a checkpoint, where
+# the base changes between them.
 BASE_FOLDER = "base"
 
 
@@ -194,7 +198,7 @@ def checkpoint_folder(config: RunConfig) -> Path:
 
 def original_checkpoint(config: RunConfig) -> Path | None:
     """The folder of the 16-bit checkpoint that is quantized while it loads; None where none of that happens."""
-    if not config.load_in_4bit:
+    if not config.quantizes:
         return None
     if Path(config.model_name_or_path).is_file():
         return None
@@ -203,10 +207,24 @@ def original_checkpoint(config: RunConfig) -> Path | None:
     return None if entry else folder
 
 
-def base_of(config: RunConfig) -> str:
-    """The base a run's adapter belongs to: the one in its folder, if its initialisation changed it."""
-    own = Path(config.output_dir) / BASE_FOLDER
-    return str(own) if own.is_dir() and config.adapter is not None else config.model_name_or_path
+def base_of(config: RunConfig, adapter: Path | None = None) -> str:
+    """The base a run's adapter belongs to: the one beside it or in the run's folder, if the run changed it.
+
+    Args:
+        config: The run.
+        adapter: The folder of the adapter, which may be a checkpoint's; None: the run's own.
+    """
+    owned = [folder / BASE_FOLDER for folder in (adapter, Path(config.output_dir)) if folder is not None]
+    own = next((folder for folder in owned if folder.is_dir()), None)
+    return str(own) if own is not None and config.adapter is not None else config.model_name_or_path
+
+
+def write_base(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the base under an adapter, as it is now, and its tokenizer."""
+    base = model.get_base_model()
+    tied_head = getattr(getattr(base, "hf_quantizer", None), "tied_head", None)
+    base.save_pretrained(folder, state_dict=base_state_dict(base, tied_head))
+    tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -247,7 +265,7 @@ def find_run(folder: str | Path) -> FinishedRun:
             if checkpoints
             else None,
         )
-    base = base_of(config)
+    base = base_of(config, adapter)
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         _require_base(Path(base), run)
     return FinishedRun(config, adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from fourfold.inputs import (
     read_held_out,
     read_tokenizer,
     require_free,
+    write_base,
 )
 from fourfold.kernels.host_memory import available_bytes
 from fourfold.limiting import limit_of, within_limit
@@ -51,7 +53,6 @@ from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
-from fourfold.quantization.swapping import base_state_dict
 from fourfold.telling import PROGRESS, Speaker
 from fourfold.training import run_folder
 from fourfold.training.options import TrainingOptions
@@ -62,6 +63,7 @@ from fourfold.training.out_of_memory import (
     reporting_out_of_memory,
 )
 from fourfold.training.progress import ProgressCallback
+from fourfold.training.requantizing import RequantizeCallback
 from fourfold.training.trainer import FourfoldTrainer, build_trainer
 
 __all__ = [
@@ -118,8 +120,10 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     for data in (train_data, eval_data):
         say.result("data", data.report if data else None)
     # A resumed run goes on upon the base that its initialisation left, not upon one made anew.
-    former_base = checkpoint.parent / BASE_FOLDER if checkpoint else None
-    base = str(former_base) if former_base and former_base.is_dir() else config.model_name_or_path
+    base = config.model_name_or_path
+    if checkpoint is not None:
+        former = [folder / BASE_FOLDER for folder in (checkpoint, checkpoint.parent)]
+        base = next((str(folder) for folder in former if folder.is_dir()), base)
     with reporting_out_of_memory("the model was loaded", "4 bits (load_in_4bit), or a base that streams (stream_base)"):
         model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
         say.result("model", model_size(model))
@@ -130,6 +134,10 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         require_planned_shape(config, adapted)
 
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
+        callbacks: list[Any] = [run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])]
+        if config.requantize_every is not None:
+            write = partial(write_base, adapted, tokenizer)
+            callbacks.append(RequantizeCallback(config.requantize_every, config.calibration, write))
         return build_trainer(
             adapted,
             tokenizer,
@@ -141,7 +149,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
                 multiple_of=64 if model.device.type == "cuda" else 1,
             ),
             options,
-            callbacks=[run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])],
+            callbacks=callbacks,
         )
 
     trainer = trainer_of(options)
@@ -181,6 +189,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         trainer = trainer_of(choices.training_options(config))
     parts = parts_in_use(adapted, trainer.optimizer, memory_used(device).peak_bytes)
     memory = account_memory(planned, parts, say.line, is_sum=device.type == "cuda")
+    if config.requantize_every is not None:
+        _write_own_base(output, adapted, tokenizer)
     run_folder.save_adapter(output, adapted, tokenizer)
     step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
@@ -218,7 +228,7 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     tokenizer = read_tokenizer(config, adapter if has_adapter else None)
     eval_data = read_held_out(config, tokenizer)
     say.result("data", eval_data.report if eval_data else None)
-    base = base_of(config) if has_adapter else config.model_name_or_path
+    base = base_of(config, adapter) if has_adapter else config.model_name_or_path
     model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config, streams=True))
     if has_adapter:
         model = load_adapter(model, adapter, **choices.stream_options(config))
@@ -247,9 +257,9 @@ def quantize_checkpoint(config: RunConfig, out: Path) -> ModelSize:
     if model.hf_quantizer.pre_quantized:
         raise CheckpointError(f"{config.model_name_or_path} is quantized already", allowed="a 16-bit checkpoint")
     tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
-    with whole_folder(out) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return model_size(model)
 
 
@@ -289,10 +299,10 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
     tokenizer = load_tokenizer(folder)
 
     def load_original() -> PeftModel:
-        if base_of(config) != config.model_name_or_path:
+        if base_of(config, folder) != config.model_name_or_path:
             raise ConfigError(
-                "this adapter belongs to a base that its initialisation changed",
-                found=f"init_lora_weights: {config.init_lora_weights}",
+                "this adapter belongs to a base that its initialisation changed, or requantize_every",
+                found=f"init_lora_weights: {config.init_lora_weights}, requantize_every: {config.requantize_every}",
                 allowed="--onto dequantized",
             )
         original = load_model(config.model_name_or_path, **{**options, "quantization": None})
@@ -306,7 +316,7 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
 
     with limit_of(config):
         return write_merged(
-            load_adapter(load_model(base_of(config), **options), folder),
+            load_adapter(load_model(base_of(config, folder), **options), folder),
             tokenizer,
             merge_prompts(config, tokenizer),
             out,
@@ -338,7 +348,7 @@ def chat(
     if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
         return ChatSession(load_model(model), load_tokenizer(model), options)
     run = find_run(model)
-    base = load_model(base_of(run.config), **choices.load_options(run.config, streams=True))
+    base = load_model(base_of(run.config, run.adapter), **choices.load_options(run.config, streams=True))
     adapted = load_adapter(base, run.adapter, **choices.stream_options(run.config))
     return ChatSession(adapted, load_tokenizer(run.adapter), options)
 
@@ -365,15 +375,16 @@ def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -
 
 def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Where the adapter's initialisation changed the base: that base, to which alone the adapter belongs."""
-    base = model.get_base_model()
-    folder = output / BASE_FOLDER
-    if not changes_base(config.init_lora_weights, config.loftq_iterations):
+    # One that changes as the run goes on is saved with each checkpoint, and at the end.
+    if not changes_base(config.init_lora_weights, config.loftq_iterations) or config.requantize_every is not None:
         return
-    if not folder.is_dir():
-        with whole_folder(folder) as partial:
-            base.save_pretrained(
-                partial,
-                state_dict=base_state_dict(base, getattr(getattr(base, "hf_quantizer", None), "tied_head", None)),
-            )
-            tokenizer.save_pretrained(partial)
-    model.peft_config["default"].base_model_name_or_path = str(folder)
+    if (output / BASE_FOLDER).is_dir():
+        model.peft_config["default"].base_model_name_or_path = str(output / BASE_FOLDER)
+    else:
+        _write_own_base(output, model, tokenizer)
+
+
+def _write_own_base(output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    with whole_folder(output / BASE_FOLDER) as folder:
+        write_base(model, tokenizer, folder)
+    model.peft_config["default"].base_model_name_or_path = str(output / BASE_FOLDER)

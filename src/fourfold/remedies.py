@@ -19,6 +19,8 @@ __all__ = ["Remedy", "Strategy", "compare", "remedies"]
 
 # GPUs that are tried where nothing fits fewer.
 _MOST_GPUS = 64
+# Beside load_in_4bit, whichever way that goes.
+_NO_INT8: dict[str, Any] = {"load_in_8bit": False, "llm_int8_threshold": 6.0}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         if name != config.optim:
             yield "8-bit optimizer state", {"optim": name}
     # What is frozen in 4 bits is trained by an adapter.
-    quantized: dict[str, Any] = {"load_in_4bit": True}
+    quantized: dict[str, Any] = {"load_in_4bit": True, **_NO_INT8}
     if config.adapter is None:
         quantized["adapter"] = "lora"
         yield "LoRA: adapters instead of all weights", {"adapter": "lora"}
@@ -115,6 +117,8 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         # Where host memory is what is short.
         yield "optimizer state on the GPU", {"optim": "adamw_8bit"}
+    if config.load_in_8bit:
+        quantized = {}
     if config.stream_base is None:
         yield "the base streams from host memory", {"stream_base": "host", **quantized}
     else:
@@ -133,9 +137,9 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus
     asked for: of one GPU, each with every way to recompute; of several, each with every way to share the run."""
     rows = []
     bases: dict[str, dict[str, Any]] = {
-        "LoRA": {"load_in_4bit": False, "stream_base": None},
-        "QLoRA": {"load_in_4bit": True, "stream_base": None},
-        "QLoRA, streaming": {"load_in_4bit": True, "stream_base": "host"},
+        "LoRA": {"load_in_4bit": False, **_NO_INT8, "stream_base": None},
+        "QLoRA": {"load_in_4bit": True, **_NO_INT8, "stream_base": None},
+        "QLoRA, streaming": {"load_in_4bit": True, **_NO_INT8, "stream_base": "host"},
     }
     if config.adapter is None:
         adapted = {name: {**update, "adapter": "lora"} for name, update in bases.items()}

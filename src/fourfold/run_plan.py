@@ -115,6 +115,8 @@ def _is_generic(config: RunConfig, model: Any) -> bool:
     """As `takes_generic_path`; `model`: its Transformers configuration."""
     family = FAMILIES.get(model.model_type)
     has_fused_layer = family is not None and family.fused_layer is not None and config.fused_blocks is not False
+    if config.load_in_8bit:
+        return True
     trains_more = config.adapter is None or config.use_dora or bool(config.modules_to_save)
     return not has_fused_layer or trains_more or config.lora_dropout > 0
 
@@ -123,8 +125,8 @@ def _no_formula(config: RunConfig, model: Any) -> str | None:
     """Why it is not known what the run takes; `model`: its Transformers configuration."""
     if getattr(model, "quantization_config", None) is not None:
         return "a checkpoint that is quantized already"
-    if config.adapter is None and config.load_in_4bit:
-        return "adapter: null with load_in_4bit: true, whose weights are frozen (--no-load_in_4bit)"
+    if config.adapter is None and config.quantizes:
+        return "adapter: null with a quantized base, whose weights are frozen (--no-load_in_4bit)"
     if not _is_generic(config, model):
         return None
     if config.recompute is not None:

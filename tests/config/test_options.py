@@ -18,7 +18,7 @@ def test_the_device_is_the_one_named_and_must_be_there() -> None:
 
 
 def test_fp16_may_compute_but_not_train() -> None:
-    half = config(bnb_4bit_compute_dtype="float16")
+    half = config(bnb_4bit_compute_dtype="float16", device="cpu")
     assert options.compute_dtype(half) == torch.float16
     with pytest.raises(ConfigError, match="bnb_4bit_compute_dtype: float16"):
         options.compute_dtype(half, for_training=True)

@@ -116,7 +116,11 @@ def test_a_missing_gguf_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_8bit": True}]
+    "entry",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+    ],
 )
 def test_another_quantization_method_is_refused_by_name(checkpoint: Path, entry: dict[str, Any]) -> None:
     change_config(checkpoint, quantization_config=entry)

@@ -331,7 +331,11 @@ def test_a_weight_that_is_missing_altogether_is_refused(
 
 
 @pytest.mark.parametrize(
-    "entry", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_8bit": True}]
+    "entry",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+    ],
 )
 def test_other_methods_are_refused(quantized: Path, entry: dict[str, object]) -> None:
     config = json.loads((quantized / "config.json").read_text())

@@ -15,7 +15,7 @@ from fourfold.training.options import LR_SCHEDULERS, OPTIMIZERS, TrainingOptions
     [
         ("optim", "adam"),
         ("lr_scheduler_type", "cosin"),
-        ("compute_dtype", "float16"),
+        ("compute_dtype", "float8"),
         ("eval_strategy", "sometimes"),
         ("save_strategy", "never"),
         ("gradient_accumulation_steps", 0),

@@ -19,10 +19,9 @@ from torch import Tensor
 from fourfold.adapters.lora import LoraQuantizedLinear
 from fourfold.errors import AdapterError
 from fourfold.quantization.linear import QuantizedLinear
-from fourfold.quantization.scales import NestedScales
-from fourfold.quantization.tensor import QuantizedTensor, quantize
+from fourfold.quantization.tensor import QuantizedTensor
 
-__all__ = ["changes_base", "initialise"]
+__all__ = ["changes_base", "decompose", "initialise"]
 
 
 def changes_base(init_lora_weights: object, loftq_iterations: int = 1) -> bool:
@@ -89,16 +88,16 @@ def initialise(
         if method == "loftq":
             quantized, factors = (
                 base.quantized,
-                _decompose(weight - base.quantized.dequantize().float(), rank),
+                decompose(weight - base.quantized.dequantize().float(), rank),
             )
             for _ in range(loftq_iterations - 1):
                 quantized = _requantize(weight - factors[1] @ factors[0], base.quantized, name)
-                factors = _decompose(weight - quantized.dequantize().float(), rank)
+                factors = decompose(weight - quantized.dequantize().float(), rank)
             if loftq_iterations > 1:
                 base.quantized = quantized
         else:
             iterations = int(method.removeprefix("pissa_niter_")) if method != "pissa" else None
-            factors = _decompose(weight, rank, iterations)
+            factors = decompose(weight, rank, iterations)
             base.quantized = _requantize(weight - factors[1] @ factors[0], base.quantized, name)
         # The layer computes s B A, so the scale is taken off both factors alike.
         root = layer.scaling[adapter_name] ** 0.5
@@ -122,7 +121,7 @@ def _original_weight(name: str, base: QuantizedLinear, original: Callable[[str],
     return weight.to(base.weight.device).float()
 
 
-def _decompose(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+def decompose(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank], equally long, whose product B A is the best of its rank."""
     if iterations is None:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -136,10 +135,4 @@ def _decompose(matrix: Tensor, rank: int, iterations: int | None = None) -> tupl
 
 def _requantize(weight: Tensor, like: QuantizedTensor, name: str) -> QuantizedTensor:
     """`weight` in the format, block size and dtype of `like`."""
-    return quantize(
-        weight.to(like.dtype),
-        like.format,
-        like.block_size,
-        isinstance(like.scales, NestedScales),
-        name=name,
-    )
+    return like.requantize(weight, name=name)

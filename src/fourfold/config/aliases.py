@@ -195,7 +195,7 @@ ALIASES: dict[str, Conversion] = {
     "do_eval": _on({}),
     "finetuning_type": _chosen({"lora": {"adapter": "lora"}}, "only lora is supported"),
     "quantization_method": _chosen({"bnb": {}, "bitsandbytes": {}}, "only bnb is supported"),
-    "quantization_bit": _chosen({4: {"load_in_4bit": True}}, "give 4; for 8: bnb_4bit_quant_type: int8"),
+    "quantization_bit": _chosen({4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}, "give 4 or 8"),
     "quantization_type": _same_value("bnb_4bit_quant_type"),
     "double_quantization": _same_value("bnb_4bit_use_double_quant"),
     "lora_rank": _same_value("lora_r"),
@@ -257,7 +257,6 @@ _PASTE_HUB = "upload the run folder with the hub's own command"
 
 UNSUPPORTED: dict[str, str] = {
     # Axolotl
-    "load_in_8bit": "give load_in_4bit: true with bnb_4bit_quant_type: int8",
     "lora_model_dir": "to go on with a run, give resume_from_checkpoint",
     "lora_target_parameters": "adapters go on linear layers: give target_modules",
     "lora_fan_in_fan_out": "it is told from the layer: leave it out",

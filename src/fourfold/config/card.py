@@ -37,7 +37,7 @@ def model_card(
         name=output.resolve().name,
         base_model=config.model_name_or_path,
         data=data,
-        quantization=chosen("load_in_4bit", "bnb_", "quantize_", "modules_to_not"),
+        quantization=chosen("load_in_4bit", "load_in_8bit", "llm_int8_", "bnb_", "quantize_", "modules_to_not"),
         lora=chosen("lora_", "use_", "target_", "init_lora", "loftq_", "modules_to_save"),
         hyperparameters={
             **chosen("num_train", "max_steps", "per_device_train", "gradient_", "learning_", "lr_", "warmup_"),

@@ -54,15 +54,14 @@ def memory_limit(config: RunConfig) -> int | None:
 
 
 def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dtype:
-    """What the run computes in. Raises ConfigError for fp16 training, which needs loss scaling."""
+    """What the run computes in. Raises ConfigError for fp16 training on a CPU."""
     if config.bnb_4bit_compute_dtype == "auto":
-        default = default_dtype(device(config))
-        return torch.float32 if for_training and default == torch.float16 else default
+        return default_dtype(device(config))
     dtype: torch.dtype = getattr(torch, config.bnb_4bit_compute_dtype)
-    if for_training and dtype == torch.float16:
+    if for_training and dtype == torch.float16 and device(config).type == "cpu":
         raise ConfigError(
-            "training in fp16 needs loss scaling, which is not there yet",
-            found="bnb_4bit_compute_dtype: float16",
+            "training in fp16, with its loss scaled, takes a GPU",
+            found="bnb_4bit_compute_dtype: float16, device: cpu",
             allowed=["bfloat16", "float32", "auto"],
         )
     return dtype
@@ -70,8 +69,15 @@ def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dty
 
 def quantization(config: RunConfig) -> FourfoldConfig | None:
     """How the base is quantized; None: not at all."""
-    if not config.load_in_4bit:
+    if not config.quantizes:
         return None
+    if config.load_in_8bit:
+        return FourfoldConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=config.llm_int8_threshold,
+            modules_to_not_convert=config.modules_to_not_convert,
+            quantize_lm_head=config.quantize_lm_head,
+        )
     return FourfoldConfig(
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
@@ -172,8 +178,9 @@ def training_options(config: RunConfig) -> TrainingOptions:
         save_steps=save_steps,
         save_total_limit=config.save_total_limit,
         gradient_checkpointing=config.gradient_checkpointing,
-        # The model is loaded in the dtype it computes in; autocast would only cast what is cast already.
-        compute_dtype="float32",
+        # The model is loaded in the dtype it computes in; autocast would only cast what is cast already. fp16 brings
+        # the scaling of the loss along.
+        compute_dtype="float16" if compute_dtype(config, for_training=True) == torch.float16 else "float32",
         seed=config.seed,
         report_to=tuple(config.report_to),
         dataloader_num_workers=config.dataloader_num_workers,

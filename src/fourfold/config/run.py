@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fourfold.config.precision import precision_contradictions
 from fourfold.config.types import Amount, ChatTemplate, Count, CountOrZero, CudaDevice, PiSSAIterations
 
 __all__ = ["EXCLUSIVE_KEYS", "GROUPS", "Contradiction", "RunConfig", "contradictions"]
@@ -46,6 +47,10 @@ def _default_warmup(given: dict[str, Any]) -> float | None:
     return 0.0 if given.get("lr_scheduler_type") == "constant" else 0.03
 
 
+def _default_4bit(given: dict[str, Any]) -> bool:
+    return not given.get("load_in_8bit", False)
+
+
 class RunConfig(BaseModel):
     """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
 
@@ -62,7 +67,17 @@ class RunConfig(BaseModel):
         min_length=1, description="Folder of the base model's checkpoint, or its name on the hub."
     )
     model_revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
-    load_in_4bit: bool = Field(True, description="Store the base model quantized; false keeps its 16 bits.")
+    load_in_8bit: bool = Field(
+        False, description="LLM.int8() as the base: rows of int8, inputs rounded too but for their outliers."
+    )
+    llm_int8_threshold: float = Field(
+        6.0, ge=0, description="Magnitude from which a column of an input is an outlier of LLM.int8(); 0: none is."
+    )
+    load_in_4bit: bool = Field(
+        default_factory=_default_4bit,
+        description="Store the base model quantized, by the bnb_4bit_ keys; true unless load_in_8bit is. With both "
+        "false it keeps its 16 bits.",
+    )
     bnb_4bit_quant_type: Literal["nf4", "fp4", "int4", "int8"] = Field(
         "nf4", description="Number format of the base model's weights."
     )
@@ -192,6 +207,9 @@ class RunConfig(BaseModel):
         description="Steps of warm-up as a share of all steps; 0.03 unless warmup_steps is given.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    requantize_every: Count | None = Field(
+        None, description="Optimizer steps after which the adapter is merged into the quantized base; null: never."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: never.")
     optim: Optimizer | None = Field(
         None,
@@ -233,6 +251,11 @@ class RunConfig(BaseModel):
             raise ValueError("\n".join(found))
         return self
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether the base is quantized."""
+        return self.load_in_4bit or self.load_in_8bit
+
     def to_yaml(self) -> str:
         """The resolved configuration: every key with its value. `load_config` reads back an equal object."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
@@ -253,6 +276,7 @@ EXCLUSIVE_KEYS: tuple[tuple[str, str], ...] = (
     ("max_steps", "num_train_epochs"),
     ("warmup_steps", "warmup_ratio"),
     ("eval_dataset", "eval_split_fraction"),
+    ("load_in_8bit", "load_in_4bit"),
     ("resume_from_checkpoint", "overwrite_output_dir"),
 )
 
@@ -306,7 +330,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "choose another folder for the run",
         )
     yield from _data_contradictions(config)
-    yield from _quantization_contradictions(config)
+    yield from (Contradiction(*each) for each in precision_contradictions(config))
     yield from _adapter_contradictions(config)
 
 
@@ -343,35 +367,6 @@ def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "perplexity_stride is not below perplexity_max_length: tokens between windows would be skipped",
             "lower perplexity_stride",
         )
-
-
-def _quantization_contradictions(config: RunConfig) -> Iterator[Contradiction]:
-    if not config.load_in_4bit:
-        for key, is_set in {
-            "bnb_4bit_quant_type": config.bnb_4bit_quant_type != "nf4",
-            "quantize_lm_head": config.quantize_lm_head,
-            "init_lora_weights": config.init_lora_weights == "loftq",
-            "stream_base": config.stream_base is not None,
-        }.items():
-            if is_set:
-                yield Contradiction(
-                    (key, "load_in_4bit"),
-                    f"{key} asks for a quantized base model, and load_in_4bit is false",
-                    f"set load_in_4bit: true or leave {key} out",
-                )
-    if config.stream_base is not None and config.cuda_graphs:
-        yield Contradiction(
-            ("stream_base", "cuda_graphs"),
-            "cuda_graphs is true, and the weights of a base that streams have no place of their own",
-            "leave cuda_graphs out",
-        )
-    for key in ("modules_to_not_convert", "modules_to_save"):
-        if config.quantize_lm_head and "lm_head" in getattr(config, key):
-            yield Contradiction(
-                ("quantize_lm_head", key),
-                f"quantize_lm_head is true, and {key} lists lm_head",
-                "choose one",
-            )
 
 
 def _adapter_contradictions(config: RunConfig) -> Iterator[Contradiction]:

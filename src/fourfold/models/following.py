@@ -27,7 +27,7 @@ INPUT, GRADIENTS = "x", "gradients"
 # What makes memory and writes none of it.
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _SCALAR_BYTES = 8
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_int_mm")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _Follower(TorchDispatchMode):
             return out
         self.launches += 1
         if name in _PRODUCTS:
-            right = [tensor for tensor in read if tensor.is_floating_point()][-1]
+            right = [tensor for tensor in read if tensor.is_floating_point() or tensor.dtype == torch.int8][-1]
             operations = 2 * written[0].numel() * right.shape[-2]
             if written[0].dim() > right.dim():
                 # Each group of a grouped product sums over rows of its own.

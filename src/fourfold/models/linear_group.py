@@ -102,6 +102,8 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
             ]
     if type(base) is not QuantizedLinear and type(base) is not nn.Linear:
         raise Unsupported(f"a linear layer is a {type(base).__name__}")
+    if isinstance(base, QuantizedLinear) and base.number_format.is_vectorwise:
+        raise Unsupported("LLM.int8() rounds the input of each linear layer, which fused blocks do not")
     if base.bias is not None and not bias:
         raise Unsupported("a linear layer of the block other than q, k and v has a bias")
     if any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values()):

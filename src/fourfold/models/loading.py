@@ -1,4 +1,4 @@
-"""Loading any checkpoint: 16-bit, ours, bitsandbytes' 4-bit (without bitsandbytes), GGUF."""
+"""Loading any checkpoint: 16-bit, ours, bitsandbytes' 4-bit and 8-bit (without bitsandbytes), GGUF."""
 
 from __future__ import annotations
 
@@ -179,13 +179,14 @@ def _our_entry(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     method = entry.get("quant_method")
     if method == QUANT_METHOD:
         return entry
-    if method == "bitsandbytes" and entry.get("load_in_4bit"):
+    holds_int8 = entry.get("load_in_8bit") and not entry.get("llm_int8_has_fp16_weight")
+    if method == "bitsandbytes" and (entry.get("load_in_4bit") or holds_int8):
         config = FourfoldConfig.from_bitsandbytes(entry)
         return {"quant_method": QUANT_METHOD, **{key: getattr(config, key) for key in config.option_names()}}
     raise CheckpointError(
         f"{name} is quantized by a method that cannot be trained on here",
-        found=f"quant_method={method!r}" + (" (8-bit)" if entry.get("load_in_8bit") else ""),
-        allowed=["bitsandbytes 4-bit", QUANT_METHOD, "a 16-bit checkpoint"],
+        found=f"quant_method={method!r}" + (" (8-bit, its weights in fp16)" if entry.get("load_in_8bit") else ""),
+        allowed=["bitsandbytes 4-bit and 8-bit", QUANT_METHOD, "a 16-bit checkpoint"],
     )
 
 

@@ -225,7 +225,7 @@ def _quantize(model: PreTrainedModel, config: FourfoldConfig, dtype: torch.dtype
         tied_head = tied_head_of(model)
         if tied_head is not None:
             share_codes(model, tied_head)
-    for name in expert_names(model, skipped):
+    for name in expert_names(model, skipped, config):
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)
         set_quantized_parameter(module, parameter, _empty(getattr(module, parameter).shape, config, dtype))
@@ -235,12 +235,16 @@ def _quantize(model: PreTrainedModel, config: FourfoldConfig, dtype: torch.dtype
 def _empty(shape: torch.Size, config: FourfoldConfig, dtype: torch.dtype) -> QuantizedTensor:
     number_format, block_size = get_format(config.bnb_4bit_quant_type), config.bnb_4bit_blocksize
     meta = torch.device("meta")
+    if number_format.is_vectorwise:
+        rows = PlainScales(torch.empty(shape[:-1].numel()))
+        parts: Any = (number_format.codebook(meta), number_format, shape[-1], shape, dtype, config.llm_int8_threshold)
+        return QuantizedTensor(number_format.empty_codes(shape), rows, *parts)
     num_blocks = -(-shape.numel() // block_size)
     scales: NestedScales | PlainScales = PlainScales(torch.empty(num_blocks))
     if config.bnb_4bit_use_double_quant:
         nested = torch.empty(-(-num_blocks // NESTED_BLOCK_SIZE))
         scales = NestedScales(torch.empty(num_blocks, dtype=torch.uint8), nested, torch.empty(()), dynamic_map(meta))
-    codes = torch.empty(number_format.num_code_bytes(shape.numel()), 1, dtype=torch.uint8)
+    codes = number_format.empty_codes(shape)
     return QuantizedTensor(codes, scales, number_format.codebook(meta), number_format, block_size, shape, dtype)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from fourfold.errors import ConfigError
 from fourfold.models.block_memory import BlockShape, Tensors
 from fourfold.models.families import FAMILIES, default_target_modules
 from fourfold.models.following import Followed
@@ -145,7 +146,12 @@ def model_shape(
         rank: Of the adapter on each target.
         target_modules: As PEFT takes them; None: the family's.
         element_size: Bytes of a number of the activations.
+
+    Raises:
+        ConfigError: LLM.int8(), whose layers take the generic path.
     """
+    if quantization is not None and quantization.load_in_8bit:
+        raise ConfigError("LLM.int8() has no fused blocks", hint="followed_shape gives the shape of its model")
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     skipped = ["*"] if quantization is None else skip_patterns(model, quantization, False)

@@ -125,6 +125,10 @@ def _fuse(
     model: PeftModel, fused: bool | None, recompute: str | Sequence[str] | None, cuda_graphs: bool | None
 ) -> None:
     base = model.get_base_model()
+    if any(isinstance(one, QuantizedLinear) and one.number_format.is_vectorwise for one in base.modules()):
+        if fused:
+            logger.info("Decoder layers take the generic path: LLM.int8() rounds the input of each linear layer")
+        fused = False
     if fused is None:
         weight = base.get_input_embeddings().weight
         refusal = triton_refuses(weight)

@@ -307,8 +307,8 @@ def _quantized_checkpoint(model: nn.Module, folder: str | Path | None) -> Path:
 
 def _mapped(files: MappedFiles, name: str, module: QuantizedWeight) -> QuantizedTensor:
     """The module's weight in the mapped files. Raises CheckpointError where that is another one."""
-    weight = from_state_dict(files.tensors, f"{name}.weight")
     known = module.quantized
+    weight = from_state_dict(files.tensors, f"{name}.weight", known.outlier_threshold or 0.0)
     # Whoever changes a weight changes its scales, which are one part in thirty of it.
     ours, theirs = ([one.cpu() for one in _tensors([each])[1:]] for each in (known, weight))
     are_equal = len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))

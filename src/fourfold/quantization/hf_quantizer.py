@@ -23,7 +23,7 @@ from fourfold.quantization.embedding import QuantizedEmbedding
 from fourfold.quantization.experts import is_parametrized, set_quantized_parameter
 from fourfold.quantization.formats import get_format
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
-from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict
+from fourfold.quantization.layout import STATE_SUFFIXES, VECTORWISE_SUFFIXES, from_state_dict
 from fourfold.quantization.linear import QuantizedLinear, QuantizedWeight
 from fourfold.quantization.selection import matches
 from fourfold.quantization.swapping import (
@@ -99,7 +99,7 @@ class FourfoldQuantizer(HfQuantizer):
             name, table = input_embedding(model)
             self._replace(model, name, table, empty_embedding(table, config))
             self.tied_head = tied_head_of(model)
-        self._experts = expert_names(model, skipped)
+        self._experts = expert_names(model, skipped, config)
         self._expert_dtypes = {name: model.get_parameter(name).dtype for name in self._experts}
         config.has_quantized_experts = bool(self._experts)
         config.modules_to_not_convert = left_dense(model, self._experts)
@@ -124,10 +124,11 @@ class FourfoldQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return []
         # In 3-D experts the parameter itself carries the suffixes, in linear layers the parameter called "weight".
+        own = VECTORWISE_SUFFIXES if self.quantization_config.load_in_8bit else ()
         names = ["weight", *sorted({".".join(name.split(".")[-2:]) for name in self._experts})]
         return [
             WeightConverter(
-                source_patterns=[f"{name}.{suffix}" for suffix in STATE_SUFFIXES] + [name],
+                source_patterns=[*(f"{name}.{suffix}" for suffix in STATE_SUFFIXES), *own, name],
                 target_patterns=name,
                 operations=[_ReadQuantized(self, name)],
             )
@@ -259,10 +260,8 @@ class _ReadQuantized(ConversionOps):
     ) -> dict[str, Tensor]:
         assert model is not None
         assert full_layer_name is not None
-        entries = {
-            full_layer_name + key.removeprefix(self.name): value[0] if isinstance(value, list) else value
-            for key, value in input_dict.items()
-        }
+        path = full_layer_name.removesuffix(self.name)
+        entries = {path + key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         expected = self.hf_quantizer.param_needs_quantization(model, full_layer_name)
         if not expected and len(entries) == 1:
             dtype = model.get_parameter_or_buffer(full_layer_name).dtype  # type: ignore[operator]
@@ -274,7 +273,8 @@ class _ReadQuantized(ConversionOps):
                     found=sorted(entries),
                     hint="config.json and the weights do not belong together: get the checkpoint again",
                 )
-            tensor = from_state_dict(entries, full_layer_name)
+            threshold = self.hf_quantizer.quantization_config.llm_int8_threshold
+            tensor = from_state_dict(entries, full_layer_name, threshold)
         except CheckpointError as error:
             self.hf_quantizer.errors.append(error)
             return {self.name: torch.zeros(1, dtype=torch.uint8)}
@@ -309,7 +309,7 @@ def quantize_model(model: PreTrainedModel, config: FourfoldConfig | None = None)
         tied_head = tied_head_of(model)
         if tied_head is not None:
             share_codes(model, tied_head)
-    experts = expert_names(model, skipped)
+    experts = expert_names(model, skipped, config)
     for name in experts:
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)

@@ -19,8 +19,9 @@ from fourfold.errors import CheckpointError
 from fourfold.quantization.formats import get_format
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
 from fourfold.quantization.hf_quantizer import FourfoldQuantizer
-from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized
+from fourfold.quantization.layout import entry_keys, from_state_dict, is_quantized
 from fourfold.quantization.linear import QuantizedWeight
+from fourfold.quantization.llm_int8 import DEFAULT_THRESHOLD
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
 __all__ = ["Histogram", "Inspection", "LayerInspection", "inspect_checkpoint", "inspect_weights"]
@@ -163,6 +164,7 @@ def inspect_weights(
     double_quant: bool = True,
     *,
     calibration: str = "absmax",
+    outlier_threshold: float = DEFAULT_THRESHOLD,
 ) -> Inspection:
     """Quantize tensors one by one, and measure.
 
@@ -172,6 +174,7 @@ def inspect_weights(
         block_size: See there.
         double_quant: See there.
         calibration: See there.
+        outlier_threshold: See there; inputs are not looked at here.
 
     Raises:
         QuantizationError: As for `quantize`.
@@ -286,12 +289,12 @@ def _inspect_quantized(folder: Path, files: dict[str, Any]) -> Inspection:
     layers = []
     for key in files:
         if is_quantized(files, key):
-            keys = [key, *(f"{key}.{suffix}" for suffix in STATE_SUFFIXES)]
+            keys = [key, *entry_keys(key)]
             entries = {name: files[name].get_tensor(name) for name in keys if name in files}
             layers.append(_layer(key, from_state_dict(entries, key)))
     if not layers:
         raise CheckpointError(
-            f"{folder / 'config.json'} says that the model is quantized, but no tensor is quantized to 4 bits",
+            f"{folder / 'config.json'} says that the model is quantized, but no tensor is quantized",
             hint="config.json and the weights do not belong together: get the checkpoint again",
         )
     return Inspection(layers, _total(layers, "/".join(sorted({layer.format for layer in layers}))))

@@ -9,6 +9,11 @@ Beside `X.weight` (uint8 [n/2, 1]) stand
     X.weight.quant_state.bitsandbytes__nf4    uint8: UTF-8 of a JSON object with the rest
 
 bitsandbytes has NF4 and FP4. INT4 and INT8 use the same layout under `quant_state.fourfold__int4` and `__int8`.
+
+LLM.int8() has bitsandbytes' other one: beside `X.weight`, int8 [out, in], stand
+
+    X.SCB                           fp32 [out], the largest magnitude of each row
+    X.weight_format                 uint8 scalar: 0, row by row
 """
 
 from __future__ import annotations
@@ -22,11 +27,21 @@ from torch import Tensor
 
 from fourfold.errors import CheckpointError
 from fourfold.quantization.formats import FORMATS
+from fourfold.quantization.llm_int8 import DEFAULT_THRESHOLD, LLM_INT8
 from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.scales import NestedScales, PlainScales, Scales, dynamic_map
 from fourfold.quantization.tensor import DTYPES, QuantizedTensor
 
-__all__ = ["STATE_SUFFIXES", "from_state_dict", "is_quantized", "state_key", "to_state_dict"]
+__all__ = [
+    "STATE_SUFFIXES",
+    "VECTORWISE_SUFFIXES",
+    "entry_keys",
+    "from_state_dict",
+    "is_quantized",
+    "state_entry",
+    "state_key",
+    "to_state_dict",
+]
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _BITSANDBYTES_FORMATS = ("nf4", "fp4")
@@ -47,14 +62,38 @@ STATE_SUFFIXES = (
 )
 
 
+# Of LLM.int8(), beside "weight" and not below it.
+VECTORWISE_SUFFIXES = ("SCB", "weight_format")
+_ROW_FORMAT = 0
+
+
+def entry_keys(prefix: str) -> list[str]:
+    """Every key under which a part of the quantized tensor `prefix` may stand, beside `prefix` itself."""
+    path = prefix.removesuffix("weight")
+    return [*(f"{prefix}.{suffix}" for suffix in STATE_SUFFIXES), *(path + suffix for suffix in VECTORWISE_SUFFIXES)]
+
+
+def state_entry(prefix: str, number_format: NumberFormat) -> str:
+    """The key without which `prefix` is no quantized tensor of this format."""
+    if number_format.is_vectorwise:
+        return prefix.removesuffix("weight") + VECTORWISE_SUFFIXES[0]
+    return f"{prefix}.{state_key(number_format)}"
+
+
 def is_quantized(keys: Mapping[str, Any], prefix: str) -> bool:
     """Whether the entry `prefix` of a state dict is a quantized tensor."""
+    if prefix.endswith("weight") and state_entry(prefix, LLM_INT8) in keys:
+        return True
     return any(f"{prefix}.{state_key(number_format)}" in keys for number_format in FORMATS.values())
 
 
 def to_state_dict(tensor: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     """The entries of `tensor`; each owns its memory, as safetensors demands."""
     scales = tensor.scales
+    if tensor.format.is_vectorwise:
+        scale_key, format_key = (prefix.removesuffix("weight") + suffix for suffix in VECTORWISE_SUFFIXES)
+        row_format = torch.tensor(_ROW_FORMAT, dtype=torch.uint8, device=tensor.device)
+        return {prefix: tensor.codes, scale_key: scales.dequantize(), format_key: row_format}
     header: dict[str, Any] = {
         "quant_type": tensor.format.name,
         "blocksize": tensor.block_size,
@@ -80,12 +119,21 @@ def to_state_dict(tensor: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
     return entries
 
 
-def from_state_dict(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
+def from_state_dict(
+    entries: Mapping[str, Tensor], prefix: str, outlier_threshold: float = DEFAULT_THRESHOLD
+) -> QuantizedTensor:
     """Read the quantized tensor `prefix` out of a state dict.
+
+    Args:
+        entries: The state dict.
+        prefix: The key of the codes.
+        outlier_threshold: Of LLM.int8(), which stands in config.json.
 
     Raises:
         CheckpointError: Entries that are missing or do not fit each other.
     """
+    if prefix.endswith("weight") and state_entry(prefix, LLM_INT8) in entries:
+        return _vectorwise(entries, prefix, outlier_threshold)
     number_format, header = _header(entries, prefix)
     codes = _entry(entries, prefix)
     shape = torch.Size(header["shape"])
@@ -117,6 +165,36 @@ def from_state_dict(entries: Mapping[str, Tensor], prefix: str) -> QuantizedTens
         block_size=header["blocksize"],
         shape=shape,
         dtype=DTYPE_NAMES[header["dtype"]],
+    )
+
+
+def _vectorwise(entries: Mapping[str, Tensor], prefix: str, outlier_threshold: float) -> QuantizedTensor:
+    codes, absmax = _entry(entries, prefix), entries[state_entry(prefix, LLM_INT8)]
+    if codes.dtype != torch.int8 or codes.ndim != 2 or absmax.numel() != len(codes):
+        raise CheckpointError(
+            f"{prefix} and its scales do not fit each other",
+            found=f"{codes.dtype} {tuple(codes.shape)}, {absmax.numel()} scales",
+            allowed="int8 [out, in], and a scale for each row",
+            hint="get the checkpoint again",
+        )
+    row_format = entries.get(prefix.removesuffix("weight") + VECTORWISE_SUFFIXES[1])
+    if row_format is not None and int(row_format) != _ROW_FORMAT:
+        raise CheckpointError(
+            f"{prefix} is in a tiled layout of an old GPU",
+            found=f"weight_format {int(row_format)}",
+            allowed=f"weight_format {_ROW_FORMAT}, row by row",
+            hint="save it anew with a version of bitsandbytes from 0.45 on",
+        )
+    return QuantizedTensor(
+        codes=codes,
+        scales=PlainScales(absmax.view(-1).float()),
+        codebook=LLM_INT8.codebook(codes.device),
+        format=LLM_INT8,
+        block_size=codes.shape[1],
+        shape=codes.shape,
+        # The file does not say; bitsandbytes rounds to fp16 before it quantizes.
+        dtype=torch.float16,
+        outlier_threshold=outlier_threshold,
     )
 
 

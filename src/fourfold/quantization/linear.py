@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from fourfold.errors import ConfigError
 from fourfold.kernels.low_rank import beside, low_rank_grad, working_dtype
 from fourfold.kernels.small_batch import MAX_ROWS
+from fourfold.kernels.vectorwise import matmul_vectorwise
 from fourfold.quantization.formats import get_format
-from fourfold.quantization.layout import STATE_SUFFIXES, from_state_dict, is_quantized, state_key
+from fourfold.quantization.layout import entry_keys, from_state_dict, is_quantized, state_entry
+from fourfold.quantization.llm_int8 import DEFAULT_THRESHOLD
 from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.scales import Scales
 from fourfold.quantization.tensor import QuantizedTensor, quantize
@@ -134,18 +136,19 @@ class QuantizedWeight:
         if key in state_dict:
             self._refuse_streamed()
         if is_quantized(state_dict, key):
-            loaded = from_state_dict(state_dict, key)
+            threshold = None if self._rest is None else self._rest.outlier_threshold
+            loaded = from_state_dict(state_dict, key, DEFAULT_THRESHOLD if threshold is None else threshold)
             if not local_metadata.get("assign_to_params_buffers", False):
                 device = self.weight.device
                 loaded = loaded.map_tensors(lambda tensor: tensor.to(device, copy=True))
             self.quantized = loaded
-        elif key in state_dict and state_dict[key].dtype == torch.uint8:
+        elif key in state_dict and state_dict[key].dtype in (torch.uint8, torch.int8):
             # Codes alone would be read with the scales that happen to be here.
-            missing_keys.append(f"{key}.{state_key(self.number_format)}")
+            missing_keys.append(state_entry(key, self.number_format))
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        ours = {f"{key}.{suffix}" for suffix in STATE_SUFFIXES}
+        ours = set(entry_keys(key))
         unexpected_keys[:] = [name for name in unexpected_keys if name not in ours]
 
 
@@ -154,7 +157,9 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
 
     W is dequantized for the product in the dtype of `x` (under autocast, in autocast's), in the forward and once more
     in the backward pass: between the two only the codes are kept. On a GPU, up to 64 rows of `x` are multiplied with
-    the codes themselves. It is an `nn.Linear`, so that whatever selects linear layers (PEFT's "all-linear") finds it.
+    the codes themselves. By LLM.int8() they always are, with an input that is rounded to int8 too; its gradient is that
+    of the dequantized weight, as if it had not been. It is an `nn.Linear`, so that whatever selects linear layers
+    (PEFT's "all-linear") finds it.
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -179,9 +184,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]  # the 
             super().__init__(in_features, out_features, bias=False)
         if isinstance(number_format, str):
             number_format = get_format(number_format)
-        codes = torch.empty(
-            (number_format.num_code_bytes(in_features * out_features), 1), dtype=torch.uint8, device=device
-        )
+        codes = number_format.empty_codes((out_features, in_features), device)
         self.weight = nn.Parameter(codes, requires_grad=False)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -307,7 +310,10 @@ class _AdaptedLinear(torch.autograd.Function):
         flat, flat_low = input.reshape(-1, num_columns), low.reshape(-1, low.shape[-1])
         with without_autocast(input.device.type):
             up = _scaled(lora_b, scaling, flat.dtype)
-            if after:
+            if weight.outlier_threshold is not None:
+                sizes = (weight.codes, weight.scales.dequantize(), weight.outlier_threshold)
+                out = matmul_vectorwise(flat, *sizes, bias, flat_low, up)
+            elif after:
                 out = weight.linear(flat, bias).addmm_(flat_low, up.T)
             else:
                 x_low, w_up = beside(flat, flat_low), beside(weight.dequantize(flat.dtype), up)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,12 +23,14 @@ class NumberFormat:
         bits: 4 (two codes a byte, the even element in the high nibble) or 8.
         values: The 2**bits values in units of the block's scale; `values[code]` is what `code` means.
         is_integer: Whether the values are equally spaced, so that the scale may be calibrated to clip outliers.
+        is_vectorwise: Whether a block is a row, and codes are int8 in the tensor's own shape: LLM.int8().
     """
 
     name: str
     bits: int
     values: tuple[float, ...]
     is_integer: bool = False
+    is_vectorwise: bool = False
 
     def __post_init__(self) -> None:
         if len(self.values) != 2**self.bits:
@@ -52,6 +56,12 @@ class NumberFormat:
     def num_code_bytes(self, num_elements: int) -> int:
         """Bytes that the codes of `num_elements` elements take."""
         return -(-num_elements * self.bits // 8)
+
+    def empty_codes(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """Room for the codes of a tensor of that shape: uint8 [num_code_bytes, 1], or int8 of that shape."""
+        if self.is_vectorwise:
+            return torch.empty(tuple(shape), dtype=torch.int8, device=device)
+        return torch.empty((self.num_code_bytes(math.prod(shape)), 1), dtype=torch.uint8, device=device)
 
     def pack(self, codes: Tensor) -> Tensor:
         """uint8 [n] codes as stored: uint8 [num_code_bytes(n), 1], bitsandbytes' shape."""

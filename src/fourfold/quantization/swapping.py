@@ -150,7 +150,7 @@ def skip_patterns(model: PreTrainedModel, config: FourfoldConfig, pre_quantized:
     return skipped
 
 
-def expert_names(model: nn.Module, skipped: list[str]) -> list[str]:
+def expert_names(model: nn.Module, skipped: list[str], config: FourfoldConfig) -> list[str]:
     """Names of the 3-D expert parameters; a 3-D parameter of another kind is refused rather than left."""
     known, unknown = [], []
     for path, module in model.named_modules():
@@ -167,5 +167,11 @@ def expert_names(model: nn.Module, skipped: list[str]) -> list[str]:
             "the model has 3-D parameters that are not known to be experts",
             found=unknown[:8],
             hint="list them in modules_to_not_convert to leave them in 16 bits",
+        )
+    if known and config.load_in_8bit:
+        raise QuantizationError(
+            "LLM.int8() is made of products of linear layers, and experts in one 3-D parameter are none",
+            found=known[:8],
+            allowed="bnb_4bit_quant_type='int8' (blocks of int8), or these names in modules_to_not_convert",
         )
     return known

@@ -17,8 +17,10 @@ from fourfold.kernels.encoding import serves as serves_quantize
 from fourfold.kernels.expansion import expand_blockwise_, expand_nested_
 from fourfold.kernels.group_expansion import expand_group_
 from fourfold.kernels.small_batch import matmul_4bit, serves
+from fourfold.kernels.vectorwise import dequantize_rows, matmul_vectorwise, quantize_rows
 from fourfold.quantization.calibration import CALIBRATIONS, check_calibration
 from fourfold.quantization.formats import BLOCK_SIZES, get_format
+from fourfold.quantization.llm_int8 import DEFAULT_THRESHOLD
 from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.rounding import ROUNDINGS
 from fourfold.quantization.scales import NestedScales, PlainScales, Scales
@@ -33,13 +35,16 @@ class QuantizedTensor:
     """A tensor as codes and scales.
 
     Args:
-        codes: uint8 [num_code_bytes, 1]; 4-bit codes two to a byte, the even element in the high nibble.
+        codes: uint8 [num_code_bytes, 1]; 4-bit codes two to a byte, the even element in the high nibble. Of LLM.int8()
+            int8, of the tensor's shape.
         scales: One scale a block of `block_size` elements of the flattened tensor.
         codebook: fp32 [2**bits], what each code means in units of its block's scale.
         format: The number format.
         block_size: Elements that share a scale; blocks run over rows.
         shape: Shape of the tensor that was quantized.
         dtype: Its dtype, and the default of `dequantize`.
+        outlier_threshold: Of LLM.int8(): from which magnitude a column of the input is kept as it is; None: of another
+            format, whose products round no input.
     """
 
     codes: Tensor
@@ -49,10 +54,13 @@ class QuantizedTensor:
     block_size: int
     shape: torch.Size
     dtype: torch.dtype
+    outlier_threshold: float | None = None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in `dtype` (default: the one it came in): fp32(codebook[code] * scale), rounded once."""
         scales, shape, dtype = self.scales, list(self.shape), dtype or self.dtype
+        if self.format.is_vectorwise:
+            return dequantize_rows(self.codes, scales.dequantize(), dtype)
         # The CPU's kernels are two, and joining them in an operator would only add that operator's overhead.
         if isinstance(scales, NestedScales) and self.codes.is_cuda:
             parts = (scales.codes, scales.code_map, scales.nested_absmax, scales.offset)
@@ -88,8 +96,11 @@ class QuantizedTensor:
     def linear(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """`input` [..., num_columns] times this weight's transpose, plus `bias`, in `input`'s dtype.
 
-        Few rows on a GPU are multiplied with the codes themselves; otherwise the weight is dequantized first.
+        Few rows on a GPU are multiplied with the codes themselves; otherwise the weight is dequantized first. By
+        LLM.int8() the codes are always multiplied, and `input` is rounded to int8 for that.
         """
+        if self.outlier_threshold is not None:
+            return matmul_vectorwise(input, self.codes, self.scales.dequantize(), self.outlier_threshold, bias)
         scales, num_rows = self.scales, self.shape[0]
         nested_block_size = scales.nested_block_size if isinstance(scales, NestedScales) else 1
         if not serves(input, self.codebook, self.block_size, nested_block_size, num_rows):
@@ -129,6 +140,19 @@ class QuantizedTensor:
             scales=self.scales.map_tensors(function),
             codebook=self.format.codebook(codes.device) if shared else function(self.codebook),
         )
+
+    def requantize(self, weight: Tensor, *, calibration: str = "absmax", name: str = "weight") -> QuantizedTensor:
+        """Another weight of this shape, quantized as this one is."""
+        quantized = quantize(
+            weight if self.format.is_vectorwise else weight.to(self.dtype),
+            self.format,
+            self.block_size if not self.format.is_vectorwise else 64,
+            isinstance(self.scales, NestedScales),
+            calibration=calibration,
+            outlier_threshold=self.outlier_threshold or 0.0,
+            name=name,
+        )
+        return replace(quantized, dtype=self.dtype)
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """bitsandbytes' keys and bytes: `prefix` itself for the codes, `prefix.absmax` and so on for the rest."""
@@ -190,18 +214,21 @@ def quantize(
     rounding: str = "nearest",
     calibration: str = "absmax",
     generator: torch.Generator | None = None,
+    outlier_threshold: float = DEFAULT_THRESHOLD,
     name: str = "tensor",
 ) -> QuantizedTensor:
-    """Quantize a tensor blockwise.
+    """Quantize a tensor blockwise, or by rows.
 
     Args:
         tensor: fp32, fp16 or bf16, of any shape, empty too.
-        format: A format of `FORMATS`, by name.
+        format: A format of `FORMATS`, by name; or "llm_int8", which has one fp32 scale a row and knows neither
+            `block_size` nor `double_quant`, and nearest rounding and absmax alone.
         block_size: Elements of the flattened tensor that share a scale, one of `BLOCK_SIZES`.
         double_quant: Quantize the scales themselves to 8 bits (QLoRA, section 3).
         rounding: "nearest", or "stochastic" for an unbiased result.
         calibration: How a block's scale is chosen; other than "absmax" for integer formats only.
         generator: Source of randomness of stochastic rounding.
+        outlier_threshold: Of "llm_int8", see QuantizedTensor; 0: no column is an outlier.
         name: What errors call the tensor.
 
     Raises:
@@ -209,10 +236,14 @@ def quantize(
     """
     number_format = get_format(format) if isinstance(format, str) else format
     _check_options(number_format, block_size, rounding, calibration)
+    if not outlier_threshold >= 0:
+        raise QuantizationError("outlier_threshold is out of range", found=outlier_threshold, allowed="0 or more")
     if tensor.dtype not in DTYPES:
         raise QuantizationError(f"{name} cannot be quantized", found=tensor.dtype, allowed=DTYPES)
     flat = tensor.detach().reshape(-1)
     _check_finite(flat, name)
+    if number_format.is_vectorwise:
+        return _quantize_vectorwise(tensor.detach(), number_format, outlier_threshold, name)
     if rounding == "nearest" and calibration == "absmax" and serves_quantize(flat, block_size):
         order = number_format.sorted_values(flat.device)[1]
         codes, absmax = quantize_blockwise(flat, number_format.thresholds(flat.device), order, block_size)
@@ -227,6 +258,26 @@ def quantize(
         block_size=block_size,
         shape=tensor.shape,
         dtype=tensor.dtype,
+    )
+
+
+def _quantize_vectorwise(
+    tensor: Tensor, number_format: NumberFormat, outlier_threshold: float, name: str
+) -> QuantizedTensor:
+    if tensor.ndim < 2 or not tensor.shape[-1]:
+        raise QuantizationError(
+            f"{name} has no rows to scale", found=f"shape {tuple(tensor.shape)}", allowed="a matrix for LLM.int8()"
+        )
+    codes, absmax = quantize_rows(tensor)
+    return QuantizedTensor(
+        codes=codes,
+        scales=PlainScales(absmax),
+        codebook=number_format.codebook(tensor.device),
+        format=number_format,
+        block_size=tensor.shape[-1],
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        outlier_threshold=outlier_threshold,
     )
 
 
@@ -278,6 +329,11 @@ def _check_options(number_format: NumberFormat, block_size: int, rounding: str, 
     if rounding not in ROUNDINGS:
         raise QuantizationError("unknown rounding", found=rounding, allowed=ROUNDINGS)
     check_calibration(calibration, number_format)
+    if number_format.is_vectorwise and (rounding, calibration) != ("nearest", "absmax"):
+        raise QuantizationError(
+            "LLM.int8() scales rows by their largest magnitude, and rounds to the nearest",
+            found=f"rounding={rounding!r}, calibration={calibration!r}",
+        )
 
 
 def _check_finite(flat: Tensor, name: str) -> None:

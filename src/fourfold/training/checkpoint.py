@@ -6,6 +6,7 @@
       optimizer.safetensors, optimizer.json             tensors; groups, scheduler, trained parameters
       rng_state_0.safetensors, rng_state_0.json         one pair a process
       trainer_state.json                                step, epoch, log history, as the Trainer writes it
+      base/                                             the quantized base, where the run changes it between checkpoints
       manifest.json                                     every file above with its size; written last
 
 A checkpoint is written into a hidden sibling folder, synced to the disk and renamed. The Trainer's own format
@@ -165,13 +166,18 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | Path | None)
 
 
 def save_optimizer_state(
-    folder: Path, optimizer: dict[str, Any], scheduler: dict[str, Any], trainable: Mapping[str, torch.Size]
+    folder: Path,
+    optimizer: dict[str, Any],
+    scheduler: dict[str, Any],
+    trainable: Mapping[str, torch.Size],
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Write the optimizer's and the scheduler's state as safetensors and JSON.
 
     Args:
         optimizer, scheduler: Their `state_dict()`.
         trainable: Name and shape of each trained parameter, in the order of the optimizer's.
+        scaler: What scales the loss; None: nothing.
     """
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -187,12 +193,20 @@ def save_optimizer_state(
         "state": plain,
         "scheduler": scheduler,
         "trainable": {name: list(shape) for name, shape in trainable.items()},
+        "scaler": None if scaler is None else scaler.state_dict(),
     }
     (folder / "optimizer.json").write_text(json.dumps(record))
 
 
-def load_optimizer_state(folder: Path, trainable: Mapping[str, torch.Size]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_optimizer_state(
+    folder: Path, trainable: Mapping[str, torch.Size], scaler: torch.amp.GradScaler | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state dicts that `save_optimizer_state` wrote, tensors on the CPU: (optimizer, scheduler).
+
+    Args:
+        folder: The checkpoint.
+        trainable: As there.
+        scaler: Given the scale at which the checkpoint was written, if it was with one.
 
     Raises:
         CheckpointError: The files cannot be read, or were written for other trained parameters.
@@ -208,6 +222,8 @@ def load_optimizer_state(folder: Path, trainable: Mapping[str, torch.Size]) -> t
             allowed=f"{first[1][0]} {first[1][1]}" if first else f"{len(expected)} parameters",
             hint="resume with the LoRA rank and targets that the run began with",
         )
+    if scaler is not None and record.get("scaler"):
+        scaler.load_state_dict(record["scaler"])
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in record["state"].items()}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)

@@ -20,6 +20,8 @@ from fourfold.training.checkpoint import list_checkpoints
 __all__ = ["StepGuard", "own_optimizer"]
 
 NUM_NAMED_ROWS = 32
+# Of the loss: what does not fit fp16 then is a fault of the numbers.
+SMALLEST_SCALE = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,22 @@ class StepGuard(TrainerCallback):
     when they have arrived: nothing waits for them. They are looked at without delay before anything is logged,
     evaluated, saved or ended. With any other optimizer each step waits for its numbers before it is made.
 
+    Where the loss is scaled (fp16), gradients that are not finite are no fault: the scaler leaves the step out and
+    halves the scale. A loss that is not finite is one, and so is a scale below `SMALLEST_SCALE`.
+
+    Args:
+        scaler: What scales the loss; None: nothing does.
+
     Attributes:
+        skipped: Steps that were left out since the run began, or went on.
         seconds: Spent in optimizer steps, without evaluation and saving, since it was last set to 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
         self.seconds = 0.0
+        self.skipped = 0
+        self._scaler = scaler
+        self._scale = 0.0
         self._began = 0.0
         self._losses: list[Tensor] = []
         self._rows: Sequence[Sequence[int]] = ()
@@ -103,6 +115,8 @@ class StepGuard(TrainerCallback):
     ) -> None:
         self._began = time.perf_counter()
         self._losses = []
+        if self._scaler is not None:
+            self._scale = self._scaler.get_scale()
 
     def on_pre_optimizer_step(
         self,
@@ -131,6 +145,7 @@ class StepGuard(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        self._check_scale(state)
         own = own_optimizer(optimizer)
         if own is not None:
             report = self._send(torch.stack(self._losses).float(), own.grad_norm, args, state)
@@ -139,7 +154,27 @@ class StepGuard(TrainerCallback):
             if report.arrived is None:
                 self.check()
 
+    def scaling(self) -> dict[str, float]:
+        """For a log: the loss's scale and the number of steps left out; nothing where the loss is not scaled."""
+        if self._scaler is None:
+            return {}
+        return {"loss_scale": self._scaler.get_scale(), "skipped_steps": self.skipped}
+
+    def _check_scale(self, state: TrainerState) -> None:
+        if self._scaler is None:
+            return
+        scale = self._scaler.get_scale()
+        self.skipped += scale < self._scale
+        if scale < SMALLEST_SCALE:
+            raise TrainingError(
+                f"Gradients overflow fp16 at step {state.global_step + 1}, however little the loss is scaled",
+                found=f"scale {scale:g}, {self.skipped} steps left out",
+                hint="lower learning_rate, or train in bfloat16 or float32",
+            )
+
     def _send(self, losses: Tensor, norm: Tensor, args: TrainingArguments, state: TrainerState) -> _Report:
+        if self._scaler is not None:
+            norm = torch.where(norm.isfinite(), norm, 0.0)
         values = torch.cat([losses, norm.to(losses).view(1)])
         arrived = None
         if values.is_cuda:

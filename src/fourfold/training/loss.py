@@ -81,7 +81,7 @@ def _frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor |
         return None
     is_autocast = torch.is_autocast_enabled(hidden.device.type)
     dtype = torch.get_autocast_dtype(hidden.device.type) if is_autocast else hidden.dtype
-    if type(lm_head) is QuantizedLinear:
+    if type(lm_head) is QuantizedLinear and not lm_head.number_format.is_vectorwise:
         weight = lm_head.quantized.dequantize(dtype)
     elif type(lm_head) is nn.Linear and (is_autocast or lm_head.weight.dtype == dtype):
         weight = lm_head.weight.detach().to(dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from trl import SFTConfig
 
 from fourfold.errors import ConfigError
@@ -23,6 +24,7 @@ __all__ = [
     "STRATEGIES",
     "OptimizerRow",
     "TrainingOptions",
+    "keep_in_fp32",
     "own_optimizer_arguments",
     "to_sft_config",
 ]
@@ -76,6 +78,7 @@ LR_SCHEDULERS: dict[str, bool] = {
 # name -> the Trainer's mixed-precision switches
 COMPUTE_DTYPES: dict[str, dict[str, bool]] = {
     "bfloat16": {"bf16": True, "fp16": False},
+    "float16": {"bf16": False, "fp16": True},
     "float32": {"bf16": False, "fp16": False},
 }
 
@@ -94,7 +97,8 @@ class TrainingOptions:
         eval_steps, save_steps: Optimizer steps between two evaluations and two checkpoints; they count
             where the strategy is "steps".
         save_total_limit: How many checkpoints are kept, the newest; None keeps all.
-        compute_dtype: "bfloat16" runs matrix products under autocast; parameters keep their own dtype.
+        compute_dtype: "bfloat16" and "float16" run matrix products under autocast; parameters keep their own dtype.
+            "float16" also scales the loss, so that small gradients do not vanish, and takes a GPU.
         group_by_length: Batches hold rows of like length; less padding, less randomness.
         report_to: Trackers by the Trainer's names, such as "tensorboard"; none by default.
         use_cpu: None takes an accelerator where there is one.
@@ -226,6 +230,24 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+
+
+def keep_in_fp32(model: nn.Module, switches: dict[str, bool]) -> None:
+    """Master copies: what is trained in fp16 is held in fp32, where a small update is not lost.
+
+    Args:
+        model: Its trained parameters are cast in place.
+        switches: A row of `COMPUTE_DTYPES`.
+
+    Raises:
+        ConfigError: Nothing in the model can be trained.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("The model has no parameter to train", hint="add adapters, or load them as trainable")
+    if switches["fp16"]:
+        for parameter in trained:
+            parameter.data = parameter.data.float()
 
 
 def own_optimizer_arguments(options: TrainingOptions) -> tuple[type[OwnOptimizer], dict[str, Any]] | None:

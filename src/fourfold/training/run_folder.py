@@ -6,6 +6,7 @@ loss.png         training and validation loss by step
 adapter/         PEFT's own format, the tokenizer and its chat template
 README.md        the model card: how it was made
 checkpoint-N/    see fourfold.training.checkpoint
+base/            the base, where the run changed it
 """
 
 from __future__ import annotations

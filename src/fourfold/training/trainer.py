@@ -54,7 +54,13 @@ from fourfold.training.interrupt import (
     catch_interrupts,
 )
 from fourfold.training.loss import SupervisedLoss, logits_agree, supervised_cross_entropy
-from fourfold.training.options import TrainingOptions, own_optimizer_arguments, to_sft_config
+from fourfold.training.options import (
+    COMPUTE_DTYPES,
+    TrainingOptions,
+    keep_in_fp32,
+    own_optimizer_arguments,
+    to_sft_config,
+)
 from fourfold.training.out_of_memory import (
     OutOfMemory,
     is_out_of_memory,
@@ -65,6 +71,7 @@ from fourfold.training.out_of_memory import (
     with_rest,
 )
 from fourfold.training.progress import ProgressCallback
+from fourfold.training.requantizing import save_changed_base
 from fourfold.training.tally import Tally
 
 __all__ = ["FourfoldTrainer", "build_trainer"]
@@ -93,7 +100,7 @@ class FourfoldTrainer(SFTTrainer):
         # not divide by the number of microbatches.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # disable_tqdm chose it; progress is told by our own callback
-        self._guard = StepGuard()
+        self._guard = StepGuard(self.accelerator.scaler)
         self._interrupt = InterruptCallback()
         self.add_callback(self._guard)
         self.add_callback(self._interrupt)
@@ -103,8 +110,6 @@ class FourfoldTrainer(SFTTrainer):
         self._head_is_plain: bool | None = None
         self._resuming = False
         self._restored: tuple[dict[str, Any], dict[str, Any]] | None = None
-
-    # ---- Loss ----
 
     def compute_loss(
         self,
@@ -197,8 +202,6 @@ class FourfoldTrainer(SFTTrainer):
         own = own_optimizer(self.optimizer)
         return super()._get_grad_norm(model, grad_norm=grad_norm) if own is None else own.grad_norm
 
-    # ---- Evaluation and logs ----
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop, with the loss averaged over tokens; the Trainer's own averages over batches."""
         self._tallies["eval"] = Tally()
@@ -230,9 +233,9 @@ class FourfoldTrainer(SFTTrainer):
                 logs["num_tokens"] = self._tokens_seen
                 logs["tokens_per_second"] = num_tokens / self._guard.seconds
             self._guard.seconds = 0.0
+            logs |= self._guard.scaling()
             memory = memory_used(self.args.device)
-            logs["memory_current_bytes"] = memory.current_bytes
-            logs["memory_peak_bytes"] = memory.peak_bytes
+            logs |= {"memory_current_bytes": memory.current_bytes, "memory_peak_bytes": memory.peak_bytes}
             if self.args.device.type == "cuda":
                 # Elsewhere the process is measured, whose memory is no sum of these.
                 if not self._standing:
@@ -243,8 +246,6 @@ class FourfoldTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run folder has a card of its own, and the Trainer's would be written over it."""
-
-    # ---- Running, checkpoints ----
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> TrainOutput:
         """Train.
@@ -308,11 +309,11 @@ class FourfoldTrainer(SFTTrainer):
         with self._shared_folder(folder) as partial:
             save_rng_state(partial, self.args.process_index)
             if self.args.should_save:
+                save_changed_base(self.callback_handler.callbacks, partial)
                 self.model.save_pretrained(partial, safe_serialization=True)
                 self.processing_class.save_pretrained(partial)
-                save_optimizer_state(
-                    partial, self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable()
-                )
+                states = (self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable())
+                save_optimizer_state(partial, *states, self.accelerator.scaler)
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -337,7 +338,8 @@ class FourfoldTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
-        self._restored = load_optimizer_state(Path(resume_from_checkpoint), self._trainable())
+        path, scaler = Path(resume_from_checkpoint), self.accelerator.scaler
+        self._restored = load_optimizer_state(path, self._trainable(), scaler)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -382,8 +384,7 @@ def build_trainer(
             found=options.eval_strategy,
             hint="give an evaluation data set, or set eval_strategy: no",
         )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("The model has no parameter to train", hint="add adapters, or load them as trainable")
+    keep_in_fp32(model, COMPUTE_DTYPES[options.compute_dtype])
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         if dataset is not None:
             require_labels(name, dataset)
