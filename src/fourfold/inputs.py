@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
+from fourfold.config.methods import training_contradictions
 from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
 from fourfold.errors import CheckpointError, ConfigError, DataError
@@ -49,6 +50,8 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
             on is given.
         CheckpointError: The checkpoint to resume from is missing or not whole.
     """
+    for contradiction in training_contradictions(config):
+        raise ConfigError(contradiction.what, hint=contradiction.hint)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir {output} is a file", allowed="a folder, or a name that is free")
@@ -74,7 +77,7 @@ def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:
 
 def clear_former_run(output: Path) -> None:
     """Delete what an earlier run left: its checkpoints would outrank the new ones, its base belongs to its adapter."""
-    for folder in [*list_checkpoints(output), output / BASE_FOLDER, output / run_folder.ADAPTER_FOLDER]:
+    for folder in [*list_checkpoints(output), output / BASE_FOLDER, *(output / name for name in run_folder.RESULTS)]:
         if folder.is_dir():
             shutil.rmtree(folder)
     for name in (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE):
@@ -215,7 +218,8 @@ class FinishedRun:
 
     Args:
         config: Its configuration; `output_dir` is where the run is now.
-        adapter: The folder of its adapter, or of one of its checkpoints.
+        adapter: The folder of its adapter, or of one of its checkpoints; of a run that trained all weights, the
+            model's.
     """
 
     config: RunConfig
@@ -237,16 +241,19 @@ def find_run(folder: str | Path) -> FinishedRun:
             allowed=f"a folder with {run_folder.CONFIG_FILE} and {run_folder.ADAPTER_FOLDER}/, as train leaves it",
         )
     config = load_config(run)
-    adapter = path if run != path else run / run_folder.ADAPTER_FOLDER
-    if not (adapter / "adapter_config.json").is_file():
+    kind, file = ("adapter", "adapter_config.json") if config.adapter else ("model", "config.json")
+    adapter = path if run != path else run / run_folder.result_folder(config.adapter)
+    if not (adapter / file).is_file():
         checkpoints = list_checkpoints(run)
         raise CheckpointError(
-            f"the run at {run} has no adapter in {adapter}",
+            f"the run at {run} has no {kind} in {adapter}",
             found="a run that did not end" if checkpoints else None,
             hint=f"finish it with `fourfold train {run} --resume_from_checkpoint auto`, or give {checkpoints[-1]}"
             if checkpoints
             else None,
         )
+    if config.adapter is None:
+        return FinishedRun(config, adapter)
     base = base_of(config)
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         _require_base(Path(base), run)

@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold.adapters.initialisation import changes_base
+from fourfold.adapting import adapt, save_base
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.config.card import model_card
@@ -32,7 +32,6 @@ from fourfold.inputs import (
     find_run,
     going_on,
     merge_prompts,
-    original_checkpoint,
     read_data,
     read_held_out,
     read_tokenizer,
@@ -46,12 +45,12 @@ from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
-from fourfold.models.preparing import load_adapter, prepare
+from fourfold.models.preparing import load_adapter
 from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
+from fourfold.models.underlying import underlying
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
-from fourfold.quantization.swapping import base_state_dict
 from fourfold.telling import PROGRESS, Speaker
 from fourfold.training import run_folder
 from fourfold.training.options import TrainingOptions
@@ -125,7 +124,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         say.result("model", model_size(model))
         # Here, so that the adapter starts alike however the base was loaded.
         transformers.set_seed(config.seed)
-        adapted = _adapt(config, model, is_initialised=checkpoint is not None)
+        adapted = adapt(config, model, is_initialised=checkpoint is not None)
     if planned is not None:
         require_planned_shape(config, adapted)
 
@@ -151,7 +150,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     # Its optimizer is: state of another does not go on.
     started = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "optim": config.optim}
     run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
-    _save_base(config, output, adapted, tokenizer)
+    if isinstance(adapted, PeftModel):
+        save_base(config, output, adapted, tokenizer)
     if gpu is not None:
         # The peak of loading is another matter.
         reset_peak(device)
@@ -171,7 +171,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         say.result("plan", planned)
         if config.recompute is None:
             # The next trainer has layers on the generic path checkpoint, if that was planned.
-            adapted.get_base_model().gradient_checkpointing_disable()
+            underlying(adapted).gradient_checkpointing_disable()
         else:
             set_recomputation(adapted, config.recompute)
         # With what it holds: its optimizer's state, and cycles that keep it.
@@ -181,12 +181,15 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         trainer = trainer_of(choices.training_options(config))
     parts = parts_in_use(adapted, trainer.optimizer, memory_used(device).peak_bytes)
     memory = account_memory(planned, parts, say.line, is_sum=device.type == "cuda")
-    run_folder.save_adapter(output, adapted, tokenizer)
+    if isinstance(adapted, PeftModel):
+        run_folder.save_adapter(output, adapted, tokenizer)
+    else:
+        run_folder.save_model(output, adapted, tokenizer)
     step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
     is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
     # Evaluation every so many steps may have ended before the last one.
-    hint = f"the adapter is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
+    hint = f"what was trained is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
     with reporting_out_of_memory("the trained model was measured", hint):
         measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
     if measured:
@@ -200,7 +203,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
 
 
 def evaluate(config: RunConfig, progress: str = "plain") -> dict[str, Any]:
-    """Measure a run's adapter, or where there is none the base model: loss, exact match, perplexity."""
+    """Measure what a run trained, or where there is nothing yet the base model: loss, exact match, perplexity."""
     metrics, _ = evaluate_with_samples(config, progress)
     return metrics
 
@@ -213,20 +216,23 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
         raise ConfigError(
             "there is nothing to evaluate on", allowed=["eval_dataset", "eval_split_fraction", "perplexity_text"]
         )
-    adapter = Path(config.output_dir) / run_folder.ADAPTER_FOLDER
-    has_adapter = config.adapter is not None and adapter.is_dir()
-    tokenizer = read_tokenizer(config, adapter if has_adapter else None)
+    result = Path(config.output_dir) / run_folder.result_folder(config.adapter)
+    has_result = result.is_dir()
+    has_adapter = has_result and config.adapter is not None
+    tokenizer = read_tokenizer(config, result if has_result else None)
     eval_data = read_held_out(config, tokenizer)
     say.result("data", eval_data.report if eval_data else None)
-    base = base_of(config) if has_adapter else config.model_name_or_path
+    base = base_of(config) if has_adapter else str(result) if has_result else config.model_name_or_path
     model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config, streams=True))
     if has_adapter:
-        model = load_adapter(model, adapter, **choices.stream_options(config))
-        say.line(f"measuring {adapter} on {base}")
+        model = load_adapter(model, result, **choices.stream_options(config))
+        say.line(f"measuring {result} on {base}")
+    elif has_result:
+        say.line(f"measuring {result}")
     else:
         if config.stream_base is not None:
             stream_base(model, choices.device(config), source=config.stream_base)
-        say.line(f"measuring {base} itself: there is no adapter in {adapter}")
+        say.line(f"measuring {base} itself: there is nothing trained in {result}")
     return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
 
 
@@ -283,6 +289,11 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
     require_free(out)
     run = find_run(adapter)
     config, folder = run.config, run.adapter
+    if config.adapter is None:
+        raise ConfigError(
+            f"there is nothing to merge: the run at {config.output_dir} trained all weights",
+            hint=f"{folder} is an ordinary model already",
+        )
     # Summed, and compared, in fp32: only the weights that are written are rounded.
     options = choices.load_options(config) | {"dtype": torch.float32}
     dtype = torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16
@@ -338,42 +349,9 @@ def chat(
     if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
         return ChatSession(load_model(model), load_tokenizer(model), options)
     run = find_run(model)
+    if run.config.adapter is None:
+        whole = load_model(run.adapter, **choices.load_options(run.config))
+        return ChatSession(whole, load_tokenizer(run.adapter), options)
     base = load_model(base_of(run.config), **choices.load_options(run.config, streams=True))
     adapted = load_adapter(base, run.adapter, **choices.stream_options(run.config))
     return ChatSession(adapted, load_tokenizer(run.adapter), options)
-
-
-def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -> PeftModel:
-    """Put the adapter on; `is_initialised`: its weights, and the base they belong to, come from a checkpoint."""
-    if config.adapter is None:
-        raise ConfigError("full fine-tuning is not there yet", found="adapter: null", allowed="adapter: lora")
-    method = config.init_lora_weights if isinstance(config.init_lora_weights, str) else None
-    if method == "gaussian" or (is_initialised and getattr(model, "is_quantized", False)):
-        method = None
-    return prepare(
-        model,
-        choices.lora_config(config),
-        init_lora_weights=method,
-        original=original_checkpoint(config) if method else None,
-        loftq_iterations=config.loftq_iterations,
-        fused=config.fused_blocks,
-        recompute=config.recompute,
-        cuda_graphs=config.cuda_graphs,
-        **choices.stream_options(config),
-    )
-
-
-def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Where the adapter's initialisation changed the base: that base, to which alone the adapter belongs."""
-    base = model.get_base_model()
-    folder = output / BASE_FOLDER
-    if not changes_base(config.init_lora_weights, config.loftq_iterations):
-        return
-    if not folder.is_dir():
-        with whole_folder(folder) as partial:
-            base.save_pretrained(
-                partial,
-                state_dict=base_state_dict(base, getattr(getattr(base, "hf_quantizer", None), "tied_head", None)),
-            )
-            tokenizer.save_pretrained(partial)
-    model.peft_config["default"].base_model_name_or_path = str(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
@@ -27,12 +27,11 @@ from fourfold.errors import ConfigError, TrainingError
 from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
 from fourfold.models.block import drop_graphs
+from fourfold.models.underlying import underlying
 from fourfold.training.batches import (
     ROW_NUMBERS,
     Collator,
     NumberedCollator,
-    boundary_mask,
-    looks_back_only,
     require_labels,
 )
 from fourfold.training.checkpoint import (
@@ -41,12 +40,14 @@ from fourfold.training.checkpoint import (
     load_optimizer_state,
     load_rng_state,
     prune_checkpoints,
+    restore_weights,
     save_optimizer_state,
     save_rng_state,
     whole_checkpoint,
     write_manifest,
 )
 from fourfold.training.guard import StepGuard, own_optimizer
+from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
 from fourfold.training.interrupt import (
     EvaluationInterrupted,
     InterruptCallback,
@@ -73,14 +74,14 @@ logger = logging.getLogger(__name__)
 
 
 class FourfoldTrainer(SFTTrainer):
-    """TRL's SFTTrainer for a PEFT model and rows that are tokenized and masked already.
+    """TRL's SFTTrainer for an adapter or a whole model, and rows that are tokenized and masked already.
 
     - The loss of an optimizer step is the sum over all supervised tokens of all its microbatches and
       processes divided by their number; so is the evaluation loss. Only supervised positions go through
       the LM head.
     - Checkpoints are those of `fourfold.training.checkpoint`.
     - SIGINT and SIGTERM finish the step, save and raise `TrainingInterrupted`.
-    - A loss or gradient that is not finite raises TrainingError and never reaches the adapters.
+    - A loss or gradient that is not finite raises TrainingError and never reaches the weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +119,7 @@ class FourfoldTrainer(SFTTrainer):
         TRL's own loss serves the models whose logits are more than the LM head's output (a soft cap, a
         scale), mixtures of experts with a balancing loss, and callers that want the logits.
         """
-        if return_outputs or self.aux_loss_enabled or not self._takes_logits_to_keep():
+        if return_outputs or self.aux_loss_enabled or not takes_logits_to_keep(underlying(self.model)):
             loss = None
         else:
             loss = self._supervised_loss(model, inputs)
@@ -136,41 +137,28 @@ class FourfoldTrainer(SFTTrainer):
             mean = mean * self.accelerator.num_processes
         return mean
 
-    def _takes_logits_to_keep(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.get_base_model().forward).parameters
-
     def _supervised_loss(self, model: nn.Module, inputs: dict[str, Any]) -> SupervisedLoss | None:
         """The loss from the last hidden states; None where the LM head's output is not the logits."""
-        base = self.model.get_base_model()
-        captured: list[torch.Tensor] = []
-
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            captured.append(output[0])
-
-        positions = inputs.get("supervised_positions")
-        forward_inputs = model_inputs(self.model, inputs)
-        if positions is not None and self.model.training and looks_back_only(base.config):
-            # Our collator pads on the right, where no real token looks: its mask would change nothing, and cost the
-            # building and applying of [batch, 1, seq, seq].
-            forward_inputs["attention_mask"] = boundary_mask(inputs, base.config)
-
-        # The model is called as a whole, so that DDP and autocast see the call; its own LM head gets the last
-        # position only, and a forward hook hands out the hidden states of all.
-        handle = base.base_model.register_forward_hook(keep)
-        try:
-            outputs = model(**forward_inputs, use_cache=False, logits_to_keep=1)
-        finally:
-            handle.remove()
-        (hidden_states,) = captured
-        lm_head = base.get_output_embeddings()
+        hidden_states = self.hidden_states(model, inputs)
+        if hidden_states is None:
+            return None
+        lm_head = underlying(self.model).get_output_embeddings()
         with self.accelerator.autocast():
-            if self._head_is_plain is None:
-                self._head_is_plain = logits_agree(outputs.logits, lm_head(hidden_states[:, -1:].detach()))
-                if not self._head_is_plain:
-                    logger.info("%s scales or caps its logits; TRL computes the loss", type(base).__name__)
+            return supervised_cross_entropy(
+                hidden_states, inputs["labels"], lm_head, inputs.get("supervised_positions")
+            )
+
+    def hidden_states(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """What the LM head takes, [batch, seq, hidden]; None where its output is not the logits."""
+        base = underlying(self.model)
+        hidden_states, logits = last_hidden_states(model, base, inputs)
+        if self._head_is_plain is None:
+            with self.accelerator.autocast():
+                head = base.get_output_embeddings()(hidden_states[:, -1:].detach()).detach()
+            self._head_is_plain = logits_agree(logits.detach(), head)
             if not self._head_is_plain:
-                return None
-            return supervised_cross_entropy(hidden_states, inputs["labels"], lm_head, positions)
+                logger.info("%s scales or caps its logits; its own forward pass gives them", type(base).__name__)
+        return hidden_states if self._head_is_plain else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._resuming:
@@ -308,7 +296,7 @@ class FourfoldTrainer(SFTTrainer):
         with self._shared_folder(folder) as partial:
             save_rng_state(partial, self.args.process_index)
             if self.args.should_save:
-                self.model.save_pretrained(partial, safe_serialization=True)
+                self.model.save_pretrained(partial)
                 self.processing_class.save_pretrained(partial)
                 save_optimizer_state(
                     partial, self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable()
@@ -338,7 +326,10 @@ class FourfoldTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
         self._restored = load_optimizer_state(Path(resume_from_checkpoint), self._trainable())
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._restored is None:
@@ -356,7 +347,7 @@ class FourfoldTrainer(SFTTrainer):
 
 
 def build_trainer(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
@@ -367,7 +358,7 @@ def build_trainer(
     """A trainer for rows that are tokenized and masked.
 
     Args:
-        model: Its adapters are trained as they are; their dtype is not changed.
+        model: Its adapters, or without any all of it, are trained as they are; their dtype is not changed.
         train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label.
         collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids;
             with what else `fourfold.data.Collator` gives, the host never waits for the device to count labels.
