@@ -232,7 +232,8 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     else:
         if config.stream_base is not None:
             stream_base(model, choices.device(config), source=config.stream_base)
-        say.line(f"measuring {base} itself: there is nothing trained in {result}")
+        kind = "model" if config.adapter is None else "adapter"
+        say.line(f"measuring {base} itself: there is no {kind} in {result}")
     return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
 
 

@@ -46,8 +46,8 @@ def shape_differences(shape: ModelShape, model: PreTrainedModel | PeftModel) -> 
         ("weights of the base", shape.num_parameters, held, 0.0),
         ("quantized weights", shape.num_quantized, size.num_quantized, 0.0),
         ("bytes of quantized weights", shape.code_bytes + shape.scale_bytes, quantized_bytes, _TOLERANCE),
-        ("trained tensors", len(shape.adapter_shapes), len(trained), 0.0),
-        ("trained weights", shape.num_adapter, sum(trained), 0.0),
+        ("adapter matrices", len(shape.adapter_shapes), len(trained), 0.0),
+        ("weights of the adapter", shape.num_adapter, sum(trained), 0.0),
     ]
     if shape.blocks:
         counted.insert(0, ("layers", len(shape.blocks), len(base.get_decoder().layers), 0.0))

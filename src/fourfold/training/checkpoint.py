@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from fourfold.errors import CheckpointError
-from fourfold.files import whole_folder
+from fourfold.files import partial_path, whole_folder
 
 __all__ = [
     "check_checkpoint",
@@ -45,6 +45,7 @@ __all__ = [
     "restore_weights",
     "save_optimizer_state",
     "save_rng_state",
+    "shared_checkpoint",
     "whole_checkpoint",
     "write_manifest",
 ]
@@ -88,6 +89,18 @@ def whole_checkpoint(path: Path) -> Iterator[Path]:
         size = sum(file.stat().st_size for file in earlier[-1].rglob("*") if file.is_file())
         hint = f"a checkpoint takes about {size:,} bytes; free that much and resume from {earlier[-1]}"
     with whole_folder(path, hint=hint) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def shared_checkpoint(path: Path, accelerator: Any, *, is_main: bool) -> Iterator[Path]:
+    """The main process's `whole_checkpoint`, into which the others write too; accelerate keeps them together."""
+    if not is_main:
+        accelerator.wait_for_everyone()
+        yield partial_path(path)
+        return
+    with whole_checkpoint(path) as partial:
+        accelerator.wait_for_everyone()
         yield partial
 
 

@@ -20,7 +20,14 @@ from fourfold.data import supervised_positions
 from fourfold.kernels.cross_entropy import AUTOGRAD_LOGITS, IGNORE_INDEX, cross_entropy_, rows_at_once
 from fourfold.quantization.linear import QuantizedLinear
 
-__all__ = ["IGNORE_INDEX", "SupervisedLoss", "logits_agree", "supervised_cross_entropy"]
+__all__ = [
+    "IGNORE_INDEX",
+    "FrozenHeadCrossEntropy",
+    "SupervisedLoss",
+    "frozen_linear",
+    "logits_agree",
+    "supervised_cross_entropy",
+]
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,10 @@ def supervised_cross_entropy(
     targets = labels.reshape(-1).index_select(0, positions + 1)
     num_tokens = torch.full((), len(positions), dtype=torch.int64, device=hidden.device)
     trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
-    frozen = None if trainable else _frozen_linear(lm_head, hidden)
+    frozen = None if trainable else frozen_linear(lm_head, hidden)
     if frozen is not None:
         differentiable = torch.is_grad_enabled() and hidden.requires_grad
-        losses, num_correct = _FrozenHeadCrossEntropy.apply(hidden, positions, targets, *frozen, differentiable)
+        losses, num_correct = FrozenHeadCrossEntropy.apply(hidden, positions, targets, *frozen, differentiable)
         loss_sum = losses.sum()
     else:
         hidden = hidden.index_select(0, positions)
@@ -75,7 +82,7 @@ def supervised_cross_entropy(
     return SupervisedLoss(loss_sum, num_tokens, num_correct)
 
 
-def _frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias in the dtype of the logits, if the head is no more than its product with `hidden`."""
     hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
     if any(hooks) or "forward" in vars(lm_head):  # accelerate's hooks stand in the instance's `forward`
@@ -101,7 +108,7 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(gradient, scale, out=torch.empty_like(gradient))
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
+class FrozenHeadCrossEntropy(torch.autograd.Function):
     """(hidden [batch * seq, hidden], positions, targets [tokens], W, b) -> (losses [tokens], number ranked first)."""
 
     @staticmethod

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from trl import SFTTrainer
 
 from fourfold.data import model_inputs
 from fourfold.errors import ConfigError, TrainingError
-from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
 from fourfold.models.block import drop_graphs
 from fourfold.models.underlying import underlying
@@ -43,7 +41,7 @@ from fourfold.training.checkpoint import (
     restore_weights,
     save_optimizer_state,
     save_rng_state,
-    whole_checkpoint,
+    shared_checkpoint,
     write_manifest,
 )
 from fourfold.training.guard import StepGuard, own_optimizer
@@ -68,7 +66,7 @@ from fourfold.training.out_of_memory import (
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.tally import Tally
 
-__all__ = ["FourfoldTrainer", "build_trainer"]
+__all__ = ["FourfoldTrainer", "build_trainer", "trainer_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +291,7 @@ class FourfoldTrainer(SFTTrainer):
         self._guard.check()
         folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
-        with self._shared_folder(folder) as partial:
+        with shared_checkpoint(folder, self.accelerator, is_main=self.args.should_save) as partial:
             save_rng_state(partial, self.args.process_index)
             if self.args.should_save:
                 self.model.save_pretrained(partial)
@@ -308,17 +306,6 @@ class FourfoldTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save and self.args.save_total_limit is not None:
             prune_checkpoints(folder.parent, keep=self.args.save_total_limit)
-
-    @contextlib.contextmanager
-    def _shared_folder(self, folder: Path) -> Iterator[Path]:
-        """The main process's `whole_checkpoint`, into which the others write too."""
-        if not self.args.should_save:
-            self.accelerator.wait_for_everyone()
-            yield partial_path(folder)
-            return
-        with whole_checkpoint(folder) as partial:
-            self.accelerator.wait_for_everyone()
-            yield partial
 
     def _trainable(self) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in self.model.named_parameters() if value.requires_grad}
@@ -367,6 +354,24 @@ def build_trainer(
         ConfigError: Evaluation is asked for without rows for it, or nothing in the model can be trained.
         DataError: There are no rows, or no row has a label.
     """
+    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+        if dataset is not None:
+            require_labels(name, dataset)
+    return FourfoldTrainer(
+        **trainer_arguments(model, tokenizer, train_dataset, eval_dataset, collator, options, callbacks)
+    )
+
+
+def trainer_arguments(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    collator: Collator,
+    options: TrainingOptions,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    """The arguments of `FourfoldTrainer` and of what is derived from it; see `build_trainer`."""
     if options.eval_strategy != "no" and eval_dataset is None:
         raise ConfigError(
             "eval_strategy asks for evaluation, but there are no rows to evaluate on",
@@ -375,16 +380,13 @@ def build_trainer(
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("The model has no parameter to train", hint="add adapters, or load them as trainable")
-    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-        if dataset is not None:
-            require_labels(name, dataset)
-    return FourfoldTrainer(
-        model=model,
-        args=to_sft_config(options),
-        data_collator=NumberedCollator(collator),
-        train_dataset=train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=own_optimizer_arguments(options),
-    )
+    return {
+        "model": model,
+        "args": to_sft_config(options),
+        "data_collator": NumberedCollator(collator),
+        "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
+        "eval_dataset": eval_dataset,
+        "processing_class": tokenizer,
+        "callbacks": list(callbacks),
+        "optimizer_cls_and_kwargs": own_optimizer_arguments(options),
+    }
