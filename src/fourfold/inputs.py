@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from datasets import Dataset
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,8 @@ from fourfold.config import options as choices
 from fourfold.config.methods import training_contradictions
 from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
+from fourfold.data.comparing import prepare_preferences
+from fourfold.data.preference import PREFERENCE_ROWS
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.models.loading import load_tokenizer
 from fourfold.training import run_folder
@@ -128,7 +131,7 @@ def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pr
     assert config.train_dataset is not None
     options = choices.data_options(config)
     if config.eval_dataset or not config.eval_split_fraction:
-        train_data = prepare_rows(load_rows(config.train_dataset), tokenizer, options, config.train_dataset)
+        train_data = _prepare(config, load_rows(config.train_dataset), tokenizer, options, config.train_dataset)
     else:
         train_data = _prepare_part(config, tokenizer, options, "train")
     return train_data, read_held_out(config, tokenizer)
@@ -138,8 +141,28 @@ def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
     """Held-out rows, if there are any. They are never packed: each is scored by itself."""
     options = choices.data_options(config, packing=False)
     if config.eval_dataset:
-        return prepare_rows(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
+        return _prepare(config, load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
     return _prepare_part(config, tokenizer, options, "held-out") if config.eval_split_fraction else None
+
+
+def _prepare(
+    config: RunConfig, rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str
+) -> PreparedData:
+    """Rows as the method of the run learns from them."""
+    if config.method in PREFERENCE_ROWS:
+        return prepare_preferences(rows, tokenizer, options, name, config.method)
+    try:
+        return prepare_rows(rows, tokenizer, options, name)
+    except DataError as error:
+        fitting = [method for method, kind in PREFERENCE_ROWS.items() if set(kind.columns) <= set(rows.column_names)]
+        if "fit no row format" in error.what and fitting:
+            raise DataError(
+                error.what,
+                found=error.found,
+                allowed=error.allowed,
+                hint=f"such rows are for method: {' or '.join(fitting)}",
+            ) from error
+        raise
 
 
 def _prepare_part(
@@ -158,10 +181,10 @@ def _prepare_part(
     parts = rows.train_test_split(test_size=num_held_out, seed=config.seed)
     chosen = parts["train" if part == "train" else "test"]
     try:
-        return prepare_rows(chosen, tokenizer, options, f"{config.train_dataset} ({part} part)")
+        return _prepare(config, chosen, tokenizer, options, f"{config.train_dataset} ({part} part)")
     except DataError:
         # The whole file again: there a faulty row has the number under which a person finds it.
-        prepare_rows(rows, tokenizer, options, config.train_dataset)
+        _prepare(config, rows, tokenizer, options, config.train_dataset)
         raise
 
 
@@ -173,9 +196,10 @@ def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list
     rows = rows.select(range(min(8, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.
     options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)
-    prepared = prepare_rows(rows, tokenizer, options, source)
+    prepared = _prepare(config, rows, tokenizer, options, source)
+    ids = "chosen_input_ids" if "chosen_input_ids" in prepared.dataset.column_names else "input_ids"
     budget = math.ceil(512 / len(prepared.dataset))
-    return [row["input_ids"][:budget] for row in prepared.dataset]
+    return [row[ids][:budget] for row in prepared.dataset]
 
 
 def checkpoint_folder(config: RunConfig) -> Path:

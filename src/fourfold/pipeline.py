@@ -14,10 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.adapting import adapt, save_base
+from fourfold.comparing import compare_answers, preferences_of, trainer_for
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.config.card import model_card
-from fourfold.data import Collator
+from fourfold.config.methods import PREFERENCE_METHODS
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.evaluation import Sample
 from fourfold.export.merging import ONTO, MergeReport, write_merged
@@ -61,7 +62,7 @@ from fourfold.training.out_of_memory import (
     reporting_out_of_memory,
 )
 from fourfold.training.progress import ProgressCallback
-from fourfold.training.trainer import FourfoldTrainer, build_trainer
+from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = [
     "ChatSession",
@@ -129,19 +130,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         require_planned_shape(config, adapted)
 
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
-        return build_trainer(
-            adapted,
-            tokenizer,
-            train_data.dataset,
-            eval_data.dataset if eval_data else None,
-            Collator(
-                tokenizer.pad_token_id,
-                width=config.max_length if config.packing else None,
-                multiple_of=64 if model.device.type == "cuda" else 1,
-            ),
-            options,
-            callbacks=[run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])],
-        )
+        callbacks = [run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])]
+        return trainer_for(config, adapted, tokenizer, train_data, eval_data, options, callbacks)
 
     trainer = trainer_of(options)
     if checkpoint is None:
@@ -192,6 +182,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     hint = f"what was trained is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
     with reporting_out_of_memory("the trained model was measured", hint):
         measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
+        if not is_evaluated and eval_data is not None:
+            measured |= preferences_of(trainer)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
@@ -225,7 +217,9 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     base = base_of(config) if has_adapter else str(result) if has_result else config.model_name_or_path
     model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config, streams=True))
     if has_adapter:
-        model = load_adapter(model, result, **choices.stream_options(config))
+        # The trainer that compares answers takes no model without anything to train.
+        trains = config.method in PREFERENCE_METHODS
+        model = load_adapter(model, result, is_trainable=trains, **choices.stream_options(config))
         say.line(f"measuring {result} on {base}")
     elif has_result:
         say.line(f"measuring {result}")
@@ -234,7 +228,8 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
             stream_base(model, choices.device(config), source=config.stream_base)
         kind = "model" if config.adapter is None else "adapter"
         say.line(f"measuring {base} itself: there is no {kind} in {result}")
-    return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
+    metrics, samples = measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
+    return metrics | compare_answers(config, model, tokenizer, eval_data), samples
 
 
 @within_limit

@@ -24,6 +24,7 @@ from fourfold.run_plan import (
     parallelisms_of,
     run_plan,
     run_shape,
+    sequences_of,
     takes_generic_path,
 )
 from fourfold.training.options import TrainingOptions
@@ -200,7 +201,7 @@ def kept_to(config: RunConfig, plan: Plan | None) -> RunConfig:
         return config.model_copy(update={"optim": config.optim or TrainingOptions.optim})
     assert plan.chosen is not None
     update: dict[str, Any] = {
-        "per_device_train_batch_size": plan.chosen.batch,
+        "per_device_train_batch_size": plan.chosen.batch // sequences_of(config),
         "gradient_accumulation_steps": plan.chosen.accumulation,
         "optim": plan.chosen.optimizer,
     }

@@ -16,6 +16,7 @@ from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
+from fourfold.training.methods import MethodOptions
 from fourfold.training.options import TrainingOptions
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_options",
     "lora_config",
     "memory_limit",
+    "method_options",
     "quantization",
     "stream_options",
     "training_options",
@@ -133,6 +135,23 @@ def generation_options(config: RunConfig) -> GenerationOptions:
     return GenerationOptions(
         max_new_tokens=config.eval_max_new_tokens, batch_size=config.eval_generate_batch_size, seed=config.seed
     )
+
+
+def method_options(config: RunConfig) -> MethodOptions:
+    """What is learned; a key that is null has the default of `MethodOptions`."""
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    given = {
+        "beta": config.beta,
+        "loss_type": None if names is None else tuple(names),
+        "loss_weights": None if config.loss_weights is None else tuple(config.loss_weights),
+        "label_smoothing": config.label_smoothing,
+        "precompute_ref_log_probs": config.precompute_ref_log_probs,
+        "desirable_weight": config.desirable_weight,
+        "undesirable_weight": config.undesirable_weight,
+        "center_rewards_coefficient": config.center_rewards_coefficient,
+    }
+    chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return MethodOptions(method=config.method, **chosen)
 
 
 def training_options(config: RunConfig) -> TrainingOptions:
