@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import disable_progress_bars
+from safetensors.torch import load_file
 
 from fourfold import pipeline
 from fourfold.config import RunConfig, load_config
@@ -121,6 +122,32 @@ def test_a_reference_that_is_not_the_base_is_refused(tiny_run, tmp_path: Path, k
     )
     with pytest.raises(ConfigError, match="refers to"):
         pipeline.train(config, progress="silent")
+
+
+def test_a_run_learns_to_score_answers_and_writes_none(tiny_run, tmp_path: Path) -> None:
+    keys = {"method": "reward", "max_length": 96, "save_steps": 2, "save_total_limit": None}
+    config = tiny_run(tmp_path, **write(tmp_path, pair), **keys)
+    run = pipeline.train(config, progress="silent")
+    assert run.metrics["eval_accuracy"] == 1.0
+    assert pipeline.evaluate(config, progress="silent")["eval_loss"] == pytest.approx(
+        run.metrics["eval_loss"], rel=1e-4
+    )
+    again = config.model_copy(
+        update={
+            "output_dir": str(tmp_path / "again"),
+            "resume_from_checkpoint": str(run.output_dir / "checkpoint-2"),
+        }
+    )
+    resumed = pipeline.train(again, progress="silent")
+    wanted, got = (load_file(one.output_dir / "adapter" / "adapter_model.safetensors") for one in (run, resumed))
+    assert any("score" in name for name in wanted)
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+    for verb in (
+        lambda: pipeline.chat(str(run.output_dir)),
+        lambda: pipeline.merge(str(run.output_dir), tmp_path / "m"),
+    ):
+        with pytest.raises(ConfigError, match="gives scores"):
+            verb()
 
 
 def test_a_plan_counts_both_answers_of_a_pair(tiny_run, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def preferences_of(trainer: FourfoldTrainer) -> dict[str, Any]:
     if not isinstance(trainer, PreferenceTrainer):
         return {}
     measured = trainer.evaluate()
-    return {name: value for name, value in measured.items() if name == "eval_loss" or name.startswith("eval_rewards/")}
+    figures = ("eval_loss", "eval_accuracy", "eval_margin", "eval_mean_reward")
+    return {name: value for name, value in measured.items() if name in figures or name.startswith("eval_rewards/")}
 
 
 def compare_answers(

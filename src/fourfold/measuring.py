@@ -119,6 +119,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         result["train_loss"] = losses / last_step
     for key, choose in (
         ("eval_loss", lambda values: values[-1]),
+        ("eval_accuracy", lambda values: values[-1]),
         ("eval_rewards/accuracies", lambda values: values[-1]),
         ("eval_rewards/margins", lambda values: values[-1]),
         ("memory_peak_bytes", max),

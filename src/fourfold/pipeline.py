@@ -121,6 +121,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     former_base = checkpoint.parent / BASE_FOLDER if checkpoint else None
     base = str(former_base) if former_base and former_base.is_dir() else config.model_name_or_path
     with reporting_out_of_memory("the model was loaded", "4 bits (load_in_4bit), or a base that streams (stream_base)"):
+        # A head that gives scores is new: it is drawn now.
+        transformers.set_seed(config.seed)
         model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
         say.result("model", model_size(model))
         # Here, so that the adapter starts alike however the base was loaded.
@@ -285,6 +287,11 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
     require_free(out)
     run = find_run(adapter)
     config, folder = run.config, run.adapter
+    if config.method == "reward":
+        raise ConfigError(
+            f"the run at {config.output_dir} trained a model that gives scores, and no model that writes",
+            hint="PEFT puts its adapter on AutoModelForSequenceClassification",
+        )
     if config.adapter is None:
         raise ConfigError(
             f"there is nothing to merge: the run at {config.output_dir} trained all weights",
@@ -345,6 +352,11 @@ def chat(
     if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
         return ChatSession(load_model(model), load_tokenizer(model), options)
     run = find_run(model)
+    if run.config.method == "reward":
+        raise ConfigError(
+            f"the run at {model} trained a model that gives scores, and no model that writes",
+            hint="fourfold evaluate measures it on held-out pairs",
+        )
     if run.config.adapter is None:
         whole = load_model(run.adapter, **choices.load_options(run.config))
         return ChatSession(whole, load_tokenizer(run.adapter), options)

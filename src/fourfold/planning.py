@@ -121,12 +121,13 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         host_bytes: Host memory that may be used; None: any.
 
     Returns:
-        None where nothing is planned: off GPUs, where `recompute` is given, and for what cannot be planned.
+        None where nothing is planned: off GPUs, where `recompute` is given, for models that give scores, and for what
+        cannot be planned.
 
     Raises:
         TrainingError: Nothing fits.
     """
-    if gpu is None or config.recompute is not None:
+    if gpu is None or config.recompute is not None or config.method == "reward":
         return None
     try:
         made = run_plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)

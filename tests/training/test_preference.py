@@ -11,8 +11,9 @@ import tiny
 import torch
 import trl
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 from fourfold.data import Collator
 from fourfold.data.preference import REFERENCE_COLUMNS
@@ -52,11 +53,7 @@ def texts(count: int = 8) -> Dataset:
 def adapted(seed: int = 1) -> PeftModel:
     """An adapter over a base that TRL allows: none on the head."""
     torch.manual_seed(seed)
-    model = trl.get_peft_model(tiny.base_model(), LORA) if hasattr(trl, "get_peft_model") else None
-    if model is None:
-        from peft import get_peft_model
-
-        model = get_peft_model(tiny.base_model(), copy.deepcopy(LORA))
+    model = get_peft_model(tiny.base_model(), copy.deepcopy(LORA))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
@@ -117,6 +114,11 @@ def dpo(tmp_path_factory: pytest.TempPathFactory) -> Any:
         peft_config=copy.deepcopy(LORA),
     )
     return same_adapter(trainer)
+
+
+@pytest.fixture(scope="module")
+def some_pairs(dpo: Any) -> Dataset:
+    return pairs(dpo.train_dataset)
 
 
 @pytest.mark.parametrize("loss_type", [*DPO_LOSSES, "sigmoid+sft"])
@@ -211,12 +213,35 @@ def test_kto_is_that_of_trl(tmp_path: Path, loss_type: str) -> None:
         torch.testing.assert_close(mine, want, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("coefficient", [None, 0.1])
+def test_reward_modelling_is_that_of_trl(some_pairs: Dataset, tmp_path: Path, coefficient: float | None) -> None:
+    def scorer() -> PeftModel:
+        torch.manual_seed(0)
+        config = tiny.base_model().config
+        config.num_labels = 1
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+        return get_peft_model(LlamaForSequenceClassification(config), lora)
+
+    args = trl.RewardConfig(output_dir=str(tmp_path / "trl"), center_rewards_coefficient=coefficient, **QUIET)
+    columns = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+    rows = some_pairs.rename_columns(columns).select_columns(list(columns.values()))
+    theirs = trl.RewardTrainer(scorer(), args=args, train_dataset=rows, processing_class=tiny.tokenizer())
+    theirs.model.train()
+    wanted = theirs.compute_loss(theirs.model, batch_of(theirs))
+    trainer = ours(tmp_path, some_pairs, scorer(), method="reward", center_rewards_coefficient=coefficient)
+    trainer.model.train()
+    got = trainer.compute_loss(trainer.model, batch_of(trainer))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for mine, want in zip(gradients(got, trainer.model), gradients(wanted, theirs.model), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-3, atol=2e-6)
+    figures = trainer._means["train"].take(trainer.accelerator, trainer.args.device)
+    for name in ("accuracy", "margin", "mean_reward"):
+        assert figures[name] == pytest.approx(theirs._metrics["train"][name][0], rel=1e-4, abs=1e-6)
+    with pytest.raises(ConfigError, match="gives no score"):
+        ours(tmp_path, some_pairs, method="reward")
+
+
 # ---- Steps ----
-
-
-@pytest.fixture(scope="module")
-def some_pairs(dpo: Any) -> Dataset:
-    return pairs(dpo.train_dataset)
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (3, 3)])

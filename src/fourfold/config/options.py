@@ -78,7 +78,8 @@ def quantization(config: RunConfig) -> FourfoldConfig | None:
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_blocksize=config.bnb_4bit_blocksize,
-        modules_to_not_convert=config.modules_to_not_convert,
+        # The head that gives scores is new, and learns.
+        modules_to_not_convert=[*config.modules_to_not_convert, *(["score"] if config.method == "reward" else [])],
         quantize_lm_head=config.quantize_lm_head,
         quantize_embeddings=config.quantize_embeddings,
         calibration=config.calibration,
@@ -94,6 +95,7 @@ def load_options(config: RunConfig, *, for_training: bool = False, streams: bool
         "device": torch.device("cpu") if streams and config.stream_base else device(config),
         "revision": config.model_revision,
         "attn_implementation": config.attn_implementation,
+        "num_labels": 1 if config.method == "reward" else None,
     }
 
 
@@ -104,6 +106,7 @@ def stream_options(config: RunConfig) -> dict[str, Any]:
 
 def lora_config(config: RunConfig) -> LoraConfig:
     """PEFT's configuration; initialisations that read the base weight are `prepare`'s to do."""
+    is_reward = config.method == "reward"
     simple = config.init_lora_weights in (True, "gaussian")
     return LoraConfig(
         r=config.lora_r,
@@ -113,8 +116,8 @@ def lora_config(config: RunConfig) -> LoraConfig:
         use_dora=config.use_dora,
         init_lora_weights=config.init_lora_weights if simple else True,
         target_modules=config.target_modules,
-        modules_to_save=config.modules_to_save or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=[*config.modules_to_save, *(["score"] if is_reward else [])] or None,
+        task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
     )
 
 

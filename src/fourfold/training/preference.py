@@ -43,7 +43,7 @@ from fourfold.training.reference import read_reference, write_reference
 from fourfold.training.token_losses import TokenLosses, losses_of_logits, token_losses
 from fourfold.training.trainer import FourfoldTrainer, trainer_arguments
 
-__all__ = ["DPOTrainer", "KTOTrainer", "ORPOTrainer", "PreferenceTrainer", "build_preference_trainer"]
+__all__ = ["DPOTrainer", "KTOTrainer", "ORPOTrainer", "PreferenceTrainer", "RewardTrainer", "build_preference_trainer"]
 
 
 class PreferenceTrainer(FourfoldTrainer):
@@ -302,7 +302,33 @@ class KTOTrainer(PreferenceTrainer):
         return weight * KTO_LOSSES[self.method.losses[0]](ratios, sign, kl, self.method.beta)
 
 
-TRAINERS: dict[str, type[PreferenceTrainer]] = {"dpo": DPOTrainer, "orpo": ORPOTrainer, "kto": KTOTrainer}
+class RewardTrainer(PreferenceTrainer):
+    """A model that scores answers, from which of two is the better: -log s(score+ - score-), Bradley and Terry.
+
+    The model is a sequence classifier of one label, whose score is read at the last token. Logged are TRL's accuracy,
+    margin and mean_reward.
+    """
+
+    def example_losses(self, model: nn.Module, batch: dict[str, Any], means: Means) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        chosen, rejected = _halves(model(**inputs, use_cache=False).logits.squeeze(-1).float())
+        margins = chosen - rejected
+        means.add("accuracy", (margins > 0).float())
+        means.add("margin", margins)
+        means.add("mean_reward", (chosen + rejected) / 2)
+        losses = -nn.functional.logsigmoid(margins)
+        if self.method.center_rewards_coefficient is not None:
+            # https://arxiv.org/abs/2312.09244, equation 2
+            losses = losses + self.method.center_rewards_coefficient * (chosen + rejected) ** 2
+        return losses
+
+
+TRAINERS: dict[str, type[PreferenceTrainer]] = {
+    "dpo": DPOTrainer,
+    "orpo": ORPOTrainer,
+    "kto": KTOTrainer,
+    "reward": RewardTrainer,
+}
 
 
 def build_preference_trainer(
@@ -335,6 +361,15 @@ def build_preference_trainer(
             f"method {method.method} refers to the base without its adapter, and there is no adapter",
             hint="add one, or for dpo give precompute_ref_log_probs: true",
         )
+    if method.method == "reward":
+        if getattr(model.config, "num_labels", None) != 1 or not hasattr(underlying(model), "score"):
+            raise ConfigError(
+                "the model gives no score",
+                found=type(underlying(model)).__name__,
+                allowed="a sequence classifier of one label, as load_model(..., num_labels=1) gives it",
+            )
+        # By which it tells where a row ends.
+        underlying(model).config.pad_token_id = tokenizer.pad_token_id
     collators: dict[str, Collator] = {
         "kto": AnswerCollator(collator, max_length, with_kl=method.losses == ("kto",)),
         "orpo": PairCollator(collator, with_prompts=True),
