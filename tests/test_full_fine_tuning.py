@@ -16,6 +16,7 @@ from fourfold.config import RunConfig
 from fourfold.errors import ConfigError
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.models.loading import load_model
+from fourfold.optimizers import AdamW
 from fourfold.planning import plan_for_training, require_planned_shape
 
 FULL = {"adapter": None, "load_in_4bit": False, "learning_rate": 1e-3}
@@ -58,6 +59,17 @@ def test_what_was_trained_is_measured_and_answers(finished) -> None:
     assert measured["eval_loss"] == pytest.approx(run.metrics["eval_loss"], rel=1e-5)
     whole = pipeline.chat(str(run.output_dir), max_new_tokens=4).model
     assert torch.equal(whole.lm_head.weight, weights(run)["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "moves"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_weights_in_bf16_lose_updates_far_below_them(dtype: torch.dtype, moves: bool) -> None:
+    weight = torch.nn.Parameter(torch.full((64,), 0.02, dtype=dtype))
+    before = weight.detach().clone()
+    optimizer = AdamW([weight], lr=1e-5)
+    for _ in range(10):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert torch.equal(weight, before) is not moves
 
 
 def test_there_is_nothing_to_merge(finished, tmp_path: Path) -> None:

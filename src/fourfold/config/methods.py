@@ -99,6 +99,12 @@ def method_contradictions(config: RunConfig) -> Iterator[Contradiction]:
                 f"{key} means nothing to method: {method}",
                 f"leave {key} out, or give method: {' or '.join(methods)}",
             )
+    if method == "pretrain" and config.row_format not in ("auto", "text"):
+        yield Contradiction(
+            ("row_format", "method"),
+            f"row_format {config.row_format} is a conversation, and method: pretrain learns raw text",
+            "give rows with a text, or method: sft",
+        )
     if method in ("dpo", "kto"):
         yield from _loss_contradictions(config)
     if method not in PREFERENCE_METHODS:

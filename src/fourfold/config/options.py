@@ -122,11 +122,14 @@ def lora_config(config: RunConfig) -> LoraConfig:
 
 
 def data_options(config: RunConfig, *, packing: bool | None = None) -> DataOptions:
+    row_format = None if config.row_format == "auto" else config.row_format
+    if config.method == "pretrain":
+        row_format = "text"
     return DataOptions(
         max_length=config.max_length,
         train_on_prompt=config.train_on_prompt,
         overlong=config.overlong,
-        row_format=None if config.row_format == "auto" else config.row_format,
+        row_format=row_format,
         columns=config.columns or None,
         packing=config.packing if packing is None else packing,
         num_proc=config.dataset_num_proc,
