@@ -122,7 +122,7 @@ def lora_config(config: RunConfig) -> LoraConfig:
 
 
 def data_options(config: RunConfig, *, packing: bool | None = None) -> DataOptions:
-    row_format = None if config.row_format == "auto" else config.row_format
+    row_format: str | None = None if config.row_format == "auto" else config.row_format
     if config.method == "pretrain":
         row_format = "text"
     return DataOptions(
