@@ -111,7 +111,7 @@ def test_bad_rows_are_named_by_file_and_row(tiny_run, tmp_path, rows, keys, said
     ("keys", "error", "said"),
     [
         ({"target_modules": ["q_proj", "w_proj"]}, AdapterError, r"w_proj(.|\n)*k_proj"),
-        ({"adapter": None}, ConfigError, "full fine-tuning"),
+        ({"adapter": None}, ConfigError, "load_in_4bit"),
         ({"device": "cuda:99"}, ConfigError, r"cuda:99(.|\n)*cpu"),
         ({"resume_from_checkpoint": "absent"}, CheckpointError, "no checkpoint at absent"),
         ({"modules_to_not_convert": ["absent"]}, QuantizationError, "absent"),

@@ -129,7 +129,6 @@ def test_nothing_is_planned_off_gpus_nor_over_what_is_asked_for_nor_without_form
     gpu = gpu_by_name("24GB")
     assert plan_for_training(configured(llama), None) is None
     assert plan_for_training(configured(llama, recompute="full"), gpu) is None
-    assert plan_for_training(configured(llama, adapter=None, load_in_4bit=False), gpu) is None
     assert plan_for_training(configured(Path("model.gguf")), gpu) is None
 
 

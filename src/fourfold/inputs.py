@@ -8,14 +8,18 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from datasets import Dataset
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
+from fourfold.config.methods import training_contradictions
 from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
+from fourfold.data.comparing import prepare_preferences
+from fourfold.data.preference import PREFERENCE_ROWS
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.models.loading import load_tokenizer
 from fourfold.quantization.swapping import base_state_dict
@@ -53,6 +57,8 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
             on is given.
         CheckpointError: The checkpoint to resume from is missing or not whole.
     """
+    for contradiction in training_contradictions(config):
+        raise ConfigError(contradiction.what, hint=contradiction.hint)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir {output} is a file", allowed="a folder, or a name that is free")
@@ -78,7 +84,7 @@ def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:
 
 def clear_former_run(output: Path) -> None:
     """Delete what an earlier run left: its checkpoints would outrank the new ones, its base belongs to its adapter."""
-    for folder in [*list_checkpoints(output), output / BASE_FOLDER, output / run_folder.ADAPTER_FOLDER]:
+    for folder in [*list_checkpoints(output), output / BASE_FOLDER, *(output / name for name in run_folder.RESULTS)]:
         if folder.is_dir():
             shutil.rmtree(folder)
     for name in (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE):
@@ -129,7 +135,7 @@ def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pr
     assert config.train_dataset is not None
     options = choices.data_options(config)
     if config.eval_dataset or not config.eval_split_fraction:
-        train_data = prepare_rows(load_rows(config.train_dataset), tokenizer, options, config.train_dataset)
+        train_data = _prepare(config, load_rows(config.train_dataset), tokenizer, options, config.train_dataset)
     else:
         train_data = _prepare_part(config, tokenizer, options, "train")
     return train_data, read_held_out(config, tokenizer)
@@ -139,8 +145,28 @@ def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
     """Held-out rows, if there are any. They are never packed: each is scored by itself."""
     options = choices.data_options(config, packing=False)
     if config.eval_dataset:
-        return prepare_rows(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
+        return _prepare(config, load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
     return _prepare_part(config, tokenizer, options, "held-out") if config.eval_split_fraction else None
+
+
+def _prepare(
+    config: RunConfig, rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str
+) -> PreparedData:
+    """Rows as the method of the run learns from them."""
+    if config.method in PREFERENCE_ROWS:
+        return prepare_preferences(rows, tokenizer, options, name, config.method)
+    try:
+        return prepare_rows(rows, tokenizer, options, name)
+    except DataError as error:
+        fitting = [method for method, kind in PREFERENCE_ROWS.items() if set(kind.columns) <= set(rows.column_names)]
+        if "fit no row format" in error.what and fitting:
+            raise DataError(
+                error.what,
+                found=error.found,
+                allowed=error.allowed,
+                hint=f"such rows are for method: {' or '.join(fitting)}",
+            ) from error
+        raise
 
 
 def _prepare_part(
@@ -159,10 +185,10 @@ def _prepare_part(
     parts = rows.train_test_split(test_size=num_held_out, seed=config.seed)
     chosen = parts["train" if part == "train" else "test"]
     try:
-        return prepare_rows(chosen, tokenizer, options, f"{config.train_dataset} ({part} part)")
+        return _prepare(config, chosen, tokenizer, options, f"{config.train_dataset} ({part} part)")
     except DataError:
         # The whole file again: there a faulty row has the number under which a person finds it.
-        prepare_rows(rows, tokenizer, options, config.train_dataset)
+        _prepare(config, rows, tokenizer, options, config.train_dataset)
         raise
 
 
@@ -174,9 +200,10 @@ def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list
     rows = rows.select(range(min(8, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.
     options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)
-    prepared = prepare_rows(rows, tokenizer, options, source)
+    prepared = _prepare(config, rows, tokenizer, options, source)
+    ids = "chosen_input_ids" if "chosen_input_ids" in prepared.dataset.column_names else "input_ids"
     budget = math.ceil(512 / len(prepared.dataset))
-    return [row["input_ids"][:budget] for row in prepared.dataset]
+    return [row[ids][:budget] for row in prepared.dataset]
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -233,7 +260,8 @@ class FinishedRun:
 
     Args:
         config: Its configuration; `output_dir` is where the run is now.
-        adapter: The folder of its adapter, or of one of its checkpoints.
+        adapter: The folder of its adapter, or of one of its checkpoints; of a run that trained all weights, the
+            model's.
     """
 
     config: RunConfig
@@ -255,16 +283,19 @@ def find_run(folder: str | Path) -> FinishedRun:
             allowed=f"a folder with {run_folder.CONFIG_FILE} and {run_folder.ADAPTER_FOLDER}/, as train leaves it",
         )
     config = load_config(run)
-    adapter = path if run != path else run / run_folder.ADAPTER_FOLDER
-    if not (adapter / "adapter_config.json").is_file():
+    kind, file = ("adapter", "adapter_config.json") if config.adapter else ("model", "config.json")
+    adapter = path if run != path else run / run_folder.result_folder(config.adapter)
+    if not (adapter / file).is_file():
         checkpoints = list_checkpoints(run)
         raise CheckpointError(
-            f"the run at {run} has no adapter in {adapter}",
+            f"the run at {run} has no {kind} in {adapter}",
             found="a run that did not end" if checkpoints else None,
             hint=f"finish it with `fourfold train {run} --resume_from_checkpoint auto`, or give {checkpoints[-1]}"
             if checkpoints
             else None,
         )
+    if config.adapter is None:
+        return FinishedRun(config, adapter)
     base = base_of(config, adapter)
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         _require_base(Path(base), run)

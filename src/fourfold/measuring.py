@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
+from fourfold.config.methods import PREFERENCE_METHODS
 from fourfold.data import Collator, PreparedData
 from fourfold.errors import DataError
 from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
@@ -38,7 +39,7 @@ def measure(
         tokenizer: The model's.
         eval_data: Held-out rows, or None.
         say: Is given a line for people before what takes long.
-        with_loss: False where the loss is known already.
+        with_loss: False where the loss is known already. That of methods that compare answers is their trainer's.
 
     Returns:
         Figures by name, and the rows that were compared by generation.
@@ -48,7 +49,7 @@ def measure(
     """
     metrics: dict[str, Any] = {}
     samples: list[Sample] = []
-    if eval_data is not None and with_loss:
+    if eval_data is not None and with_loss and config.method not in PREFERENCE_METHODS:
         collator = Collator(tokenizer.pad_token_id)
         loss = validation_loss(model, eval_data.dataset, collator, config.per_device_eval_batch_size)
         metrics |= {"eval_loss": loss.loss, "eval_num_tokens": loss.num_tokens}
@@ -118,6 +119,9 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         result["train_loss"] = losses / last_step
     for key, choose in (
         ("eval_loss", lambda values: values[-1]),
+        ("eval_accuracy", lambda values: values[-1]),
+        ("eval_rewards/accuracies", lambda values: values[-1]),
+        ("eval_rewards/margins", lambda values: values[-1]),
         ("memory_peak_bytes", max),
         ("tokens_per_second", statistics.median),
     ):

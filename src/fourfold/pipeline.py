@@ -14,11 +14,12 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold.adapters.initialisation import changes_base
+from fourfold.adapting import adapt, save_base, write_own_base
+from fourfold.comparing import compare_answers, preferences_of, trainer_for
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.config.card import model_card
-from fourfold.data import Collator
+from fourfold.config.methods import PREFERENCE_METHODS
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.evaluation import Sample
 from fourfold.export.merging import ONTO, MergeReport, write_merged
@@ -33,7 +34,6 @@ from fourfold.inputs import (
     find_run,
     going_on,
     merge_prompts,
-    original_checkpoint,
     read_data,
     read_held_out,
     read_tokenizer,
@@ -48,9 +48,10 @@ from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.loading import load_model, load_tokenizer
-from fourfold.models.preparing import load_adapter, prepare
+from fourfold.models.preparing import load_adapter
 from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
+from fourfold.models.underlying import underlying
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.telling import PROGRESS, Speaker
@@ -64,7 +65,7 @@ from fourfold.training.out_of_memory import (
 )
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import RequantizeCallback
-from fourfold.training.trainer import FourfoldTrainer, build_trainer
+from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = [
     "ChatSession",
@@ -125,11 +126,13 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         former = [folder / BASE_FOLDER for folder in (checkpoint, checkpoint.parent)]
         base = next((str(folder) for folder in former if folder.is_dir()), base)
     with reporting_out_of_memory("the model was loaded", "4 bits (load_in_4bit), or a base that streams (stream_base)"):
+        # A head that gives scores is new: it is drawn now.
+        transformers.set_seed(config.seed)
         model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
         say.result("model", model_size(model))
         # Here, so that the adapter starts alike however the base was loaded.
         transformers.set_seed(config.seed)
-        adapted = _adapt(config, model, is_initialised=checkpoint is not None)
+        adapted = adapt(config, model, is_initialised=checkpoint is not None)
     if planned is not None:
         require_planned_shape(config, adapted)
 
@@ -138,19 +141,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         if config.requantize_every is not None:
             write = partial(write_base, adapted, tokenizer)
             callbacks.append(RequantizeCallback(config.requantize_every, config.calibration, write))
-        return build_trainer(
-            adapted,
-            tokenizer,
-            train_data.dataset,
-            eval_data.dataset if eval_data else None,
-            Collator(
-                tokenizer.pad_token_id,
-                width=config.max_length if config.packing else None,
-                multiple_of=64 if model.device.type == "cuda" else 1,
-            ),
-            options,
-            callbacks=callbacks,
-        )
+        return trainer_for(config, adapted, tokenizer, train_data, eval_data, options, callbacks)
 
     trainer = trainer_of(options)
     if checkpoint is None:
@@ -159,7 +150,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     # Its optimizer is: state of another does not go on.
     started = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "optim": config.optim}
     run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
-    _save_base(config, output, adapted, tokenizer)
+    if isinstance(adapted, PeftModel):
+        save_base(config, output, adapted, tokenizer)
     if gpu is not None:
         # The peak of loading is another matter.
         reset_peak(device)
@@ -179,7 +171,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         say.result("plan", planned)
         if config.recompute is None:
             # The next trainer has layers on the generic path checkpoint, if that was planned.
-            adapted.get_base_model().gradient_checkpointing_disable()
+            underlying(adapted).gradient_checkpointing_disable()
         else:
             set_recomputation(adapted, config.recompute)
         # With what it holds: its optimizer's state, and cycles that keep it.
@@ -189,16 +181,21 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         trainer = trainer_of(choices.training_options(config))
     parts = parts_in_use(adapted, trainer.optimizer, memory_used(device).peak_bytes)
     memory = account_memory(planned, parts, say.line, is_sum=device.type == "cuda")
-    if config.requantize_every is not None:
-        _write_own_base(output, adapted, tokenizer)
-    run_folder.save_adapter(output, adapted, tokenizer)
+    if isinstance(adapted, PeftModel):
+        if config.requantize_every is not None:
+            write_own_base(output, adapted, tokenizer)
+        run_folder.save_adapter(output, adapted, tokenizer)
+    else:
+        run_folder.save_model(output, adapted, tokenizer)
     step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
     is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
     # Evaluation every so many steps may have ended before the last one.
-    hint = f"the adapter is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
+    hint = f"what was trained is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
     with reporting_out_of_memory("the trained model was measured", hint):
         measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
+        if not is_evaluated and eval_data is not None:
+            measured |= preferences_of(trainer)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
@@ -210,7 +207,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
 
 
 def evaluate(config: RunConfig, progress: str = "plain") -> dict[str, Any]:
-    """Measure a run's adapter, or where there is none the base model: loss, exact match, perplexity."""
+    """Measure what a run trained, or where there is nothing yet the base model: loss, exact match, perplexity."""
     metrics, _ = evaluate_with_samples(config, progress)
     return metrics
 
@@ -223,21 +220,28 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
         raise ConfigError(
             "there is nothing to evaluate on", allowed=["eval_dataset", "eval_split_fraction", "perplexity_text"]
         )
-    adapter = Path(config.output_dir) / run_folder.ADAPTER_FOLDER
-    has_adapter = config.adapter is not None and adapter.is_dir()
-    tokenizer = read_tokenizer(config, adapter if has_adapter else None)
+    result = Path(config.output_dir) / run_folder.result_folder(config.adapter)
+    has_result = result.is_dir()
+    has_adapter = has_result and config.adapter is not None
+    tokenizer = read_tokenizer(config, result if has_result else None)
     eval_data = read_held_out(config, tokenizer)
     say.result("data", eval_data.report if eval_data else None)
-    base = base_of(config, adapter) if has_adapter else config.model_name_or_path
+    base = base_of(config, result) if has_adapter else str(result) if has_result else config.model_name_or_path
     model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config, streams=True))
     if has_adapter:
-        model = load_adapter(model, adapter, **choices.stream_options(config))
-        say.line(f"measuring {adapter} on {base}")
+        # The trainer that compares answers takes no model without anything to train.
+        trains = config.method in PREFERENCE_METHODS
+        model = load_adapter(model, result, is_trainable=trains, **choices.stream_options(config))
+        say.line(f"measuring {result} on {base}")
+    elif has_result:
+        say.line(f"measuring {result}")
     else:
         if config.stream_base is not None:
             stream_base(model, choices.device(config), source=config.stream_base)
-        say.line(f"measuring {base} itself: there is no adapter in {adapter}")
-    return measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
+        kind = "model" if config.adapter is None else "adapter"
+        say.line(f"measuring {base} itself: there is no {kind} in {result}")
+    metrics, samples = measure(config, model, tokenizer, eval_data, say.line, with_loss=True)
+    return metrics | compare_answers(config, model, tokenizer, eval_data), samples
 
 
 @within_limit
@@ -293,6 +297,16 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
     require_free(out)
     run = find_run(adapter)
     config, folder = run.config, run.adapter
+    if config.method == "reward":
+        raise ConfigError(
+            f"the run at {config.output_dir} trained a model that gives scores, and no model that writes",
+            hint="PEFT puts its adapter on AutoModelForSequenceClassification",
+        )
+    if config.adapter is None:
+        raise ConfigError(
+            f"there is nothing to merge: the run at {config.output_dir} trained all weights",
+            hint=f"{folder} is an ordinary model already",
+        )
     # Summed, and compared, in fp32: only the weights that are written are rounded.
     options = choices.load_options(config) | {"dtype": torch.float32}
     dtype = torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16
@@ -348,43 +362,14 @@ def chat(
     if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
         return ChatSession(load_model(model), load_tokenizer(model), options)
     run = find_run(model)
+    if run.config.method == "reward":
+        raise ConfigError(
+            f"the run at {model} trained a model that gives scores, and no model that writes",
+            hint="fourfold evaluate measures it on held-out pairs",
+        )
+    if run.config.adapter is None:
+        whole = load_model(run.adapter, **choices.load_options(run.config))
+        return ChatSession(whole, load_tokenizer(run.adapter), options)
     base = load_model(base_of(run.config, run.adapter), **choices.load_options(run.config, streams=True))
     adapted = load_adapter(base, run.adapter, **choices.stream_options(run.config))
     return ChatSession(adapted, load_tokenizer(run.adapter), options)
-
-
-def _adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -> PeftModel:
-    """Put the adapter on; `is_initialised`: its weights, and the base they belong to, come from a checkpoint."""
-    if config.adapter is None:
-        raise ConfigError("full fine-tuning is not there yet", found="adapter: null", allowed="adapter: lora")
-    method = config.init_lora_weights if isinstance(config.init_lora_weights, str) else None
-    if method == "gaussian" or (is_initialised and getattr(model, "is_quantized", False)):
-        method = None
-    return prepare(
-        model,
-        choices.lora_config(config),
-        init_lora_weights=method,
-        original=original_checkpoint(config) if method else None,
-        loftq_iterations=config.loftq_iterations,
-        fused=config.fused_blocks,
-        recompute=config.recompute,
-        cuda_graphs=config.cuda_graphs,
-        **choices.stream_options(config),
-    )
-
-
-def _save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Where the adapter's initialisation changed the base: that base, to which alone the adapter belongs."""
-    # One that changes as the run goes on is saved with each checkpoint, and at the end.
-    if not changes_base(config.init_lora_weights, config.loftq_iterations) or config.requantize_every is not None:
-        return
-    if (output / BASE_FOLDER).is_dir():
-        model.peft_config["default"].base_model_name_or_path = str(output / BASE_FOLDER)
-    else:
-        _write_own_base(output, model, tokenizer)
-
-
-def _write_own_base(output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    with whole_folder(output / BASE_FOLDER) as folder:
-        write_base(model, tokenizer, folder)
-    model.peft_config["default"].base_model_name_or_path = str(output / BASE_FOLDER)

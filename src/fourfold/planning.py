@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
@@ -23,6 +24,7 @@ from fourfold.run_plan import (
     parallelisms_of,
     run_plan,
     run_shape,
+    sequences_of,
     takes_generic_path,
 )
 from fourfold.training.options import TrainingOptions
@@ -118,13 +120,13 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
         host_bytes: Host memory that may be used; None: any.
 
     Returns:
-        None where nothing is planned: off GPUs, with `plan: false`, where `recompute` is given, for full fine-tuning,
-        which does not train yet, and for what cannot be planned.
+        None where nothing is planned: off GPUs, with `plan: false`, where `recompute` is given, for models that give
+        scores, and for what cannot be planned.
 
     Raises:
         TrainingError: Nothing fits.
     """
-    if gpu is None or not config.plan or config.recompute is not None or config.adapter is None:
+    if gpu is None or not config.plan or config.recompute is not None or config.method == "reward":
         return None
     try:
         made = run_plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)
@@ -161,12 +163,12 @@ def step_down(config: RunConfig, failed: Plan, now: Gpu | None = None) -> Plan |
     return made if made.chosen is not None else None
 
 
-def require_planned_shape(config: RunConfig, model: PeftModel) -> None:
+def require_planned_shape(config: RunConfig, model: PreTrainedModel | PeftModel) -> None:
     """Raises TrainingError, naming what differs, for a model that is not the one that was planned for.
 
     Args:
         config: The run that was planned.
-        model: What was loaded for it, with its adapter.
+        model: What was loaded for it, with its adapter if it has one.
     """
     differences = [str(one) for one in shape_differences(run_shape(config), model)]
     if differences:
@@ -199,7 +201,7 @@ def kept_to(config: RunConfig, plan: Plan | None) -> RunConfig:
         return config.model_copy(update={"optim": config.optim or TrainingOptions.optim})
     assert plan.chosen is not None
     update: dict[str, Any] = {
-        "per_device_train_batch_size": plan.chosen.batch,
+        "per_device_train_batch_size": plan.chosen.batch // sequences_of(config),
         "gradient_accumulation_steps": plan.chosen.accumulation,
         "optim": plan.chosen.optimizer,
     }

@@ -28,6 +28,7 @@ __all__ = [
     "parallelisms_of",
     "run_plan",
     "run_shape",
+    "sequences_of",
     "takes_generic_path",
 ]
 
@@ -65,6 +66,11 @@ def run_plan(
     """
     if shape is None:
         shape = run_shape(config)
+    each = sequences_of(config)
+    # Rows that are paired with one another need company.
+    least = 2 if config.method == "kto" else 1
+    most = most or config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batches = range(each * least, each * most + 1, each)
     has_evaluation = config.eval_dataset is not None or config.eval_split_fraction > 0
     wanted = config.recompute
     if policies is None and wanted is not None:
@@ -73,13 +79,13 @@ def run_plan(
     return make_plan(
         shape,
         gpu,
-        rows=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        rows=each * config.per_device_train_batch_size * config.gradient_accumulation_steps,
         seq=config.max_length,
         optimizers=[_optimizer(name, shape) for name in names],
-        batches=range(1, most + 1) if most else None,
+        batches=batches,
         policies=policies,
         host_bytes=host_bytes,
-        eval_batch=config.per_device_eval_batch_size if has_evaluation else 0,
+        eval_batch=each * config.per_device_eval_batch_size if has_evaluation else 0,
         # Packed rows run without them: their documents lie differently in each batch.
         cuda_graphs=False if config.packing else config.cuda_graphs,
         streams=config.stream_base,
@@ -104,6 +110,11 @@ def run_shape(config: RunConfig) -> ModelShape:
         return model_shape(model, quantization, config.lora_r, config.target_modules, dtype.itemsize)
     lora = None if config.adapter is None else choices.lora_config(config)
     return followed_shape(model, quantization, lora, dtype, config.attn_implementation)
+
+
+def sequences_of(config: RunConfig) -> int:
+    """Sequences that a row of the run's data is: of pairs two, beside which no pass without gradients takes more."""
+    return 2 if config.method in ("dpo", "orpo", "reward") else 1
 
 
 def takes_generic_path(config: RunConfig) -> bool:

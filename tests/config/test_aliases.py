@@ -180,8 +180,8 @@ def test_an_alias_stands_for_our_key(tmp_path, alias, value, key, ours):
         ("model_name_or_path: m\neval_dataset: e\neval_strategy: no\n", "are one key with two values"),
         ("model_name_or_path: m\nquantization_bit: 3\n", "give 4 or 8"),
         ("model_name_or_path: m\nload_in_8bit: true\nload_in_4bit: true\n", "bnb_4bit_quant_type: int8"),
-        ("model_name_or_path: m\nfinetuning_type: full\n", "only lora is supported"),
-        ("model_name_or_path: m\nstage: dpo\n", "only sft is supported"),
+        ("model_name_or_path: m\nfinetuning_type: freeze\n", "give lora or full"),
+        ("model_name_or_path: m\nstage: ppo\n", "give sft, pt, rm, dpo or kto"),
         ("model_name_or_path: m\nadapter: llama-adapter\n", "allowed: lora or null"),
         ("model_name_or_path: m\ntemplate: llama3\n", "template is known, and not supported"),
         ("model_name_or_path: m\nevals_per_epoch: 4\n", "give eval_steps a number"),
@@ -239,3 +239,21 @@ def test_the_tables_do_not_overlap():
 def test_a_blank_alias_says_nothing(tmp_path, alias):
     if alias not in RunConfig.model_fields:
         assert load(tmp_path, f"model_name_or_path: m\n{alias}:\n") == RunConfig(model_name_or_path="m")
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("rl: ipo\nrl_beta: 0.2\n", {"method": "dpo", "loss_type": "ipo", "beta": 0.2}),
+        ("rl: kto\nkto_undesirable_weight: 0.5\n", {"method": "kto", "undesirable_weight": 0.5}),
+        ("rl: orpo\norpo_alpha: 0.3\n", {"method": "orpo", "beta": 0.3}),
+        ("reward_model: true\n", {"method": "reward"}),
+        ("stage: dpo\npref_beta: 0.2\npref_loss: hinge\n", {"method": "dpo", "beta": 0.2, "loss_type": "hinge"}),
+        ("stage: rm\n", {"method": "reward"}),
+        ("stage: pt\nfinetuning_type: full\n", {"method": "pretrain", "adapter": None, "load_in_4bit": False}),
+    ],
+)
+def test_methods_of_other_systems_are_ours(tmp_path, text, keys) -> None:
+    (tmp_path / "run.yaml").write_text("model_name_or_path: m\n" + text)
+    config = load_config(tmp_path / "run.yaml")
+    assert {key: getattr(config, key) for key in keys} == keys

@@ -19,6 +19,7 @@ def choices(key: str) -> set[str]:
         ("optim", "fourfold.training.options", "OPTIMIZERS", set()),
         ("lr_scheduler_type", "fourfold.training.options", "LR_SCHEDULERS", set()),
         ("recompute", "fourfold.models.recomputation", "POLICIES", set()),
+        ("method", "fourfold.training.methods", "METHODS", set()),
         ("stream_base", "fourfold.models.streaming", "SOURCES", set()),
         ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
         ("overlong", "fourfold.data.dataset", "OVERLONG", set()),
@@ -28,3 +29,9 @@ def choices(key: str) -> set[str]:
 def test_the_choices_are_the_rows_of_the_rooms_table(key, module, table, of_the_configuration):
     rows = getattr(pytest.importorskip(module), table)
     assert choices(key) == set(rows) | of_the_configuration
+
+
+def test_the_losses_are_those_of_the_methods() -> None:
+    from fourfold.training.methods import PREFERENCE_METHODS
+
+    assert choices("loss_type") == set(PREFERENCE_METHODS["dpo"]) | set(PREFERENCE_METHODS["kto"])

@@ -84,6 +84,15 @@ def _memory_limit(value: Any) -> dict[str, Any]:
     return {"gpu_memory_limit": f"{value}GB" if is_number else value}
 
 
+def _pref_loss(value: Any) -> dict[str, Any]:
+    """LLaMA-Factory's stage dpo has orpo among its losses."""
+    if value == "orpo":
+        return {"method": "orpo"}
+    if value not in ("sigmoid", "hinge", "ipo"):
+        raise ValueError("give sigmoid, hinge, ipo or orpo; see loss_type for the others there are")
+    return {"loss_type": value}
+
+
 def _one_dataset(key: str) -> Conversion:
     """LLaMA-Factory's `dataset`: our data sets are files, folders or names on the hub, one a run."""
 
@@ -153,6 +162,22 @@ ALIASES: dict[str, Conversion] = {
     "base_model": _same_value("model_name_or_path"),
     "revision_of_model": _same_value("model_revision"),
     "adapter": _adapter,
+    "rl": _chosen(
+        {
+            "dpo": {"method": "dpo"},
+            "ipo": {"method": "dpo", "loss_type": "ipo"},
+            "kto": {"method": "kto"},
+            "orpo": {"method": "orpo"},
+        },
+        "give dpo, ipo, kto or orpo",
+    ),
+    "rl_beta": _same_value("beta"),
+    "dpo_beta": _same_value("beta"),
+    "orpo_alpha": _same_value("beta"),
+    "dpo_label_smoothing": _same_value("label_smoothing"),
+    "kto_desirable_weight": _same_value("desirable_weight"),
+    "kto_undesirable_weight": _same_value("undesirable_weight"),
+    "reward_model": _on({"method": "reward"}),
     "lora_target_modules": _same_value("target_modules"),
     "lora_target_linear": _on({"target_modules": "all-linear"}),
     "lora_modules_to_save": _same_value("modules_to_save"),
@@ -190,10 +215,25 @@ ALIASES: dict[str, Conversion] = {
     "pad_to_sequence_len": _no_effect,
     "shuffle_merged_datasets": _no_effect,
     # LLaMA-Factory
-    "stage": _chosen({"sft": {}}, "only sft is supported"),
+    "stage": _chosen(
+        {
+            "sft": {"method": "sft"},
+            "pt": {"method": "pretrain"},
+            "rm": {"method": "reward"},
+            "dpo": {"method": "dpo"},
+            "kto": {"method": "kto"},
+        },
+        "give sft, pt, rm, dpo or kto",
+    ),
+    "pref_beta": _same_value("beta"),
+    "pref_loss": _pref_loss,
+    "kto_chosen_weight": _same_value("desirable_weight"),
+    "kto_rejected_weight": _same_value("undesirable_weight"),
     "do_train": _on({}),
     "do_eval": _on({}),
-    "finetuning_type": _chosen({"lora": {"adapter": "lora"}}, "only lora is supported"),
+    "finetuning_type": _chosen(
+        {"lora": {"adapter": "lora"}, "full": {"adapter": None, "load_in_4bit": False}}, "give lora or full"
+    ),
     "quantization_method": _chosen({"bnb": {}, "bitsandbytes": {}}, "only bnb is supported"),
     "quantization_bit": _chosen({4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}, "give 4 or 8"),
     "quantization_type": _same_value("bnb_4bit_quant_type"),
@@ -248,7 +288,6 @@ ALIASES: dict[str, Conversion] = {
 }
 
 _ONE_DEVICE = "a run takes one device: leave it out"
-_SFT_ONLY = "only supervised fine-tuning is supported"
 _OPTIMIZERS = "see optim for the optimizers there are"
 _OPTIMIZER_DEFAULTS = "the optimizer's defaults are used: leave it out"
 _OWN_KERNELS = "faster layers are chosen without a key: leave it out"
@@ -268,9 +307,7 @@ UNSUPPORTED: dict[str, str] = {
     "bnb_config_kwargs": "give the bnb_4bit_* keys themselves",
     "gptq": "the base model is quantized here: give its 16-bit checkpoint",
     "relora": "adapters are merged once, after training",
-    "rl": _SFT_ONLY,
-    "reward_model": _SFT_ONLY,
-    "pretraining_dataset": _SFT_ONLY,
+    "pretraining_dataset": "give method: pretrain and train_dataset",
     "batch_size": "give gradient_accumulation_steps",
     "eval_sample_packing": "held-out rows are never packed: leave it out",
     "unfrozen_parameters": "name layers to train in full in modules_to_save",

@@ -16,6 +16,7 @@ from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
+from fourfold.training.methods import MethodOptions
 from fourfold.training.options import TrainingOptions
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_options",
     "lora_config",
     "memory_limit",
+    "method_options",
     "quantization",
     "stream_options",
     "training_options",
@@ -82,7 +84,8 @@ def quantization(config: RunConfig) -> FourfoldConfig | None:
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_blocksize=config.bnb_4bit_blocksize,
-        modules_to_not_convert=config.modules_to_not_convert,
+        # The head that gives scores is new, and learns.
+        modules_to_not_convert=[*config.modules_to_not_convert, *(["score"] if config.method == "reward" else [])],
         quantize_lm_head=config.quantize_lm_head,
         quantize_embeddings=config.quantize_embeddings,
         calibration=config.calibration,
@@ -98,6 +101,7 @@ def load_options(config: RunConfig, *, for_training: bool = False, streams: bool
         "device": torch.device("cpu") if streams and config.stream_base else device(config),
         "revision": config.model_revision,
         "attn_implementation": config.attn_implementation,
+        "num_labels": 1 if config.method == "reward" else None,
     }
 
 
@@ -108,6 +112,7 @@ def stream_options(config: RunConfig) -> dict[str, Any]:
 
 def lora_config(config: RunConfig) -> LoraConfig:
     """PEFT's configuration; initialisations that read the base weight are `prepare`'s to do."""
+    is_reward = config.method == "reward"
     simple = config.init_lora_weights in (True, "gaussian")
     return LoraConfig(
         r=config.lora_r,
@@ -117,17 +122,20 @@ def lora_config(config: RunConfig) -> LoraConfig:
         use_dora=config.use_dora,
         init_lora_weights=config.init_lora_weights if simple else True,
         target_modules=config.target_modules,
-        modules_to_save=config.modules_to_save or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=[*config.modules_to_save, *(["score"] if is_reward else [])] or None,
+        task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
     )
 
 
 def data_options(config: RunConfig, *, packing: bool | None = None) -> DataOptions:
+    row_format: str | None = None if config.row_format == "auto" else config.row_format
+    if config.method == "pretrain":
+        row_format = "text"
     return DataOptions(
         max_length=config.max_length,
         train_on_prompt=config.train_on_prompt,
         overlong=config.overlong,
-        row_format=None if config.row_format == "auto" else config.row_format,
+        row_format=row_format,
         columns=config.columns or None,
         packing=config.packing if packing is None else packing,
         num_proc=config.dataset_num_proc,
@@ -139,6 +147,23 @@ def generation_options(config: RunConfig) -> GenerationOptions:
     return GenerationOptions(
         max_new_tokens=config.eval_max_new_tokens, batch_size=config.eval_generate_batch_size, seed=config.seed
     )
+
+
+def method_options(config: RunConfig) -> MethodOptions:
+    """What is learned; a key that is null has the default of `MethodOptions`."""
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    given = {
+        "beta": config.beta,
+        "loss_type": None if names is None else tuple(names),
+        "loss_weights": None if config.loss_weights is None else tuple(config.loss_weights),
+        "label_smoothing": config.label_smoothing,
+        "precompute_ref_log_probs": config.precompute_ref_log_probs,
+        "desirable_weight": config.desirable_weight,
+        "undesirable_weight": config.undesirable_weight,
+        "center_rewards_coefficient": config.center_rewards_coefficient,
+    }
+    chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return MethodOptions(method=config.method, **chosen)
 
 
 def training_options(config: RunConfig) -> TrainingOptions:

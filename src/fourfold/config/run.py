@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from fourfold.config.methods import Contradiction, MethodKeys, method_contradictions
 from fourfold.config.precision import precision_contradictions
 from fourfold.config.types import Amount, ChatTemplate, Count, CountOrZero, CudaDevice, PiSSAIterations
 
@@ -51,7 +52,7 @@ def _default_4bit(given: dict[str, Any]) -> bool:
     return not given.get("load_in_8bit", False)
 
 
-class RunConfig(BaseModel):
+class RunConfig(MethodKeys):
     """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
 
     Raises:
@@ -117,7 +118,9 @@ class RunConfig(BaseModel):
     )
 
     # Adapter
-    adapter: Literal["lora"] | None = Field("lora", description="What is trained on top of the base model.")
+    adapter: Literal["lora"] | None = Field(
+        "lora", description="What is trained on top of the base model; null: nothing, all of its own weights are."
+    )
     lora_r: Count = Field(16, description="Rank of the adapter.")
     lora_alpha: Count = Field(32, description="Scale of the adapter: alpha / r, or alpha / sqrt(r) with use_rslora.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
@@ -264,6 +267,7 @@ class RunConfig(BaseModel):
 
 # The first key of each group, for the reference page.
 GROUPS: dict[str, str] = {
+    "method": "Method",
     "model_name_or_path": "Model",
     "adapter": "Adapter",
     "train_dataset": "Data",
@@ -279,14 +283,6 @@ EXCLUSIVE_KEYS: tuple[tuple[str, str], ...] = (
     ("load_in_8bit", "load_in_4bit"),
     ("resume_from_checkpoint", "overwrite_output_dir"),
 )
-
-
-class Contradiction(NamedTuple):
-    """Keys that are each valid and do not fit together."""
-
-    keys: tuple[str, ...]
-    what: str
-    hint: str
 
 
 def contradictions(config: RunConfig) -> Iterator[Contradiction]:
@@ -332,6 +328,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from _data_contradictions(config)
     yield from (Contradiction(*each) for each in precision_contradictions(config))
     yield from _adapter_contradictions(config)
+    yield from method_contradictions(config)
 
 
 def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:

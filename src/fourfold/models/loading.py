@@ -12,12 +12,13 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from fourfold.errors import CheckpointError
+from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.checkpoint_files import check_checkpoint
 from fourfold.models.fast_loading import load_ahead, loadable_ahead
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
@@ -51,6 +52,7 @@ def load_model(
     device: torch.device | str | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    num_labels: int | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM.
 
@@ -62,6 +64,8 @@ def load_model(
         device: Where to (default: `default_device`).
         revision: Branch, tag or commit on the hub.
         attn_implementation: As in Transformers.
+        num_labels: Give a sequence classifier of that many scores instead; its head, `score`, is new where the
+            checkpoint has none.
 
     Raises:
         CheckpointError: A missing, half-written or pickled checkpoint, one whose weights do not fit its config or
@@ -71,6 +75,10 @@ def load_model(
     path = Path(path_or_name)
     target = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(target)
+    if num_labels is not None and path.suffix == ".gguf":
+        raise ConfigError(
+            "a GGUF file holds no model that gives scores", found=path, allowed="a safetensors checkpoint"
+        )
     if path.suffix == ".gguf":
         return _load_gguf(path, quantization, dtype, target)
     if path.exists():
@@ -88,12 +96,16 @@ def load_model(
         # Refused below, by name.
         "ignore_mismatched_sizes": True,
     }
-    stored = loadable_ahead(path, config) if target.type in READ_AHEAD_FOR else None
+    auto = AutoModelForCausalLM
+    if num_labels is not None:
+        auto, config.num_labels = AutoModelForSequenceClassification, num_labels
+    is_ahead = target.type in READ_AHEAD_FOR and num_labels is None
+    stored = loadable_ahead(path, config) if is_ahead else None
     model: PreTrainedModel
     if stored is not None:
         model, report = load_ahead(path, stored, config, target, **options)
     else:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             str(path_or_name),
             config=config,
             device_map={"": target},
@@ -102,6 +114,8 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    if num_labels is not None:
+        report["missing_keys"] = {key for key in report["missing_keys"] if not key.startswith("score.")}
     _check_loaded(str(path_or_name), model, report)
     return model
 

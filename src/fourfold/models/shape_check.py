@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from fourfold.models.model_shape import ModelShape
 from fourfold.models.size import model_size
+from fourfold.models.underlying import underlying
 
 __all__ = ["Difference", "shape_differences"]
 
@@ -27,20 +29,21 @@ class Difference(NamedTuple):
         return f"{self.part}: planned {self.planned:,}, found {self.found:,}"
 
 
-def shape_differences(shape: ModelShape, model: PeftModel) -> Iterator[Difference]:
+def shape_differences(shape: ModelShape, model: PreTrainedModel | PeftModel) -> Iterator[Difference]:
     """Each number in which a model with its adapter is another one than `shape` says.
 
     Args:
         shape: What was planned with.
-        model: The model as it is about to be trained: quantized, with its adapter.
+        model: The model as it is about to be trained: quantized, with its adapter, or all of it.
     """
-    base: Any = model.get_base_model()
+    base: Any = underlying(model)
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     size = model_size(model)
-    frozen = size.num_parameters - sum(trained)
+    # Without an adapter, what is trained is the base.
+    held = size.num_parameters - (sum(trained) if isinstance(model, PeftModel) else 0)
     quantized_bytes = round((size.bits_per_quantized_weight or 0) * size.num_quantized / 8)
     counted = [
-        ("weights of the base", shape.num_parameters, frozen, 0.0),
+        ("weights of the base", shape.num_parameters, held, 0.0),
         ("quantized weights", shape.num_quantized, size.num_quantized, 0.0),
         ("bytes of quantized weights", shape.code_bytes + shape.scale_bytes, quantized_bytes, _TOLERANCE),
         ("adapter matrices", len(shape.adapter_shapes), len(trained), 0.0),

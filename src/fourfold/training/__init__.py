@@ -3,6 +3,12 @@
 trainer.py      FourfoldTrainer and build_trainer: TRL's SFTTrainer with our loss, checkpoints and way out
 options.py      TrainingOptions, by Hugging Face's names, and the tables of optimizers and schedules
 loss.py         cross entropy over the supervised positions only
+methods.py      MethodOptions: what is learned, by TRL's names
+preference.py   the trainers of DPO, ORPO, KTO and reward modelling; their losses: preference_losses.py
+token_losses.py cross entropy of each supervised token, for losses over whole answers
+hidden_states.py what the output head takes
+reference.py    what the reference gave the rows of a DPO run
+means.py        what these log
 guard.py        what each step is watched for
 interrupt.py    SIGINT and SIGTERM
 checkpoint.py   checkpoints that are whole or absent; finding one to resume from

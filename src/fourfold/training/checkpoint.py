@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, in safetensors and JSON alone.
 
     checkpoint-120/
-      adapter_model.safetensors, adapter_config.json    PEFT's own format
+      adapter_model.safetensors, adapter_config.json    PEFT's own format; or, where all of the model is trained,
+      model*.safetensors, config.json                   Transformers' own format
       tokenizer.json, chat_template.jinja, ...          the tokenizer's own format
       optimizer.safetensors, optimizer.json             tensors; groups, scheduler, trained parameters
       rng_state_0.safetensors, rng_state_0.json         one pair a process
@@ -29,9 +30,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from fourfold.errors import CheckpointError
-from fourfold.files import whole_folder
+from fourfold.files import partial_path, whole_folder
 
 __all__ = [
     "check_checkpoint",
@@ -41,8 +43,10 @@ __all__ = [
     "load_optimizer_state",
     "load_rng_state",
     "prune_checkpoints",
+    "restore_weights",
     "save_optimizer_state",
     "save_rng_state",
+    "shared_checkpoint",
     "whole_checkpoint",
     "write_manifest",
 ]
@@ -51,13 +55,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 # Without these a checkpoint cannot be resumed, whatever its manifest says.
-_REQUIRED = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.safetensors",
-    "optimizer.json",
-    "trainer_state.json",
-)
+_REQUIRED = ("optimizer.safetensors", "optimizer.json", "trainer_state.json")
+_WEIGHTS = ("adapter_model.safetensors", "adapter_config.json")
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _EARLIER = "resume from an earlier checkpoint, or start anew"
@@ -94,6 +93,18 @@ def whole_checkpoint(path: Path) -> Iterator[Path]:
         yield partial
 
 
+@contextlib.contextmanager
+def shared_checkpoint(path: Path, accelerator: Any, *, is_main: bool) -> Iterator[Path]:
+    """The main process's `whole_checkpoint`, into which the others write too; accelerate keeps them together."""
+    if not is_main:
+        accelerator.wait_for_everyone()
+        yield partial_path(path)
+        return
+    with whole_checkpoint(path) as partial:
+        accelerator.wait_for_everyone()
+        yield partial
+
+
 def write_manifest(folder: Path) -> None:
     """Record the size in bytes of every file in `folder`; to be called when all are written."""
     files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
@@ -122,7 +133,9 @@ def check_checkpoint(path: Path) -> None:
         sizes: dict[str, int] = json.loads(manifest.read_text())["files"]
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{manifest} cannot be read", found=error) from error
-    for name in sorted({*sizes, *_REQUIRED}):
+    # Of a whole model, the manifest names every shard.
+    weights = () if "config.json" in sizes else _WEIGHTS
+    for name in sorted({*sizes, *_REQUIRED, *weights}):
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} is not whole: {file} is missing", hint=_EARLIER)
@@ -229,6 +242,31 @@ def load_optimizer_state(
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
     return {"state": state, "param_groups": record["param_groups"]}, record["scheduler"]
+
+
+def restore_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model of which all is trained the weights of its checkpoint, bit for bit.
+
+    They are read as a model of its own on the CPU: a checkpoint's tensors need not have the names and shapes of the
+    parameters (experts are saved one by one).
+
+    Raises:
+        CheckpointError: The folder holds another model.
+    """
+    saved = type(model).from_pretrained(str(folder), dtype="auto", use_safetensors=True)
+    sources = dict(saved.named_parameters()) | dict(saved.named_buffers())
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, target in targets.items():
+        source = sources.get(name)
+        if source is None or source.shape != target.shape or source.dtype != target.dtype:
+            raise CheckpointError(
+                f"{folder} holds another model than the one that is trained",
+                found=f"{name}: {None if source is None else f'{source.dtype}, {list(source.shape)}'}",
+                allowed=f"{target.dtype}, {list(target.shape)}",
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(sources[name])
 
 
 def save_rng_state(folder: Path, process_index: int) -> None:

@@ -20,7 +20,14 @@ from fourfold.data import supervised_positions
 from fourfold.kernels.cross_entropy import AUTOGRAD_LOGITS, IGNORE_INDEX, cross_entropy_, rows_at_once
 from fourfold.quantization.linear import QuantizedLinear
 
-__all__ = ["IGNORE_INDEX", "SupervisedLoss", "logits_agree", "supervised_cross_entropy"]
+__all__ = [
+    "IGNORE_INDEX",
+    "FrozenHeadCrossEntropy",
+    "SupervisedLoss",
+    "frozen_linear",
+    "logits_agree",
+    "supervised_cross_entropy",
+]
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,11 @@ def supervised_cross_entropy(
     targets = labels.reshape(-1).index_select(0, positions + 1)
     num_tokens = torch.full((), len(positions), dtype=torch.int64, device=hidden.device)
     trainable = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
-    frozen = None if trainable else _frozen_linear(lm_head, hidden)
+    frozen = None if trainable else frozen_linear(lm_head, hidden)
     if frozen is not None:
         differentiable = torch.is_grad_enabled() and hidden.requires_grad
-        loss_sum, num_correct = _FrozenHeadCrossEntropy.apply(hidden, positions, targets, *frozen, differentiable)
+        losses, num_correct = FrozenHeadCrossEntropy.apply(hidden, positions, targets, *frozen, differentiable)
+        loss_sum = losses.sum()
     else:
         hidden = hidden.index_select(0, positions)
         differentiable = torch.is_grad_enabled() and (hidden.requires_grad or bool(trainable))
@@ -74,7 +82,7 @@ def supervised_cross_entropy(
     return SupervisedLoss(loss_sum, num_tokens, num_correct)
 
 
-def _frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias in the dtype of the logits, if the head is no more than its product with `hidden`."""
     hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
     if any(hooks) or "forward" in vars(lm_head):  # accelerate's hooks stand in the instance's `forward`
@@ -94,13 +102,14 @@ def _frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor |
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient * scale, multiplied in the wider dtype and rounded once, in one pass."""
-    # A scale of no dimension would be rounded to the gradient's dtype first: an error of all its elements alike.
-    scale = scale.reshape([1] * gradient.dim())
+    if scale.dim() == 0:
+        # It would be rounded to the gradient's dtype first: an error of all its elements alike.
+        scale = scale.reshape([1] * gradient.dim())
     return torch.mul(gradient, scale, out=torch.empty_like(gradient))
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """(hidden [batch * seq, hidden], positions, targets [tokens], W, b) -> (sum of the losses, number ranked first)."""
+class FrozenHeadCrossEntropy(torch.autograd.Function):
+    """(hidden [batch * seq, hidden], positions, targets [tokens], W, b) -> (losses [tokens], number ranked first)."""
 
     @staticmethod
     def forward(
@@ -136,16 +145,18 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
                 # From here on the logits are their own gradient.
                 grad_hidden.index_copy_(0, index, torch.mm(logits, weight).to(hidden.dtype))
         if grad_hidden is not None:
-            ctx.save_for_backward(grad_hidden)
+            ctx.save_for_backward(grad_hidden, positions)
         num_correct = torch.cat(ranked_first).sum()
         ctx.mark_non_differentiable(num_correct)
-        return torch.cat(losses).sum(), num_correct
+        return torch.cat(losses), num_correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensors
-        return _scaled(grad_hidden, grad_loss), None, None, None, None, None
+    def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, positions = ctx.saved_tensors
+        # The head is frozen, so a token's loss reaches its own hidden state alone.
+        scale = grad_losses.new_zeros(len(grad_hidden), 1).index_copy_(0, positions, grad_losses[:, None])
+        return _scaled(grad_hidden, scale), None, None, None, None, None
 
 
 class _AutogradCrossEntropy(torch.autograd.Function):

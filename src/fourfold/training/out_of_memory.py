@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -81,7 +82,9 @@ def parts_in_use(model: nn.Module, optimizer: Optimizer | None, peak_bytes: int)
 
 def standing_parts(model: nn.Module, optimizer: Optimizer | None) -> dict[str, int]:
     """Bytes on the device that stay from step to step: weights, adapters, and what state the optimizer has so far."""
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    # Where all of the model is trained there are no adapters.
+    is_adapted = isinstance(model, PeftModel)
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad and is_adapted)
     states = [] if optimizer is None else list(optimizer.state.values())
     held = _storages(value for state in states for value in state.values() if isinstance(value, Tensor))
     stream = stream_of(model)

@@ -3,7 +3,8 @@
 config.yaml      the configuration as it was resolved
 metrics.jsonl    one JSON object a line for each log
 loss.png         training and validation loss by step
-adapter/         PEFT's own format, the tokenizer and its chat template
+adapter/         PEFT's own format, the tokenizer and its chat template; or, where all of the model was trained,
+model/           Transformers' own format, with the same
 README.md        the model card: how it was made
 checkpoint-N/    see fourfold.training.checkpoint
 base/            the base, where the run changed it
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from peft import PeftModel
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -45,7 +47,9 @@ __all__ = [
     "keep_metrics_until",
     "metrics_record",
     "read_metrics",
+    "result_folder",
     "save_adapter",
+    "save_model",
     "write_config",
     "write_model_card",
 ]
@@ -54,9 +58,16 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+RESULTS = (ADAPTER_FOLDER, MODEL_FOLDER)
 CARD_FILE = "README.md"
 
 _PACKAGES = ("fourfold", "torch", "transformers", "peft", "trl", "datasets", "safetensors")
+
+
+def result_folder(adapter: str | None) -> str:
+    """Name of the folder of what a run trains: an adapter of that kind, or the whole model."""
+    return MODEL_FOLDER if adapter is None else ADAPTER_FOLDER
 
 
 def write_config(run_folder: Path, config: str | Mapping[str, Any]) -> Path:
@@ -193,6 +204,19 @@ def save_adapter(run_folder: Path, model: PeftModel, tokenizer: PreTrainedTokeni
     return path
 
 
+def save_model(run_folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Save a model of which all was trained, with its tokenizer and chat template, whole or not at all.
+
+    Raises:
+        SaveError: The disk is full; a model saved earlier is untouched.
+    """
+    path = run_folder / MODEL_FOLDER
+    with whole_folder(path) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return path
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
     versions = {"python": platform.python_version()}
@@ -230,12 +254,15 @@ class ModelCard:
 
 def write_model_card(run_folder: Path, card: ModelCard) -> Path:
     """Write the model card as Markdown under the Hub's metadata header."""
+    result = next((name for name in (MODEL_FOLDER, ADAPTER_FOLDER) if (run_folder / name).is_dir()), ADAPTER_FOLDER)
+    is_adapter = result == ADAPTER_FOLDER
     header = {
         "base_model": card.base_model,
-        "library_name": "peft",
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["fourfold", "lora", "qlora"],
+        "tags": ["fourfold", *(["lora", "qlora"] if is_adapter else [])],
     }
+    kind, form = ("A LoRA adapter for", "PEFT") if is_adapter else ("All weights of", "Transformers")
     sections = {
         "Results": card.results,
         "Data": card.data,
@@ -250,8 +277,8 @@ def write_model_card(run_folder: Path, card: ModelCard) -> Path:
         "",
         f"# {card.name}",
         "",
-        f"A LoRA adapter for `{card.base_model}`, trained by fourfold. "
-        f"The adapter stands in `{ADAPTER_FOLDER}/` in PEFT's own format; "
+        f"{kind} `{card.base_model}`, trained by fourfold. "
+        f"The {'adapter' if is_adapter else 'model'} stands in `{result}/` in {form}'s own format; "
         f"`{CONFIG_FILE}` is the whole configuration.",
         "",
         *loss,
@@ -267,10 +294,10 @@ def write_model_card(run_folder: Path, card: ModelCard) -> Path:
             lines += [f"## {title}", "", "| | |", "|---|---|", *rows, ""]
     path = run_folder / CARD_FILE
     path.write_text("\n".join(lines), encoding="utf-8")
-    if (run_folder / ADAPTER_FOLDER).is_dir():
-        # The adapter is what people pass on: it takes its card along, without the picture that stays here.
+    if (run_folder / result).is_dir():
+        # That is what people pass on: it takes its card along, without the picture that stays here.
         text = "\n".join(line for line in lines if line not in loss)
-        (run_folder / ADAPTER_FOLDER / CARD_FILE).write_text(text, encoding="utf-8")
+        (run_folder / result / CARD_FILE).write_text(text, encoding="utf-8")
     return path
 
 

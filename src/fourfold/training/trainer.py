@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
@@ -24,15 +23,13 @@ from trl import SFTTrainer
 
 from fourfold.data import model_inputs
 from fourfold.errors import ConfigError, TrainingError
-from fourfold.files import partial_path
 from fourfold.memory.meter import memory_used
 from fourfold.models.block import drop_graphs
+from fourfold.models.underlying import underlying
 from fourfold.training.batches import (
     ROW_NUMBERS,
     Collator,
     NumberedCollator,
-    boundary_mask,
-    looks_back_only,
     require_labels,
 )
 from fourfold.training.checkpoint import (
@@ -41,12 +38,14 @@ from fourfold.training.checkpoint import (
     load_optimizer_state,
     load_rng_state,
     prune_checkpoints,
+    restore_weights,
     save_optimizer_state,
     save_rng_state,
-    whole_checkpoint,
+    shared_checkpoint,
     write_manifest,
 )
 from fourfold.training.guard import StepGuard, own_optimizer
+from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
 from fourfold.training.interrupt import (
     EvaluationInterrupted,
     InterruptCallback,
@@ -74,20 +73,20 @@ from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
 from fourfold.training.tally import Tally
 
-__all__ = ["FourfoldTrainer", "build_trainer"]
+__all__ = ["FourfoldTrainer", "build_trainer", "trainer_arguments"]
 
 logger = logging.getLogger(__name__)
 
 
 class FourfoldTrainer(SFTTrainer):
-    """TRL's SFTTrainer for a PEFT model and rows that are tokenized and masked already.
+    """TRL's SFTTrainer for an adapter or a whole model, and rows that are tokenized and masked already.
 
     - The loss of an optimizer step is the sum over all supervised tokens of all its microbatches and
       processes divided by their number; so is the evaluation loss. Only supervised positions go through
       the LM head.
     - Checkpoints are those of `fourfold.training.checkpoint`.
     - SIGINT and SIGTERM finish the step, save and raise `TrainingInterrupted`.
-    - A loss or gradient that is not finite raises TrainingError and never reaches the adapters.
+    - A loss or gradient that is not finite raises TrainingError and never reaches the weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +122,7 @@ class FourfoldTrainer(SFTTrainer):
         TRL's own loss serves the models whose logits are more than the LM head's output (a soft cap, a
         scale), mixtures of experts with a balancing loss, and callers that want the logits.
         """
-        if return_outputs or self.aux_loss_enabled or not self._takes_logits_to_keep():
+        if return_outputs or self.aux_loss_enabled or not takes_logits_to_keep(underlying(self.model)):
             loss = None
         else:
             loss = self._supervised_loss(model, inputs)
@@ -141,41 +140,28 @@ class FourfoldTrainer(SFTTrainer):
             mean = mean * self.accelerator.num_processes
         return mean
 
-    def _takes_logits_to_keep(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.get_base_model().forward).parameters
-
     def _supervised_loss(self, model: nn.Module, inputs: dict[str, Any]) -> SupervisedLoss | None:
         """The loss from the last hidden states; None where the LM head's output is not the logits."""
-        base = self.model.get_base_model()
-        captured: list[torch.Tensor] = []
-
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            captured.append(output[0])
-
-        positions = inputs.get("supervised_positions")
-        forward_inputs = model_inputs(self.model, inputs)
-        if positions is not None and self.model.training and looks_back_only(base.config):
-            # Our collator pads on the right, where no real token looks: its mask would change nothing, and cost the
-            # building and applying of [batch, 1, seq, seq].
-            forward_inputs["attention_mask"] = boundary_mask(inputs, base.config)
-
-        # The model is called as a whole, so that DDP and autocast see the call; its own LM head gets the last
-        # position only, and a forward hook hands out the hidden states of all.
-        handle = base.base_model.register_forward_hook(keep)
-        try:
-            outputs = model(**forward_inputs, use_cache=False, logits_to_keep=1)
-        finally:
-            handle.remove()
-        (hidden_states,) = captured
-        lm_head = base.get_output_embeddings()
+        hidden_states = self.hidden_states(model, inputs)
+        if hidden_states is None:
+            return None
+        lm_head = underlying(self.model).get_output_embeddings()
         with self.accelerator.autocast():
-            if self._head_is_plain is None:
-                self._head_is_plain = logits_agree(outputs.logits, lm_head(hidden_states[:, -1:].detach()))
-                if not self._head_is_plain:
-                    logger.info("%s scales or caps its logits; TRL computes the loss", type(base).__name__)
+            return supervised_cross_entropy(
+                hidden_states, inputs["labels"], lm_head, inputs.get("supervised_positions")
+            )
+
+    def hidden_states(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """What the LM head takes, [batch, seq, hidden]; None where its output is not the logits."""
+        base = underlying(self.model)
+        hidden_states, logits = last_hidden_states(model, base, inputs)
+        if self._head_is_plain is None:
+            with self.accelerator.autocast():
+                head = base.get_output_embeddings()(hidden_states[:, -1:].detach()).detach()
+            self._head_is_plain = logits_agree(logits.detach(), head)
             if not self._head_is_plain:
-                return None
-            return supervised_cross_entropy(hidden_states, inputs["labels"], lm_head, positions)
+                logger.info("%s scales or caps its logits; its own forward pass gives them", type(base).__name__)
+        return hidden_states if self._head_is_plain else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._resuming:
@@ -306,11 +292,11 @@ class FourfoldTrainer(SFTTrainer):
         self._guard.check()
         folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
-        with self._shared_folder(folder) as partial:
+        with shared_checkpoint(folder, self.accelerator, is_main=self.args.should_save) as partial:
             save_rng_state(partial, self.args.process_index)
             if self.args.should_save:
                 save_changed_base(self.callback_handler.callbacks, partial)
-                self.model.save_pretrained(partial, safe_serialization=True)
+                self.model.save_pretrained(partial)
                 self.processing_class.save_pretrained(partial)
                 states = (self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable())
                 save_optimizer_state(partial, *states, self.accelerator.scaler)
@@ -322,25 +308,17 @@ class FourfoldTrainer(SFTTrainer):
         if self.args.should_save and self.args.save_total_limit is not None:
             prune_checkpoints(folder.parent, keep=self.args.save_total_limit)
 
-    @contextlib.contextmanager
-    def _shared_folder(self, folder: Path) -> Iterator[Path]:
-        """The main process's `whole_checkpoint`, into which the others write too."""
-        if not self.args.should_save:
-            self.accelerator.wait_for_everyone()
-            yield partial_path(folder)
-            return
-        with whole_checkpoint(folder) as partial:
-            self.accelerator.wait_for_everyone()
-            yield partial
-
     def _trainable(self) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in self.model.named_parameters() if value.requires_grad}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
-        path, scaler = Path(resume_from_checkpoint), self.accelerator.scaler
-        self._restored = load_optimizer_state(path, self._trainable(), scaler)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint)
+        self._restored = load_optimizer_state(path, self._trainable(), self.accelerator.scaler)
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_weights(self.model, path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._restored is None:
@@ -358,7 +336,7 @@ class FourfoldTrainer(SFTTrainer):
 
 
 def build_trainer(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
@@ -369,7 +347,7 @@ def build_trainer(
     """A trainer for rows that are tokenized and masked.
 
     Args:
-        model: Its adapters are trained as they are; their dtype is not changed.
+        model: Its adapters, or without any all of it, are trained as they are; their dtype is not changed.
         train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label.
         collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids;
             with what else `fourfold.data.Collator` gives, the host never waits for the device to count labels.
@@ -378,6 +356,24 @@ def build_trainer(
         ConfigError: Evaluation is asked for without rows for it, or nothing in the model can be trained.
         DataError: There are no rows, or no row has a label.
     """
+    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+        if dataset is not None:
+            require_labels(name, dataset)
+    return FourfoldTrainer(
+        **trainer_arguments(model, tokenizer, train_dataset, eval_dataset, collator, options, callbacks)
+    )
+
+
+def trainer_arguments(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    collator: Collator,
+    options: TrainingOptions,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    """The arguments of `FourfoldTrainer` and of what is derived from it; see `build_trainer`."""
     if options.eval_strategy != "no" and eval_dataset is None:
         raise ConfigError(
             "eval_strategy asks for evaluation, but there are no rows to evaluate on",
@@ -385,16 +381,13 @@ def build_trainer(
             hint="give an evaluation data set, or set eval_strategy: no",
         )
     keep_in_fp32(model, COMPUTE_DTYPES[options.compute_dtype])
-    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-        if dataset is not None:
-            require_labels(name, dataset)
-    return FourfoldTrainer(
-        model=model,
-        args=to_sft_config(options),
-        data_collator=NumberedCollator(collator),
-        train_dataset=train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=own_optimizer_arguments(options),
-    )
+    return {
+        "model": model,
+        "args": to_sft_config(options),
+        "data_collator": NumberedCollator(collator),
+        "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
+        "eval_dataset": eval_dataset,
+        "processing_class": tokenizer,
+        "callbacks": list(callbacks),
+        "optimizer_cls_and_kwargs": own_optimizer_arguments(options),
+    }
