@@ -26,6 +26,7 @@ Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
 ]
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "kto"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -127,9 +128,7 @@ class RunConfig(BaseModel):
     eval_split_fraction: float = Field(
         0.0, ge=0, lt=1, description="Share of train_dataset to hold out when there is no eval_dataset."
     )
-    row_format: Literal["auto", "messages", "alpaca", "prompt_completion"] = Field(
-        "auto", description="What a row looks like; auto: told by its columns."
-    )
+    row_format: RowFormat = Field("auto", description="What a row looks like; auto: told by its columns.")
     columns: dict[str, str] = Field({}, description="Names of the row format's fields in the data: {prompt: question}.")
     max_length: int = Field(1024, ge=2, description="Longest conversation, in tokens.")
     packing: bool = Field(
