@@ -6,8 +6,10 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,8 @@ from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
 from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
+from fourfold.data.mixture import prepare_mixture
+from fourfold.data.sources import DataSource
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.models.loading import load_tokenizer
 from fourfold.training import run_folder
@@ -59,7 +63,7 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
             hint="go on with --resume_from_checkpoint auto, start anew with --overwrite_output_dir, or name another",
         )
     if config.train_dataset is None:
-        raise ConfigError("train_dataset is not given", hint="name a JSON-lines file, or a data set on the hub")
+        raise ConfigError("train_dataset is not given", hint="name a file, a folder, or a data set on the hub")
     return output, find_checkpoint(output, config.resume_from_checkpoint)
 
 
@@ -94,7 +98,7 @@ def read_tokenizer(config: RunConfig, source: str | Path | None = None) -> PreTr
 
     Raises:
         CheckpointError: There is none.
-        DataError: It lacks a chat template or a pad token, or the configured ones do not do.
+        DataError: It lacks a pad token, or the configured chat template or pad token does not do.
     """
     tokenizer = load_tokenizer(source or config.model_name_or_path, revision=None if source else config.model_revision)
     if config.chat_template is not None:
@@ -107,7 +111,8 @@ def read_tokenizer(config: RunConfig, source: str | Path | None = None) -> PreTr
                 hint="choose a token that is there, such as one of its special tokens",
             )
         tokenizer.pad_token = config.pad_token
-    check_tokenizer(tokenizer)
+    # Whether a chat template is needed is known when the rows are.
+    check_tokenizer(tokenizer, kind=None)
     return tokenizer
 
 
@@ -125,9 +130,9 @@ def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pr
     assert config.train_dataset is not None
     options = choices.data_options(config)
     if config.eval_dataset or not config.eval_split_fraction:
-        train_data = prepare_rows(load_rows(config.train_dataset), tokenizer, options, config.train_dataset)
+        train_data = _prepare(config, tokenizer, options, None)
     else:
-        train_data = _prepare_part(config, tokenizer, options, "train")
+        train_data = _prepare(config, tokenizer, options, "train")
     return train_data, read_held_out(config, tokenizer)
 
 
@@ -136,41 +141,61 @@ def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
     options = choices.data_options(config, packing=False)
     if config.eval_dataset:
         return prepare_rows(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
-    return _prepare_part(config, tokenizer, options, "held-out") if config.eval_split_fraction else None
+    return _prepare(config, tokenizer, options, "held-out") if config.eval_split_fraction else None
 
 
-def _prepare_part(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, part: str
+def _prepare(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, part: str | None
 ) -> PreparedData:
-    """The "train" or the "held-out" part of the training rows."""
-    assert config.train_dataset is not None
-    rows = load_rows(config.train_dataset)
+    """The training rows: all of them, or their "train" or "held-out" part."""
+    sources = choices.data_sources(config)
+    parts = [(source, load_rows(source), source.path) for source in sources]
+    mix = partial(
+        prepare_mixture,
+        tokenizer=tokenizer,
+        options=options,
+        seed=config.seed,
+        stopping_strategy=config.stopping_strategy,
+    )
+    if part is None:
+        return mix(parts)
+    chosen = [
+        (
+            replace(source, weight=None) if part == "held-out" else source,
+            _split(rows, name, config)[part],
+            f"{name} ({part} part)",
+        )
+        for source, rows, name in parts
+    ]
+    try:
+        return mix(chosen)
+    except DataError:
+        # The whole file again: there a faulty row has the number under which a person finds it.
+        mix(parts)
+        raise
+
+
+def _split(rows: Dataset, name: str, config: RunConfig) -> dict[str, Dataset]:
     if len(rows) < 2:
         raise DataError(
-            f"data set {config.train_dataset} cannot be split",
+            f"data set {name} cannot be split",
             found=f"{len(rows)} row",
             allowed="at least 2 rows where eval_split_fraction is given",
         )
     num_held_out = min(math.ceil(len(rows) * config.eval_split_fraction), len(rows) - 1)
     parts = rows.train_test_split(test_size=num_held_out, seed=config.seed)
-    chosen = parts["train" if part == "train" else "test"]
-    try:
-        return prepare_rows(chosen, tokenizer, options, f"{config.train_dataset} ({part} part)")
-    except DataError:
-        # The whole file again: there a faulty row has the number under which a person finds it.
-        prepare_rows(rows, tokenizer, options, config.train_dataset)
-        raise
+    return {"train": parts["train"], "held-out": parts["test"]}
 
 
 def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
-    source = config.eval_dataset or config.train_dataset
-    assert source is not None
+    sources = [DataSource(config.eval_dataset)] if config.eval_dataset else choices.data_sources(config)
+    source = sources[0]
     rows = load_rows(source, "test" if config.eval_dataset else "train")
     rows = rows.select(range(min(8, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.
     options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)
-    prepared = prepare_rows(rows, tokenizer, options, source)
+    prepared = prepare_mixture([(source, rows, source.path)], tokenizer, options)
     budget = math.ceil(512 / len(prepared.dataset))
     return [row["input_ids"][:budget] for row in prepared.dataset]
 

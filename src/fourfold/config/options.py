@@ -11,6 +11,8 @@ from peft import LoraConfig
 
 from fourfold.config.run import RunConfig
 from fourfold.data import DataOptions
+from fourfold.data.mixture import check_weights
+from fourfold.data.sources import DataSource
 from fourfold.errors import ConfigError
 from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
@@ -21,6 +23,7 @@ from fourfold.training.options import TrainingOptions
 __all__ = [
     "compute_dtype",
     "data_options",
+    "data_sources",
     "device",
     "generation_options",
     "load_options",
@@ -126,6 +129,20 @@ def data_options(config: RunConfig, *, packing: bool | None = None) -> DataOptio
         packing=config.packing if packing is None else packing,
         num_proc=config.dataset_num_proc,
     )
+
+
+def data_sources(config: RunConfig) -> list[DataSource]:
+    """The data sets of train_dataset. Raises ConfigError where some have a weight and others none."""
+    given = config.train_dataset
+    assert given is not None
+    if isinstance(given, str):
+        return [DataSource(given)]
+    sources = [
+        DataSource(**(entry.model_dump() | {"row_format": None if entry.row_format == "auto" else entry.row_format}))
+        for entry in given
+    ]
+    check_weights(sources)
+    return sources
 
 
 def generation_options(config: RunConfig) -> GenerationOptions:

@@ -164,7 +164,7 @@ def encode_documents(texts: list[str], tokenizer: Any, max_length: int) -> list[
     """
     whole = tokenizer(texts, return_attention_mask=False)["input_ids"]
     end = tokenizer.eos_token_id
-    documents = []
+    documents: list[list[Encoded]] = []
     for text, tokens in zip(texts, whole, strict=True):
         if not text.strip():
             documents.append([])
