@@ -39,6 +39,7 @@ __all__ = [
     "read_held_out",
     "read_tokenizer",
     "require_free",
+    "split_rows",
 ]
 
 # In the run folder, where the adapter's initialisation changed the base.
@@ -162,7 +163,7 @@ def _prepare(
     chosen = [
         (
             replace(source, weight=None) if part == "held-out" else source,
-            _split(rows, name, config)[part],
+            split_rows(rows, name, config)[part],
             f"{name} ({part} part)",
         )
         for source, rows, name in parts
@@ -175,7 +176,12 @@ def _prepare(
         raise
 
 
-def _split(rows: Dataset, name: str, config: RunConfig) -> dict[str, Dataset]:
+def split_rows(rows: Dataset, name: str, config: RunConfig) -> dict[str, Dataset]:
+    """The "train" and the "held-out" part of rows, by eval_split_fraction and the run's seed.
+
+    Raises:
+        DataError: There is but one row.
+    """
     if len(rows) < 2:
         raise DataError(
             f"data set {name} cannot be split",

@@ -61,7 +61,7 @@ def test_lists_of_data_sets_are_mixtures(tmp_path: Path, text: str, expected: An
         ("train_dataset: [{path: a, weight: 0}]", "weight \\(above 0\\)"),
         ("train_dataset: []", "a list of mappings"),
         ("datasets: [{path: a, type: alpaca, field_messages: x}]", "no meaning for type alpaca"),
-        ("datasets: [{path: a, type: chat_template, roles_to_train: [user]}]", "roles_to_train inside datasets"),
+        ("datasets: [{path: a, type: chat_template, roles_to_train: [user]}]", "roles_to_train inside train_dataset"),
         ("pretraining_dataset: [{path: a}, {path: b}]", "a list of one mapping"),
     ],
 )
