@@ -15,7 +15,7 @@ from fourfold.data.templates import Encoded, check_tokenizer, encode_conversatio
 from fourfold.data.turns import MEDIA, Row
 from fourfold.errors import DataError
 
-__all__ = ["RecognisedRows", "encode", "encode_batch", "parse_rows", "recognise"]
+__all__ = ["FEATURES", "PARSED", "RecognisedRows", "encode", "encode_batch", "parse_rows", "recognise"]
 
 _TURNS = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 _IDS = datasets.List(datasets.Value("int32"))
@@ -32,11 +32,12 @@ FEATURES = datasets.Features(
 )
 """Of encoded rows; documents have no turns."""
 
-_PARSED = {
+PARSED: dict[str, Any] = {
     **dict.fromkeys(("messages", "prompt", "chosen", "rejected", "completion"), _TURNS),
     "text": datasets.Value("string"),
     "label": datasets.Value("bool"),
 }
+"""The features of the columns in `KINDS`."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def parse_rows(rows: datasets.Dataset, options: DataOptions, name: str) -> Recog
         remove_columns=recognised.rows.column_names,
         num_proc=options.num_proc,
         fn_kwargs={"format_name": recognised.row_format.name, "name": name},
-        features=datasets.Features({column: _PARSED[column] for column in KINDS[kind]}),
+        features=datasets.Features({column: PARSED[column] for column in KINDS[kind]}),
         new_fingerprint=key,
         cache_file_name=cache_file(key),
         desc=f"reading {name}",

@@ -26,13 +26,16 @@ PACKED_AT_A_TIME = 10_000
 """Documents among which the fitting ones are sought."""
 
 
-def pack(dataset: datasets.Dataset, max_length: int, num_proc: int | None = None) -> datasets.Dataset:
+def pack(
+    dataset: datasets.Dataset, max_length: int, num_proc: int | None = None, keep_in_memory: bool = False
+) -> datasets.Dataset:
     """Join documents into rows of at most `max_length` tokens, best fit decreasing; no document is cut.
 
     Args:
         dataset: Rows with `input_ids` and `labels`; other columns are left behind.
         max_length: Tokens a packed row may hold.
         num_proc: Processes that do it; one, in this process, where None.
+        keep_in_memory: Whether nothing is written to the cache.
 
     Returns:
         Rows with `input_ids`, `labels` and `seq_lengths`, the number of tokens of each document in the row.
@@ -50,7 +53,7 @@ def pack(dataset: datasets.Dataset, max_length: int, num_proc: int | None = None
         )
     # Of each batch the last row is filled in part only.
     workers = None if len(dataset) < PACKED_AT_A_TIME else num_proc
-    map_kwargs = {"batch_size": PACKED_AT_A_TIME, "num_proc": workers}
+    map_kwargs = {"batch_size": PACKED_AT_A_TIME, "num_proc": workers, "keep_in_memory": keep_in_memory}
     return trl.pack_dataset(dataset, max_length, strategy="bfd", map_kwargs=map_kwargs)
 
 

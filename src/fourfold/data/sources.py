@@ -13,7 +13,7 @@ from fourfold.data.file_checks import check_files, column_names, name_bad_file
 from fourfold.data.row_formats import ROW_FORMATS
 from fourfold.errors import ConfigError, DataError
 
-__all__ = ["BUILDERS", "SAMPLE_BY", "DataSource", "load_rows", "stream_rows"]
+__all__ = ["BUILDERS", "SAMPLE_BY", "UNREADABLE", "DataSource", "load_rows", "local_files", "stream_rows"]
 
 BUILDERS: dict[str, str] = {
     ".json": "json",
@@ -36,7 +36,8 @@ SAMPLE_BY = ("line", "paragraph", "document")
 _SAVED_DATASET = "state.json"
 # Beside data in a folder; no rows stand in them.
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", _SAVED_DATASET)
-_UNREADABLE = (OSError, ValueError, datasets.exceptions.DatasetsError)
+UNREADABLE = (OSError, ValueError, datasets.exceptions.DatasetsError)
+"""What the builders raise for files that are not what they should be."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,8 @@ def _load(source: DataSource, split: str, *, streaming: bool) -> Any:
     if path.is_dir():
         return _load_folder(path, source, split, streaming)
     is_glob = re.search(r"[*?\[]", source.path) is not None
-    if is_glob:
-        anchor = Path(path.anchor)
-        if files := sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()):
-            return _load_files(files, source, split, streaming)
+    if is_glob and (files := _glob(path)):
+        return _load_files(files, source, split, streaming)
     if is_glob or builder_of(path) or source.path.startswith((".", "/", "~")):
         raise DataError(
             f"no file fits {source.path}" if is_glob else f"data file {source.path} does not exist",
@@ -132,6 +131,30 @@ def _load(source: DataSource, split: str, *, streaming: bool) -> Any:
             hint=f"check the path; it was looked up from {Path.cwd()}",
         )
     return _load_from_hub(source, split, streaming)
+
+
+def _glob(path: Path) -> list[Path]:
+    anchor = Path(path.anchor)
+    return sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+
+
+def local_files(source: DataSource, *, check: bool = False) -> list[Path]:
+    """The data files of a source on this machine; none of a data set of the hub.
+
+    Args:
+        source: The source.
+        check: Whether to read them, and raise DataError for the first place that is not what its suffix says.
+    """
+    path = Path(source.path).expanduser()
+    files = _data_files(path) if path.is_dir() else [path] if path.is_file() else _glob(path)
+    if check and files and (builder := builder_of(files[0])):
+        name_bad_file(files, builder)
+        check_files(files, builder)
+    return files
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if builder_of(file) and file.name not in _NO_DATA)
 
 
 def builder_of(path: Path) -> str | None:
@@ -147,13 +170,15 @@ def _load_files(files: list[Path], source: DataSource, split: str, streaming: bo
     builder = _one_builder(files, source.path)
     if not streaming:
         check_files(files, builder)
+    elif empty := [file for file in files if file.stat().st_size == 0]:
+        raise DataError(f"data file {empty[0]} is empty", found="0 bytes", allowed="at least one row")
     name = re.split(r"\W", split, maxsplit=1)[0]
     arguments = _builder_arguments(builder, files, source)
     try:
         return datasets.load_dataset(
             builder, data_files={name: [str(file) for file in files]}, split=split, streaming=streaming, **arguments
         )
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         name_bad_file(files, builder)
         what = f"data file {files[0]}" if len(files) == 1 else f"data set {source.path}"
         raise DataError(f"{what} cannot be read", found=error.__cause__ or error, allowed="rows of one kind") from error
@@ -192,7 +217,7 @@ def _builder_arguments(builder: str, files: list[Path], source: DataSource) -> d
 def _load_folder(path: Path, source: DataSource, split: str, streaming: bool) -> Any:
     if (path / _SAVED_DATASET).is_file():
         return _load_saved(path, split, streaming)
-    files = sorted(file for file in path.rglob("*") if builder_of(file) and file.name not in _NO_DATA)
+    files = _data_files(path)
     if not files:
         raise DataError(
             f"folder {path} holds no data files",
@@ -206,7 +231,7 @@ def _load_folder(path: Path, source: DataSource, split: str, streaming: bool) ->
     arguments = _builder_arguments(builder, files, source)
     try:
         return datasets.load_dataset(str(path), split=split, streaming=streaming, **arguments)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         name_bad_file(files, builder)
         raise DataError(f"folder {path} (split {split!r}) cannot be read", found=error.__cause__ or error) from error
 
@@ -215,7 +240,7 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Any:
     """What `save_to_disk` left. It is one split."""
     try:
         rows = datasets.load_from_disk(str(path))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(
             f"folder {path} cannot be read", found=error, allowed="a whole data set of save_to_disk"
         ) from error
@@ -231,7 +256,7 @@ def _load_from_hub(source: DataSource, split: str, streaming: bool) -> Any:
         return datasets.load_dataset(
             name, source.name or configuration or None, split=split, revision=source.revision, streaming=streaming
         )
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(
             f"data set {source.path} (split {split!r}) cannot be loaded",
             found=error,
