@@ -78,7 +78,7 @@ def test_a_resumed_stream_gives_the_rows_that_an_unbroken_one_gives(
         for row in unbroken:
             rows.append((epoch, row))
             states.append(json.dumps(unbroken.state_dict()))
-    for place in range(0, len(rows), max(1, len(rows) // 5)):
+    for place in range(0, len(rows), max(1, len(rows) // 3)):
         resumed = stream()
         resumed.load_state_dict(json.loads(states[place]))
         epoch = rows[place][0]

@@ -11,7 +11,7 @@ import numpy as np
 from fourfold.data.encoding import encode, recognise
 from fourfold.data.options import DataOptions
 from fourfold.data.overlong import OVERLONG
-from fourfold.data.packing import pack
+from fourfold.data.packing import numbers_of, pack
 from fourfold.data.report import NUM_NAMED_ROWS, DataReport, at
 from fourfold.errors import DataError
 
@@ -89,8 +89,8 @@ def select_rows(
     """
     if len(encoded) == 0:
         raise DataError(f"data set {name}: every row is empty", found=f"{rows_read} rows", allowed="rows with text")
-    lengths = np.asarray(encoded["num_tokens"])
-    numbers = np.asarray(encoded["row_number"])
+    lengths = numbers_of(encoded, "num_tokens")
+    numbers = numbers_of(encoded, "row_number")
     overlong = np.flatnonzero(lengths > options.max_length)
     kept = encoded
     if len(overlong):
@@ -104,8 +104,8 @@ def select_rows(
             found=f"{rows_read} rows, the shortest of {lengths.min()} tokens",
             hint="raise max_length",
         )
-    learned = np.asarray(kept["num_supervised_tokens"]) > 0
-    unlearned_rows = np.asarray(kept["row_number"])[~learned].tolist()
+    learned = numbers_of(kept, "num_supervised_tokens") > 0
+    unlearned_rows = numbers_of(kept, "row_number")[~learned].tolist()
     if not learned.any():
         raise DataError(
             f"data set {name}: all labels are masked, so there is nothing to learn",
@@ -115,7 +115,7 @@ def select_rows(
         )
     if unlearned_rows:
         kept = kept.select(np.flatnonzero(learned))
-    kept_lengths = np.asarray(kept["num_tokens"])
+    kept_lengths = numbers_of(kept, "num_tokens")
     report = DataReport(
         name=name,
         max_length=options.max_length,
@@ -128,7 +128,7 @@ def select_rows(
         rows_unlearned=len(unlearned_rows),
         first_unlearned=unlearned_rows[:NUM_NAMED_ROWS],
         num_tokens=int(kept_lengths.sum()),
-        num_supervised_tokens=int(np.asarray(kept["num_supervised_tokens"]).sum()),
+        num_supervised_tokens=int(numbers_of(kept, "num_supervised_tokens").sum()),
         length_percentiles=percentiles(kept_lengths),
         row_format=told_by,
         rows_empty=rows_read - len(np.unique(numbers)),

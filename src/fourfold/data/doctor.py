@@ -14,6 +14,7 @@ import numpy as np
 
 from fourfold.data.encoding import RecognisedRows, encode, recognise
 from fourfold.data.options import DataOptions
+from fourfold.data.packing import numbers_of
 from fourfold.data.report import named
 from fourfold.data.row_formats import ROW_FORMATS
 from fourfold.data.templates import IGNORE_INDEX, check_tokenizer
@@ -68,12 +69,12 @@ class Examination:
     @property
     def lengths(self) -> Numbers:
         """Tokens of each encoded row, int64 [encoded]."""
-        return np.asarray([] if self.encoded is None else self.encoded["num_tokens"], np.int64)
+        return np.zeros(0, np.int64) if self.encoded is None else numbers_of(self.encoded, "num_tokens")
 
     @property
     def num_learned(self) -> Numbers:
         """Learned tokens of each encoded row, int64 [encoded]."""
-        return np.asarray([] if self.encoded is None else self.encoded["num_supervised_tokens"], np.int64)
+        return np.zeros(0, np.int64) if self.encoded is None else numbers_of(self.encoded, "num_supervised_tokens")
 
     def error(self, what: str, rows: str | None = None, hint: str | None = None) -> None:
         self.findings.append(Finding("error", f"{self.name}: {what}", rows, hint))
@@ -112,7 +113,7 @@ def examine(
     except DataError as error:
         found.findings.append(Finding("error", error.what, hint=_rest(error)))
         return found
-    found.numbers = numbers[np.asarray(found.encoded["row_number"], np.int64) - 1]
+    found.numbers = numbers[numbers_of(found.encoded, "row_number") - 1]
     if recognised.row_format.kind == "conversation":
         _look_at_template(found, tokenizer, {tokenizer.eos_token_id, *stop_ids}, options)
     _look_at_lengths(found, options)
