@@ -302,7 +302,7 @@ def test_a_run_is_not_overwritten_unless_asked_and_then_wholly(tiny_run, tmp_pat
     with pytest.raises(ConfigError, match="holds a run already"):
         pipeline.train(first, progress="silent")
     # A fault that is found before training begins takes nothing away.
-    (tmp_path / "bad.jsonl").write_text('{"text": "no conversation"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"note": "no conversation"}\n')
     faulty = tiny_run(tmp_path, overwrite_output_dir=True, train_dataset=str(tmp_path / "bad.jsonl"))
     with pytest.raises(DataError):
         pipeline.train(faulty, progress="silent")

@@ -79,11 +79,11 @@ def test_a_run_learns_is_measured_again_and_answers(
     ("method", "row", "said"),
     [
         ("dpo", marked, "method: kto"),
-        ("kto", pair, "method: dpo or orpo"),
-        ("sft", pair, "method: dpo or orpo"),
+        ("kto", pair, "method: dpo, orpo or reward"),
+        ("sft", pair, "method: dpo, orpo or reward"),
         ("dpo", lambda n: pair(n) | ({"chosen": pair(n)["rejected"]} if n == 3 else {}), "row 4: .* the same"),
-        ("dpo", lambda n: pair(n) | ({"rejected": []} if n == 2 else {}), "row 3: key 'rejected': nothing there"),
-        ("kto", lambda n: marked(n) | ({"label": None} if n == 5 else {}), "row 6: key 'label': not a truth value"),
+        ("dpo", lambda n: pair(n) | ({"rejected": []} if n == 2 else {}), "row 3: key 'rejected': no turns"),
+        ("kto", lambda n: marked(n) | ({"label": None} if n == 5 else {}), "row 6: key 'label': neither true nor false"),
     ],
 )
 def test_rows_of_another_kind_and_bad_ones_are_named(
@@ -108,6 +108,11 @@ def test_rows_of_another_kind_and_bad_ones_are_named(
         ({"method": "dpo", "label_smoothing": 0.1}, "none of loss_type's losses is smoothed"),
         ({"method": "dpo", "loss_type": "exo_pair"}, "logarithm"),
         ({"method": "kto", "per_device_train_batch_size": 1}, "pairs the rows of a microbatch"),
+        ({"method": "dpo", "requantize_every": 2}, "requantize_every changes the base"),
+        ({"method": "pretrain", "row_format": "alpaca"}, "row_format alpaca are not what method: pretrain"),
+        ({"method": "dpo", "train_dataset": [{"path": "a", "row_format": "kto"}]}, "give other rows, or method: kto"),
+        ({"row_format": "preference"}, "method: dpo or orpo or reward"),
+        ({"row_format": "text", "eval_dataset": "e", "eval_generate_rows": 2}, "eval_generate_rows asks for answers"),
     ],
 )
 def test_keys_that_mean_nothing_to_a_method_are_refused_by_name(keys: dict[str, Any], said: str) -> None:

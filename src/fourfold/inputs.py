@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -15,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
-from fourfold.config.methods import training_contradictions
+from fourfold.config.methods import PREFERENCE_METHODS, training_contradictions
 from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
 from fourfold.data.comparing import prepare_preferences
-from fourfold.data.preference import PREFERENCE_ROWS
+from fourfold.data.mixture import prepare_mixture
+from fourfold.data.sources import DataSource
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.models.loading import load_tokenizer
 from fourfold.quantization.swapping import base_state_dict
@@ -41,6 +44,7 @@ __all__ = [
     "read_held_out",
     "read_tokenizer",
     "require_free",
+    "split_rows",
     "write_base",
 ]
 
@@ -69,7 +73,7 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
             hint="go on with --resume_from_checkpoint auto, start anew with --overwrite_output_dir, or name another",
         )
     if config.train_dataset is None:
-        raise ConfigError("train_dataset is not given", hint="name a JSON-lines file, or a data set on the hub")
+        raise ConfigError("train_dataset is not given", hint="name a file, a folder, or a data set on the hub")
     return output, find_checkpoint(output, config.resume_from_checkpoint)
 
 
@@ -104,7 +108,7 @@ def read_tokenizer(config: RunConfig, source: str | Path | None = None) -> PreTr
 
     Raises:
         CheckpointError: There is none.
-        DataError: It lacks a chat template or a pad token, or the configured ones do not do.
+        DataError: It lacks a pad token, or the configured chat template or pad token does not do.
     """
     tokenizer = load_tokenizer(source or config.model_name_or_path, revision=None if source else config.model_revision)
     if config.chat_template is not None:
@@ -117,7 +121,8 @@ def read_tokenizer(config: RunConfig, source: str | Path | None = None) -> PreTr
                 hint="choose a token that is there, such as one of its special tokens",
             )
         tokenizer.pad_token = config.pad_token
-    check_tokenizer(tokenizer)
+    # Whether a chat template is needed is known when the rows are.
+    check_tokenizer(tokenizer, kind=None)
     return tokenizer
 
 
@@ -135,9 +140,9 @@ def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pr
     assert config.train_dataset is not None
     options = choices.data_options(config)
     if config.eval_dataset or not config.eval_split_fraction:
-        train_data = _prepare(config, load_rows(config.train_dataset), tokenizer, options, config.train_dataset)
+        train_data = _prepare(config, tokenizer, options, None)
     else:
-        train_data = _prepare_part(config, tokenizer, options, "train")
+        train_data = _prepare(config, tokenizer, options, "train")
     return train_data, read_held_out(config, tokenizer)
 
 
@@ -145,62 +150,86 @@ def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
     """Held-out rows, if there are any. They are never packed: each is scored by itself."""
     options = choices.data_options(config, packing=False)
     if config.eval_dataset:
-        return _prepare(config, load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
-    return _prepare_part(config, tokenizer, options, "held-out") if config.eval_split_fraction else None
+        held_out = _preparation(config)(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
+    elif config.eval_split_fraction:
+        held_out = _prepare(config, tokenizer, options, "held-out")
+    else:
+        return None
+    if config.eval_generate_rows and "messages" not in held_out.dataset.column_names:
+        raise DataError(
+            "eval_generate_rows asks for answers, and held-out rows are plain text",
+            found=held_out.report.row_format,
+            allowed="conversations",
+            hint="leave eval_generate_rows out, or hold out conversations",
+        )
+    return held_out
+
+
+def _preparation(config: RunConfig) -> Callable[..., PreparedData]:
+    """What makes the method's rows of those that are read."""
+    if config.method in PREFERENCE_METHODS:
+        return partial(prepare_preferences, method=config.method)
+    return prepare_rows
 
 
 def _prepare(
-    config: RunConfig, rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: DataOptions, name: str
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, part: str | None
 ) -> PreparedData:
-    """Rows as the method of the run learns from them."""
-    if config.method in PREFERENCE_ROWS:
-        return prepare_preferences(rows, tokenizer, options, name, config.method)
+    """The training rows: all of them, or their "train" or "held-out" part."""
+    sources = choices.data_sources(config)
+    parts = [(source, load_rows(source), source.path) for source in sources]
+    mix = partial(
+        prepare_mixture,
+        tokenizer=tokenizer,
+        options=options,
+        seed=config.seed,
+        stopping_strategy=config.stopping_strategy,
+        prepare_part=_preparation(config),
+    )
+    if part is None:
+        return mix(parts)
+    chosen = [
+        (
+            replace(source, weight=None) if part == "held-out" else source,
+            split_rows(rows, name, config)[part],
+            f"{name} ({part} part)",
+        )
+        for source, rows, name in parts
+    ]
     try:
-        return prepare_rows(rows, tokenizer, options, name)
-    except DataError as error:
-        fitting = [method for method, kind in PREFERENCE_ROWS.items() if set(kind.columns) <= set(rows.column_names)]
-        if "fit no row format" in error.what and fitting:
-            raise DataError(
-                error.what,
-                found=error.found,
-                allowed=error.allowed,
-                hint=f"such rows are for method: {' or '.join(fitting)}",
-            ) from error
+        return mix(chosen)
+    except DataError:
+        # The whole file again: there a faulty row has the number under which a person finds it.
+        mix(parts)
         raise
 
 
-def _prepare_part(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, part: str
-) -> PreparedData:
-    """The "train" or the "held-out" part of the training rows."""
-    assert config.train_dataset is not None
-    rows = load_rows(config.train_dataset)
+def split_rows(rows: Dataset, name: str, config: RunConfig) -> dict[str, Dataset]:
+    """The "train" and the "held-out" part of rows, by eval_split_fraction and the run's seed.
+
+    Raises:
+        DataError: There is but one row.
+    """
     if len(rows) < 2:
         raise DataError(
-            f"data set {config.train_dataset} cannot be split",
+            f"data set {name} cannot be split",
             found=f"{len(rows)} row",
             allowed="at least 2 rows where eval_split_fraction is given",
         )
     num_held_out = min(math.ceil(len(rows) * config.eval_split_fraction), len(rows) - 1)
     parts = rows.train_test_split(test_size=num_held_out, seed=config.seed)
-    chosen = parts["train" if part == "train" else "test"]
-    try:
-        return _prepare(config, chosen, tokenizer, options, f"{config.train_dataset} ({part} part)")
-    except DataError:
-        # The whole file again: there a faulty row has the number under which a person finds it.
-        _prepare(config, rows, tokenizer, options, config.train_dataset)
-        raise
+    return {"train": parts["train"], "held-out": parts["test"]}
 
 
 def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
-    source = config.eval_dataset or config.train_dataset
-    assert source is not None
+    sources = [DataSource(config.eval_dataset)] if config.eval_dataset else choices.data_sources(config)
+    source = sources[0]
     rows = load_rows(source, "test" if config.eval_dataset else "train")
     rows = rows.select(range(min(8, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.
     options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)
-    prepared = _prepare(config, rows, tokenizer, options, source)
+    prepared = prepare_mixture([(source, rows, source.path)], tokenizer, options, prepare_part=_preparation(config))
     ids = "chosen_input_ids" if "chosen_input_ids" in prepared.dataset.column_names else "input_ids"
     budget = math.ceil(512 / len(prepared.dataset))
     return [row[ids][:budget] for row in prepared.dataset]

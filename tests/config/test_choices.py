@@ -22,7 +22,7 @@ def choices(key: str) -> set[str]:
         ("method", "fourfold.training.methods", "METHODS", set()),
         ("stream_base", "fourfold.models.streaming", "SOURCES", set()),
         ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
-        ("overlong", "fourfold.data.dataset", "OVERLONG", set()),
+        ("overlong", "fourfold.data.overlong", "OVERLONG", set()),
         ("eval_comparison", "fourfold.evaluation.exact_match", "COMPARISONS", set()),
     ],
 )

@@ -135,7 +135,7 @@ def test_packing_loses_no_token_and_is_reported(tiny_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_length": 1}, {"overlong": "cut"}, {"row_format": "sharegpt"}, {"num_proc": 0}],
+    [{"max_length": 1}, {"overlong": "cut"}, {"row_format": "shareGPT"}, {"num_proc": 0}],
 )
 def test_options_that_are_not_allowed_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"key {next(iter(wrong))}"):

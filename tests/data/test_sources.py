@@ -49,7 +49,7 @@ def test_a_folder_gives_the_files_of_the_split_alone(tmp_path: Path) -> None:
         ("empty.jsonl", "", r"empty\.jsonl is empty"),
         ("blank.jsonl", "\n \n", r"blank\.jsonl is empty"),
         ("none.json", "[]", r"none\.json"),
-        ("rows.txt", "hello", r"rows\.txt is of a kind that is not read"),
+        ("rows.xml", "hello", r"rows\.xml is of a kind that is not read"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, where: str) -> None:

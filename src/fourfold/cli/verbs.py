@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from fourfold.cli.environment import PACKAGES, Environment, gather, let_segments_grow
+from fourfold.cli.environment import gather, let_segments_grow, print_environment
 from fourfold.cli.terminal import (
     print_json,
     print_result,
@@ -87,6 +84,32 @@ def train(context: typer.Context, config: ConfigFile, json: Json = False, verbos
             return
         print_result(run.metrics, as_json=False)
         typer.echo(f"\nThe run lies in {run.output_dir}. Talk to it: fourfold chat {run.output_dir}")
+
+
+@app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
+def data(
+    context: typer.Context,
+    config: ConfigFile,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw them at random; without it, the first.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show rows as the model will see them, and what is wrong with the data. No model is loaded."""
+    with reporting_errors(json):
+        run_config = _read_config(config, context.args)
+        quiet_libraries(verbose)
+        from fourfold.cli.data import print_data
+        from fourfold.examining import examine_data
+
+        with _stdout_for_result(json):
+            seen = examine_data(run_config, rows, seed)
+        if json:
+            print_json(seen.to_dict())
+        else:
+            print_data(seen)
+        if not seen.is_sound:
+            raise typer.Exit(1)
 
 
 @app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
@@ -355,33 +378,7 @@ def env(json: Json = False) -> None:
         if json:
             print_json(environment)
         else:
-            _print_environment(environment)
-
-
-def _print_environment(environment: Environment) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("python", environment.python)
-    for name, version in environment.versions.items():
-        purpose = PACKAGES[name]
-        missing = "not installed" if purpose is None else f"not installed ({purpose})"
-        table.add_row(name, version or missing)
-    table.add_row("system", environment.os)
-    table.add_row("processor", Text(f"{environment.cpu}, {environment.cpu_cores} cores"))
-    table.add_row("memory", f"{environment.memory_bytes / 2**30:.1f} GiB")
-    for index, gpu in enumerate(environment.gpus):
-        details = f"{gpu.memory_bytes / 2**30:.1f} GiB"
-        if gpu.compute_capability:
-            details += f", compute capability {gpu.compute_capability}"
-        if gpu.driver:
-            details += f", driver {gpu.driver}"
-        table.add_row(f"GPU {index}", Text(f"{gpu.name}, {details}"))
-    table.add_row("torch built for", f"GPU ({environment.torch_cuda})" if environment.torch_cuda else "CPU")
-    table.add_row("bfloat16", "fast" if environment.bfloat16_is_fast else "slow here; float32 is faster")
-    Console().print(table)
-    for advice in environment.advice:
-        typer.secho(f"\n{advice[0].upper()}{advice[1:]}.", fg=typer.colors.YELLOW)
+            print_environment(environment)
 
 
 def _stdout_for_result(as_json: bool) -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fourfold.config.dataset_aliases import axolotl_datasets, dataset_names, pretraining_dataset
+
 __all__ = ["ALIASES", "UNSUPPORTED", "Conversion", "is_switched_off"]
 
 Conversion = Callable[[Any], dict[str, Any]]
@@ -93,44 +95,6 @@ def _pref_loss(value: Any) -> dict[str, Any]:
     return {"loss_type": value}
 
 
-def _one_dataset(key: str) -> Conversion:
-    """LLaMA-Factory's `dataset`: our data sets are files, folders or names on the hub, one a run."""
-
-    def convert(value: Any) -> dict[str, Any]:
-        if isinstance(value, str) and "," in value:
-            raise ValueError("one data set is read: put the files into one folder and give that")
-        return {key: value}
-
-    return convert
-
-
-AXOLOTL_ROW_FORMATS = {"chat_template": "messages", "alpaca": "alpaca"}
-AXOLOTL_DATASET_KEYS = {"path", "type", "field_messages"}
-
-
-def _axolotl_datasets(key: str) -> Conversion:
-    """Axolotl's list of `{path, type}`; type chat_template is our row format messages."""
-
-    def convert(value: Any) -> dict[str, Any]:
-        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict):
-            raise ValueError("one data set is read: give a list of one mapping, or train_dataset: FILE")
-        dataset = value[0]
-        if unknown := sorted(map(str, dataset.keys() - AXOLOTL_DATASET_KEYS)):
-            raise ValueError(f"not supported inside {key}: {', '.join(unknown)}; see row_format and columns")
-        if "path" not in dataset:
-            raise ValueError("the data set has no path")
-        ours: dict[str, Any] = {key: dataset["path"]}
-        if "type" in dataset:
-            if dataset["type"] not in AXOLOTL_ROW_FORMATS:
-                raise ValueError(f"row types read: {', '.join(AXOLOTL_ROW_FORMATS)}; see row_format and columns")
-            ours["row_format"] = AXOLOTL_ROW_FORMATS[dataset["type"]]
-        if "field_messages" in dataset:
-            ours["columns"] = {"messages": dataset["field_messages"]}
-        return ours
-
-    return convert
-
-
 def _pad_token(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or value.keys() - {"pad_token"}:
         raise ValueError("of special_tokens only pad_token can be set; the others are the tokenizer's own")
@@ -184,8 +148,9 @@ ALIASES: dict[str, Conversion] = {
     "peft_use_dora": _same_value("use_dora"),
     "peft_use_rslora": _same_value("use_rslora"),
     "peft_init_lora_weights": _same_value("init_lora_weights"),
-    "datasets": _axolotl_datasets("train_dataset"),
-    "test_datasets": _axolotl_datasets("eval_dataset"),
+    "datasets": axolotl_datasets("train_dataset"),
+    "pretraining_dataset": pretraining_dataset,
+    "test_datasets": axolotl_datasets("eval_dataset"),
     "val_set_size": _same_value("eval_split_fraction"),
     "sequence_len": _same_value("max_length"),
     "sample_packing": _same_value("packing"),
@@ -242,7 +207,15 @@ ALIASES: dict[str, Conversion] = {
     "lora_target": _names("target_modules", all="all-linear"),
     "additional_target": _names("modules_to_save"),
     "pissa_init": _on({"init_lora_weights": "pissa_niter_16"}),
-    "dataset": _one_dataset("train_dataset"),
+    "dataset": dataset_names("train_dataset"),
+    "mix_strategy": _chosen(
+        {
+            "concat": {},
+            "interleave_under": {"stopping_strategy": "first_exhausted"},
+            "interleave_over": {"stopping_strategy": "all_exhausted"},
+        },
+        "give concat, interleave_under or interleave_over, and each data set of train_dataset a weight",
+    ),
     "cutoff_len": _same_value("max_length"),
     "val_size": _same_value("eval_split_fraction"),
     "neat_packing": _same_value("packing"),
@@ -307,7 +280,6 @@ UNSUPPORTED: dict[str, str] = {
     "bnb_config_kwargs": "give the bnb_4bit_* keys themselves",
     "gptq": "the base model is quantized here: give its 16-bit checkpoint",
     "relora": "adapters are merged once, after training",
-    "pretraining_dataset": "give method: pretrain and train_dataset",
     "batch_size": "give gradient_accumulation_steps",
     "eval_sample_packing": "held-out rows are never packed: leave it out",
     "unfrozen_parameters": "name layers to train in full in modules_to_save",
@@ -354,6 +326,7 @@ UNSUPPORTED: dict[str, str] = {
     "mask_history": "the loss is on every answer of a conversation",
     "max_samples": "give a file with fewer rows, or max_steps",
     "streaming": "rows are read as files and mapped from disk: leave it out",
+    "interleave_probs": "give each data set of train_dataset a weight",
     "rope_scaling": "it is read from the model's config.json",
     "resize_vocab": "new tokens are not added: use a tokenizer that has them",
     "predict_with_generate": "give eval_generate_rows",

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from fourfold.config.datasets import name_of
 from fourfold.config.run import RunConfig
 from fourfold.data import DataReport
 from fourfold.training.run_folder import ModelCard
@@ -26,7 +27,10 @@ def model_card(
     def chosen(*prefixes: str) -> dict[str, Any]:
         return {key: value for key, value in values.items() if key.startswith(prefixes) and value is not None}
 
-    data: dict[str, Any] = {"train_dataset": config.train_dataset, "training rows": train_report.rows_kept}
+    data: dict[str, Any] = {
+        "train_dataset": name_of(config.train_dataset or ""),
+        "training rows": train_report.rows_kept,
+    }
     data[f"rows above max_length ({config.overlong})"] = train_report.rows_overlong
     if eval_report is not None:
         data |= {

@@ -86,6 +86,17 @@ _METHODS_OF: dict[str, tuple[str, ...]] = {
     "train_on_prompt": ("sft",),
     "eval_generate_rows": ("sft",),
 }
+# row format -> the methods that learn from its rows
+_METHODS_OF_ROWS: dict[str, tuple[str, ...]] = {
+    "messages": ("sft",),
+    "sharegpt": ("sft",),
+    "alpaca": ("sft",),
+    "prompt_completion": ("sft",),
+    "text": ("sft", "pretrain"),
+    "preference": ("dpo", "orpo", "reward"),
+    "kto": ("kto",),
+}
+_WITHOUT_REFERENCE = {"dpo": "give precompute_ref_log_probs: true", "kto": "give method: dpo or orpo"}
 _SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 
@@ -99,11 +110,12 @@ def method_contradictions(config: RunConfig) -> Iterator[Contradiction]:
                 f"{key} means nothing to method: {method}",
                 f"leave {key} out, or give method: {' or '.join(methods)}",
             )
-    if method == "pretrain" and config.row_format not in ("auto", "text"):
+    yield from _row_contradictions(config)
+    if config.requantize_every is not None and method in ("dpo", "kto") and not config.precompute_ref_log_probs:
         yield Contradiction(
-            ("row_format", "method"),
-            f"row_format {config.row_format} is a conversation, and method: pretrain learns raw text",
-            "give rows with a text, or method: sft",
+            ("requantize_every", "method"),
+            f"requantize_every changes the base, which method: {method} refers to",
+            f"leave requantize_every out, or {_WITHOUT_REFERENCE[method]}",
         )
     if method in ("dpo", "kto"):
         yield from _loss_contradictions(config)
@@ -120,6 +132,23 @@ def method_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             ("per_device_train_batch_size", "method"),
             "per_device_train_batch_size is 1, and kto pairs the rows of a microbatch with one another",
             "give 2 or more, or loss_type: apo_zero_unpaired",
+        )
+
+
+def _row_contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    listed = config.train_dataset if isinstance(config.train_dataset, list) else []
+    for row_format in dict.fromkeys([config.row_format, *(entry.row_format for entry in listed)]):
+        if row_format in _METHODS_OF_ROWS and config.method not in _METHODS_OF_ROWS[row_format]:
+            yield Contradiction(
+                ("row_format", "method"),
+                f"rows of row_format {row_format} are not what method: {config.method} learns from",
+                f"give other rows, or method: {' or '.join(_METHODS_OF_ROWS[row_format])}",
+            )
+    if config.row_format == "text" and config.eval_generate_rows:
+        yield Contradiction(
+            ("eval_generate_rows", "row_format"),
+            "eval_generate_rows asks for answers, and rows of row_format text have none",
+            "leave eval_generate_rows out",
         )
 
 
@@ -160,6 +189,7 @@ def training_contradictions(config: RunConfig) -> Iterator[Contradiction]:
     if config.adapter is None:
         for key, is_set, hint in (
             ("load_in_4bit", config.load_in_4bit, "give load_in_4bit: false (--no-load_in_4bit)"),
+            ("load_in_8bit", config.load_in_8bit, "give load_in_8bit: false and load_in_4bit: false"),
             ("recompute", config.recompute is not None, "give gradient_checkpointing instead"),
             ("fused_blocks", bool(config.fused_blocks), "leave it out"),
             ("cuda_graphs", bool(config.cuda_graphs), "leave it out"),
@@ -172,7 +202,7 @@ def training_contradictions(config: RunConfig) -> Iterator[Contradiction]:
                 )
     if config.method not in ("dpo", "kto") or config.precompute_ref_log_probs:
         return
-    remedy = "give precompute_ref_log_probs: true" if config.method == "dpo" else "give method: dpo or orpo"
+    remedy = _WITHOUT_REFERENCE[config.method]
     if config.adapter is None:
         yield Contradiction(
             ("adapter", "method"),

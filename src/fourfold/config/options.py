@@ -11,6 +11,9 @@ from peft import LoraConfig
 
 from fourfold.config.run import RunConfig
 from fourfold.data import DataOptions
+from fourfold.data.mixture import check_weights
+from fourfold.data.preference import PREFERENCE_ROWS
+from fourfold.data.sources import DataSource
 from fourfold.errors import ConfigError
 from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
@@ -22,6 +25,7 @@ from fourfold.training.options import TrainingOptions
 __all__ = [
     "compute_dtype",
     "data_options",
+    "data_sources",
     "device",
     "generation_options",
     "load_options",
@@ -131,15 +135,31 @@ def data_options(config: RunConfig, *, packing: bool | None = None) -> DataOptio
     row_format: str | None = None if config.row_format == "auto" else config.row_format
     if config.method == "pretrain":
         row_format = "text"
+    is_compared = config.method in PREFERENCE_ROWS
     return DataOptions(
         max_length=config.max_length,
         train_on_prompt=config.train_on_prompt,
         overlong=config.overlong,
         row_format=row_format,
         columns=config.columns or None,
+        kinds=(PREFERENCE_ROWS[config.method].kind,) if is_compared else ("conversation", "document"),
         packing=config.packing if packing is None else packing,
         num_proc=config.dataset_num_proc,
     )
+
+
+def data_sources(config: RunConfig) -> list[DataSource]:
+    """The data sets of train_dataset. Raises ConfigError where some have a weight and others none."""
+    given = config.train_dataset
+    assert given is not None
+    if isinstance(given, str):
+        return [DataSource(given)]
+    sources = [
+        DataSource(**(entry.model_dump() | {"row_format": None if entry.row_format == "auto" else entry.row_format}))
+        for entry in given
+    ]
+    check_weights(sources)
+    return sources
 
 
 def generation_options(config: RunConfig) -> GenerationOptions:

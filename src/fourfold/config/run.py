@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from fourfold.config.datasets import Datasets, RowFormat
 from fourfold.config.methods import Contradiction, MethodKeys, method_contradictions
 from fourfold.config.precision import precision_contradictions
-from fourfold.config.types import Amount, ChatTemplate, Count, CountOrZero, CudaDevice, PiSSAIterations
+from fourfold.config.types import (
+    Amount,
+    ChatTemplate,
+    Count,
+    CountOrZero,
+    CudaDevice,
+    PiSSAIterations,
+    as_list,
+    default_4bit,
+    default_epochs,
+    default_warmup,
+)
 
 __all__ = ["EXCLUSIVE_KEYS", "GROUPS", "Contradiction", "RunConfig", "contradictions"]
 
@@ -29,27 +41,6 @@ Optimizer = Literal[
     "adamw_torch_fused",
 ]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-
-
-def _as_list(value: object) -> object:
-    """`report_to: none` and `report_to: wandb` are Hugging Face's own ways to write a list."""
-    if value is None or value == "none":
-        return []
-    return [value] if isinstance(value, str) else value
-
-
-def _default_epochs(given: dict[str, Any]) -> float | None:
-    return 1.0 if given.get("max_steps") is None else None
-
-
-def _default_warmup(given: dict[str, Any]) -> float | None:
-    if given.get("warmup_steps") is not None:
-        return None
-    return 0.0 if given.get("lr_scheduler_type") == "constant" else 0.03
-
-
-def _default_4bit(given: dict[str, Any]) -> bool:
-    return not given.get("load_in_8bit", False)
 
 
 class RunConfig(MethodKeys):
@@ -75,7 +66,7 @@ class RunConfig(MethodKeys):
         6.0, ge=0, description="Magnitude from which a column of an input is an outlier of LLM.int8(); 0: none is."
     )
     load_in_4bit: bool = Field(
-        default_factory=_default_4bit,
+        default_factory=default_4bit,
         description="Store the base model quantized, by the bnb_4bit_ keys; true unless load_in_8bit is. With both "
         "false it keeps its 16 bits.",
     )
@@ -138,16 +129,19 @@ class RunConfig(MethodKeys):
     modules_to_save: list[str] = Field([], description="Layers trained in full and saved with the adapter.")
 
     # Data
-    train_dataset: str | None = Field(
-        None, min_length=1, description="JSON-lines file, folder of them, or a data set's name on the hub."
+    train_dataset: Annotated[str, Field(min_length=1)] | Datasets | None = Field(
+        None, description="File, folder or glob of files, or a data set's name on the hub; or a list of them to mix."
     )
-    eval_dataset: str | None = Field(None, min_length=1, description="The same, for the held-out rows.")
+    stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = Field(
+        "all_exhausted", description="When a mixture with weights ends; all_exhausted: small data sets are repeated."
+    )
+    eval_dataset: str | None = Field(
+        None, min_length=1, description="File, folder, glob or name on the hub of the held-out rows."
+    )
     eval_split_fraction: float = Field(
         0.0, ge=0, lt=1, description="Share of train_dataset to hold out when there is no eval_dataset."
     )
-    row_format: Literal["auto", "messages", "alpaca", "prompt_completion"] = Field(
-        "auto", description="What a row looks like; auto: told by its columns."
-    )
+    row_format: RowFormat = Field("auto", description="What a row looks like; auto: told by its columns.")
     columns: dict[str, str] = Field({}, description="Names of the row format's fields in the data: {prompt: question}.")
     max_length: int = Field(1024, ge=2, description="Longest conversation, in tokens.")
     packing: bool = Field(
@@ -171,7 +165,7 @@ class RunConfig(MethodKeys):
     )
     max_steps: Count | None = Field(None, description="Optimizer steps to train, instead of epochs.")
     num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
-        default_factory=_default_epochs, description="Passes over the data; 1 unless max_steps is given."
+        default_factory=default_epochs, description="Passes over the data; 1 unless max_steps is given."
     )
     per_device_train_batch_size: Count = Field(4, description="Rows in one forward pass on one device.")
     per_device_eval_batch_size: Count = Field(8, description="The same, in evaluation.")
@@ -206,7 +200,7 @@ class RunConfig(MethodKeys):
     )
     warmup_steps: CountOrZero | None = Field(None, description="Optimizer steps of warm-up, as a number.")
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default_factory=_default_warmup,
+        default_factory=default_warmup,
         description="Steps of warm-up as a share of all steps; 0.03 unless warmup_steps is given.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
@@ -228,7 +222,7 @@ class RunConfig(MethodKeys):
     group_by_length: bool = Field(
         False, description="Batch rows of like length: less padding, and an order less random."
     )
-    report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = Field(
+    report_to: Annotated[list[Tracker], BeforeValidator(as_list)] = Field(
         [], description="Trackers that get the metrics besides the run folder."
     )
 

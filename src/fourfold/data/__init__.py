@@ -1,12 +1,17 @@
-"""Rows, chat templates, labels and packing: from a file to the batches of a run."""
+"""Rows, chat templates, labels and packing: from files to the batches of a run."""
 
 from __future__ import annotations
 
-from fourfold.data.dataset import OVERLONG, DataOptions, DataReport, PreparedData, prepare
+from fourfold.data.dataset import PreparedData, prepare
+from fourfold.data.encoding import RecognisedRows, parse_rows, recognise
+from fourfold.data.options import DataOptions
+from fourfold.data.overlong import OVERLONG
 from fourfold.data.packing import Collator, model_inputs, pack, supervised_positions
-from fourfold.data.row_formats import ROW_FORMATS, Message, RowFormat, detect_row_format
+from fourfold.data.report import DataReport
+from fourfold.data.row_formats import ROW_FORMATS, RowFormat, detect_row_format
 from fourfold.data.sources import load_rows
 from fourfold.data.templates import IGNORE_INDEX, Encoded, check_tokenizer, encode_conversation
+from fourfold.data.turns import Message
 
 __all__ = [
     "IGNORE_INDEX",
@@ -18,6 +23,7 @@ __all__ = [
     "Encoded",
     "Message",
     "PreparedData",
+    "RecognisedRows",
     "RowFormat",
     "check_tokenizer",
     "detect_row_format",
@@ -25,6 +31,8 @@ __all__ = [
     "load_rows",
     "model_inputs",
     "pack",
+    "parse_rows",
     "prepare",
+    "recognise",
     "supervised_positions",
 ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import numpy as np
 
-from fourfold.data.dataset import NUM_NAMED_ROWS, PERCENTILES, DataOptions, DataReport, PreparedData
-from fourfold.data.preference import encode_preferences, truncated
+from fourfold.data.dataset import PreparedData, percentiles
+from fourfold.data.encoding import parse_rows
+from fourfold.data.options import DataOptions
+from fourfold.data.preference import PREFERENCE_ROWS, encode_preferences, truncated
+from fourfold.data.report import NUM_NAMED_ROWS, DataReport
 from fourfold.data.templates import check_tokenizer
 from fourfold.errors import DataError
 
@@ -36,10 +40,9 @@ def prepare_preferences(
         DataError: A tokenizer that does not do, rows of another kind, a bad row (naming its number and key), none at
             all or none short enough, or, with `overlong="error"`, overlong rows.
     """
-    check_tokenizer(tokenizer)
-    if len(rows) == 0:
-        raise DataError(f"data set {name} is empty", found="0 rows", allowed="at least one row")
-    encoded = encode_preferences(_renamed(rows, options, name), tokenizer, method, name, options.num_proc)
+    parsed = parse_rows(rows, replace(options, kinds=(PREFERENCE_ROWS[method].kind,)), name)
+    check_tokenizer(tokenizer, kind=parsed.row_format.kind)
+    encoded = encode_preferences(parsed.rows, tokenizer, method, name, options.num_proc)
     lengths = np.asarray(encoded["num_tokens"])
     overlong = np.flatnonzero(lengths > options.max_length)
     kept = encoded
@@ -85,22 +88,7 @@ def prepare_preferences(
         first_unlearned=unlearned[:NUM_NAMED_ROWS],
         num_tokens=sum(len(row) for column in ids for row in kept[column]),
         num_supervised_tokens=sum(label != -100 for column in labels for row in kept[column] for label in row),
-        length_percentiles={
-            percent: int(np.percentile(kept_lengths, percent, method="higher")) for percent in PERCENTILES
-        },
+        length_percentiles=percentiles(kept_lengths),
+        row_format=parsed.told_by,
     )
     return PreparedData(kept.remove_columns(["num_tokens", "num_supervised_tokens", "row_number"]), report)
-
-
-def _renamed(rows: datasets.Dataset, options: DataOptions, name: str) -> datasets.Dataset:
-    """The rows under the names of their keys, as `columns` maps them."""
-    columns = options.columns or {}
-    missing = [column for column in columns.values() if column not in rows.column_names]
-    if missing:
-        raise DataError(
-            f"data set {name}: columns names a column that is not there",
-            found=", ".join(missing),
-            allowed=rows.column_names,
-        )
-    rows = rows.remove_columns([key for key in columns if key in rows.column_names and key not in columns.values()])
-    return rows.rename_columns({column: key for key, column in columns.items() if column != key})

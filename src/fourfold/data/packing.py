@@ -9,23 +9,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 import torch
 import trl
 
 from fourfold.data.templates import IGNORE_INDEX
 from fourfold.errors import DataError
 
-__all__ = ["Collator", "model_inputs", "pack", "supervised_positions"]
+__all__ = ["Collator", "model_inputs", "numbers_of", "pack", "row_lengths", "supervised_positions"]
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def pack(dataset: datasets.Dataset, max_length: int) -> datasets.Dataset:
+PACKED_AT_A_TIME = 10_000
+"""Documents among which the fitting ones are sought."""
+
+
+def pack(
+    dataset: datasets.Dataset, max_length: int, num_proc: int | None = None, keep_in_memory: bool = False
+) -> datasets.Dataset:
     """Join documents into rows of at most `max_length` tokens, best fit decreasing; no document is cut.
 
     Args:
         dataset: Rows with `input_ids` and `labels`; other columns are left behind.
         max_length: Tokens a packed row may hold.
+        num_proc: Processes that do it; one, in this process, where None.
+        keep_in_memory: Whether nothing is written to the cache.
 
     Returns:
         Rows with `input_ids`, `labels` and `seq_lengths`, the number of tokens of each document in the row.
@@ -34,14 +44,29 @@ def pack(dataset: datasets.Dataset, max_length: int) -> datasets.Dataset:
         DataError: A document longer than `max_length`.
     """
     dataset = dataset.select_columns(["input_ids", "labels"])
-    longest = max(len(input_ids) for input_ids in dataset["input_ids"])
+    longest = int(row_lengths(dataset).max())
     if longest > max_length:
         raise DataError(
             "a document is longer than the row it shall be packed into",
             found=f"{longest} tokens",
             allowed=f"at most max_length = {max_length}",
         )
-    return trl.pack_dataset(dataset, max_length, strategy="bfd")
+    # Of each batch the last row is filled in part only.
+    workers = None if len(dataset) < PACKED_AT_A_TIME else num_proc
+    map_kwargs = {"batch_size": PACKED_AT_A_TIME, "num_proc": workers, "keep_in_memory": keep_in_memory}
+    return trl.pack_dataset(dataset, max_length, strategy="bfd", map_kwargs=map_kwargs)
+
+
+def numbers_of(dataset: datasets.Dataset, column: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A column of whole numbers, int64 [rows], without a Python object for each."""
+    table = dataset.select_columns([column]).with_format("arrow")[:]
+    return np.asarray(table[column].to_numpy(), np.int64)
+
+
+def row_lengths(dataset: datasets.Dataset, column: str = "input_ids") -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens of each row, int64 [rows], without reading the tokens."""
+    tables = dataset.select_columns([column]).with_format("arrow").iter(PACKED_AT_A_TIME)
+    return np.concatenate([pc.list_value_length(table[column]).to_numpy() for table in tables]).astype(np.int64)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:

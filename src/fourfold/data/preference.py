@@ -1,7 +1,7 @@
 """Rows of preferences: pairs of answers to one prompt, and answers marked good or bad; their tokens and batches.
 
-Columns are TRL's: `prompt`, `chosen`, `rejected`, or `prompt`, `completion`, `label`; each text, or turns. A pair may
-leave the prompt out where both answers are whole conversations, which then begin alike.
+Columns are TRL's: `prompt`, `chosen`, `rejected`, or `prompt`, `completion`, `label`, in turns, as
+`fourfold.data.parse_rows` gives them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import datasets
 import numpy as np
 import torch
 
+from fourfold.data.cache import cache_file, content_key
 from fourfold.data.packing import supervised_positions
-from fourfold.data.row_formats import ROLES, Message, Row
-from fourfold.data.templates import IGNORE_INDEX, encode_conversation
+from fourfold.data.report import at
+from fourfold.data.row_formats import Kind
+from fourfold.data.templates import IGNORE_INDEX, encode_conversation, num_supervised
+from fourfold.data.turns import Message, Row
 from fourfold.errors import DataError
 
 __all__ = [
@@ -46,18 +49,18 @@ class PreferenceRows:
     """What a method's rows look like.
 
     Attributes:
-        columns: Columns without which a row is of another kind.
+        kind: Their kind, which has the columns `KINDS[kind]`.
         encode: Makes the columns of one row's tokens.
     """
 
-    columns: tuple[str, ...]
+    kind: Kind
     encode: Callable[[Row, Any], dict[str, Any]]
 
 
 def encode_preferences(
     rows: datasets.Dataset, tokenizer: Any, method: str, name: str, num_proc: int | None = None
 ) -> datasets.Dataset:
-    """Tokenize rows of preferences.
+    """Tokenize rows of preferences as `fourfold.data.parse_rows` gives them, cached by content.
 
     Returns:
         Pairs as `chosen_input_ids`, `chosen_labels`, `rejected_input_ids`, `rejected_labels`; marked answers as
@@ -65,26 +68,18 @@ def encode_preferences(
         the answer that has fewer) and `row_number`. Only the answer after the prompt is labelled.
 
     Raises:
-        DataError: Rows of another kind, or a bad row, named by its number.
+        DataError: A row that the chat template does not take, named by its number.
     """
-    kind = PREFERENCE_ROWS[method]
-    missing = [column for column in kind.columns if column not in rows.column_names]
-    if missing:
-        fitting = [method for method, other in PREFERENCE_ROWS.items() if set(other.columns) <= set(rows.column_names)]
-        raise DataError(
-            f"data set {name}: method {method} needs column {', '.join(missing)}",
-            found=", ".join(rows.column_names),
-            allowed=" + ".join(kind.columns),
-            hint=f"such rows are for method: {' or '.join(fitting)}"
-            if fitting
-            else "these rows are for method: sft, or map other names with columns",
-        )
+    kind = PREFERENCE_ROWS[method].kind
+    key = content_key(rows, tokenizer, {"kind": kind, "encoded": True})
     return rows.map(
         _encode_row,
         with_indices=True,
         remove_columns=rows.column_names,
         num_proc=num_proc,
         fn_kwargs={"tokenizer": tokenizer, "method": method, "name": name},
+        new_fingerprint=key,
+        cache_file_name=cache_file(key),
         desc=f"tokenizing {name}",
     )
 
@@ -93,65 +88,43 @@ def _encode_row(row: Row, index: int, tokenizer: Any, method: str, name: str) ->
     try:
         return {**PREFERENCE_ROWS[method].encode(row, tokenizer), "row_number": index + 1}
     except DataError as error:
-        where = f"data set {name}, row {index + 1}: {error.what}"
-        raise DataError(where, found=error.found, allowed=error.allowed, hint=error.hint) from error
+        raise at(f"data set {name}, row {index + 1}", error) from error
 
 
 def _encode_pair(row: Row, tokenizer: Any) -> dict[str, Any]:
-    chosen, rejected = _turns(row, "chosen", "assistant"), _turns(row, "rejected", "assistant")
-    if row.get("prompt") is None:
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-            shared += 1
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if not prompt:
-            raise DataError("key 'prompt': there is none, and the answers do not begin alike", found=_brief(row))
-    else:
-        prompt = _turns(row, "prompt", "user")
-    if chosen == rejected:
-        raise DataError("keys 'chosen' and 'rejected' are the same", found=_brief(chosen), allowed="two answers")
     encoded: dict[str, Any] = {"num_tokens": 0, "num_supervised_tokens": 2**31}
-    for key, answer in (("chosen", chosen), ("rejected", rejected)):
-        ids, labels = _encode_answer(prompt, answer, key, tokenizer)
+    for key in ("chosen", "rejected"):
+        ids, labels = _encode_answer(row["prompt"], row[key], tokenizer)
         encoded |= {f"{key}_input_ids": ids, f"{key}_labels": labels}
         encoded["num_tokens"] = max(encoded["num_tokens"], len(ids))
-        encoded["num_supervised_tokens"] = min(encoded["num_supervised_tokens"], num_labels(labels))
+        encoded["num_supervised_tokens"] = min(encoded["num_supervised_tokens"], num_supervised(labels))
     return encoded
 
 
 def _encode_marked(row: Row, tokenizer: Any) -> dict[str, Any]:
-    label = row.get("label")
-    if not isinstance(label, bool):
-        raise DataError("key 'label': not a truth value", found=_brief(label), allowed="true (good) or false (bad)")
-    answer = _turns(row, "completion", "assistant")
-    ids, labels = _encode_answer(_turns(row, "prompt", "user"), answer, "completion", tokenizer)
+    ids, labels = _encode_answer(row["prompt"], row["completion"], tokenizer)
     return {
         "input_ids": ids,
         "labels": labels,
-        "label": label,
+        "label": row["label"],
         "num_tokens": len(ids),
-        "num_supervised_tokens": num_labels(labels),
+        "num_supervised_tokens": num_supervised(labels),
     }
 
 
-_PAIRS = PreferenceRows(("chosen", "rejected"), _encode_pair)
+_PAIRS = PreferenceRows("preference", _encode_pair)
 
 # method -> its rows
 PREFERENCE_ROWS: dict[str, PreferenceRows] = {
     "dpo": _PAIRS,
     "orpo": _PAIRS,
     "reward": _PAIRS,
-    "kto": PreferenceRows(("prompt", "completion", "label"), _encode_marked),
+    "kto": PreferenceRows("judged", _encode_marked),
 }
 
 
-def _encode_answer(
-    prompt: list[Message], answer: list[Message], key: str, tokenizer: Any
-) -> tuple[list[int], list[int]]:
+def _encode_answer(prompt: list[Message], answer: list[Message], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids of the conversation, and labels of what follows the prompt."""
-    if not answer or answer[-1]["role"] != "assistant":
-        roles = [message["role"] for message in answer]
-        raise DataError(f"key {key!r}: the last turn is not the assistant's", found=roles, allowed="an answer")
     encoded = encode_conversation([*prompt, *answer], tokenizer)
     ids = list(encoded.input_ids)
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -161,37 +134,11 @@ def _encode_answer(
     return ids, [IGNORE_INDEX] * start + list(encoded.labels[start:])
 
 
-def num_labels(labels: list[int]) -> int:
-    """Labels that the shifted loss sees."""
-    return sum(label != IGNORE_INDEX for label in labels[1:])
-
-
 def truncated(row: dict[str, Any], max_length: int) -> dict[str, Any]:
     """Of a row from `encode_preferences`, its first `max_length` tokens."""
     cut = {key: value[:max_length] for key, value in row.items() if isinstance(value, list)}
-    learned = [num_labels(value) for key, value in cut.items() if key.endswith("labels")]
+    learned = [num_supervised(value) for key, value in cut.items() if key.endswith("labels")]
     return row | cut | {"num_tokens": min(row["num_tokens"], max_length), "num_supervised_tokens": min(learned)}
-
-
-def _turns(row: Row, key: str, role: str) -> list[Message]:
-    value = row.get(key)
-    if isinstance(value, dict):
-        value = [value]
-    if isinstance(value, str) and value.strip():
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"key {key!r}: nothing there", found=_brief(value), allowed="text, or a list of turns")
-    for number, turn in enumerate(value, start=1):
-        where = f"key {key!r}, turn {number}"
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            raise DataError(f"{where}: no role that is known", found=_brief(turn), allowed=ROLES)
-        if not isinstance(turn.get("content"), str) or not turn["content"].strip():
-            raise DataError(f"{where}, key 'content': no text", found=_brief(turn), allowed="text that is not empty")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-
-
-def _brief(value: object) -> str:
-    return repr(value)[:120]
 
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]

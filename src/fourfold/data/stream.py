@@ -1,0 +1,314 @@
+"""Rows that are read, shuffled, tokenized and packed while they are trained on, and can be gone on with exactly.
+
+    sources (datasets) ── drawn from by weight ── blocks of rows ── shuffled, tokenized, packed ── rows
+
+Only one block is in memory. Within a block everything follows from the seed, the epoch and the block's number, so that
+a position is where the block began in the sources (the state of `datasets.IterableDataset`) and how many rows of it
+were given. A buffer that is refilled row by row would mix further, but its content would have to be kept: `datasets`
+loses it when its own shuffled streams are resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
+
+import datasets
+import numpy as np
+import torch
+
+from fourfold.data.encoding import encode_batch
+from fourfold.data.mixture import STOPPING_STRATEGIES, check_weights, options_of
+from fourfold.data.options import DataOptions
+from fourfold.data.packing import pack
+from fourfold.data.report import at
+from fourfold.data.row_formats import ROW_FORMATS, RowFormat, detect_row_format, map_columns
+from fourfold.data.sources import UNREADABLE, DataSource, local_files, stream_rows
+from fourfold.data.templates import check_tokenizer, num_supervised
+from fourfold.errors import ConfigError, DataError
+
+__all__ = ["RowStream"]
+
+_KEPT_POSITIONS = 4
+
+
+@dataclass(frozen=True)
+class _Part:
+    source: DataSource
+    row_format: RowFormat
+    options: DataOptions
+
+
+class _Place(TypedDict):
+    """Where a source is: the state of `datasets`, its rows so far, how often it came to its end."""
+
+    state: dict[str, Any] | None
+    rows: int
+    ended: int
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a block begins: in each source (None: at its beginning), among the blocks, among the rows given."""
+
+    sources: list[_Place]
+    block: int
+    rows: int
+
+
+class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Rows of `input_ids` and `labels` (packed: and `seq_lengths`), one epoch an iteration, in constant memory.
+
+    Attributes:
+        epoch: The epoch that is given, or comes next; it decides the order.
+        dropped: Rows left out so far, by reason: "overlong", "unlearned", "empty"; counted again where a block is read
+            again to go on.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        tokenizer: Any,
+        options: DataOptions,
+        *,
+        buffer_size: int = 10_000,
+        seed: int = 42,
+        stopping_strategy: str = "all_exhausted",
+    ) -> None:
+        """
+        Args:
+            sources: Data sets; several are put end to end, or interleaved by weight.
+            tokenizer: As in `prepare`.
+            options: As in `prepare`.
+            buffer_size: Rows that are shuffled and packed together: one block.
+            seed: Of the order.
+            stopping_strategy: As in `prepare_mixture`.
+
+        Raises:
+            ConfigError: A value that is not allowed.
+            DataError: A source that is not there, or whose rows are of no known format.
+        """
+        super().__init__()
+        if buffer_size < 1:
+            raise ConfigError("key streaming_buffer_size", found=buffer_size, allowed="at least 1")
+        if stopping_strategy not in STOPPING_STRATEGIES:
+            raise ConfigError("key stopping_strategy", found=stopping_strategy, allowed=STOPPING_STRATEGIES)
+        self._tokenizer, self._options = tokenizer, options
+        self._buffer_size, self._seed, self._stopping_strategy = buffer_size, seed, stopping_strategy
+        self._shares = check_weights(sources)
+        self._parts = [_recognised(source, options_of(source, options)) for source in sources]
+        for part in self._parts:
+            check_tokenizer(tokenizer, kind=part.row_format.kind)
+        self.epoch = 0
+        self.dropped: Counter[str] = Counter()
+        self._begin = self._start()
+        self._given = 0
+        self._positions: deque[_Position] = deque([self._begin], maxlen=_KEPT_POSITIONS)
+
+    def _start(self) -> _Position:
+        return _Position([_Place(state=None, rows=0, ended=0) for _ in self._parts], 0, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin that epoch anew with the next iteration; nothing, if it is the one that is at hand."""
+        if epoch != self.epoch:
+            self._reset(epoch)
+
+    def _reset(self, epoch: int) -> None:
+        self.epoch = epoch
+        self._begin, self._given = self._start(), 0
+        self._positions = deque([self._begin], maxlen=_KEPT_POSITIONS)
+
+    def state_dict(self, after: int | None = None) -> dict[str, Any]:
+        """Where the stream is, as JSON can write it.
+
+        Args:
+            after: Rows of this epoch after which to go on, where whoever reads has read ahead; None: all that were
+                given.
+
+        Raises:
+            ValueError: More rows than were given, or so many fewer that the place is not known any more.
+        """
+        given = self._given if after is None else after
+        place = next((one for one in reversed(self._positions) if one.rows <= given), None)
+        if place is None or given > self._given:
+            raise ValueError(f"after = {given} lies outside of {self._positions[0].rows} to {self._given}")
+        state = {"epoch": self.epoch, "sources": place.sources, "block": place.block}
+        return copy.deepcopy(state | {"rows_before": place.rows, "given": given - place.rows})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there with the next iteration: it gives the same rows as the stream that was not broken off."""
+        self._reset(state["epoch"])
+        self._begin = _Position(copy.deepcopy(state["sources"]), state["block"], state["rows_before"])
+        self._positions[0] = self._begin
+        self._given = state["rows_before"] + state["given"]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if torch.utils.data.get_worker_info() is not None:
+            raise ConfigError(
+                "a stream is read in the main process, whose position a checkpoint keeps",
+                found="dataloader_num_workers above 0",
+                allowed="dataloader_num_workers: 0",
+            )
+        begin, skipped = self._begin, self._given - self._begin.rows
+        self._given = begin.rows
+        self._positions = deque([begin], maxlen=_KEPT_POSITIONS)
+        cursors = [_Cursor(part, copy.deepcopy(place)) for part, place in zip(self._parts, begin.sources, strict=True)]
+        for block in itertools.count(begin.block):
+            if block > begin.block:
+                self._positions.append(_Position([cursor.place() for cursor in cursors], block, self._given))
+            generator = np.random.default_rng((self._seed, self.epoch, block))
+            taken = list(itertools.islice(self._drawn(cursors, generator), self._buffer_size))
+            if not taken:
+                break
+            for row in self._block(taken, generator):
+                self._given += 1
+                if skipped:
+                    skipped -= 1
+                else:
+                    # Counted before it is given: whoever has it may ask for the state.
+                    yield row
+        self._reset(self.epoch + 1)
+
+    def _drawn(self, cursors: list[_Cursor], generator: np.random.Generator) -> Iterator[_Row]:
+        """Rows from here to the end of the epoch; the state is in the cursors alone."""
+        if self._shares is None:
+            for place, cursor in enumerate(cursors):
+                while not cursor.ended and (row := cursor.next()) is not None:
+                    yield _Row(place, *row)
+            return
+        repeats = self._stopping_strategy == "all_exhausted"
+        ends = any if self._stopping_strategy == "first_exhausted" else all
+        while not ends(cursor.ended > 0 for cursor in cursors):
+            shares = np.asarray(self._shares) * [repeats or not cursor.ended for cursor in cursors]
+            place = int(generator.choice(len(cursors), p=shares / shares.sum()))
+            row = cursors[place].next()
+            if row is None and repeats and not all(cursor.ended for cursor in cursors):
+                row = cursors[place].next()
+            if row is not None:
+                yield _Row(place, *row)
+
+    def _block(self, taken: list[_Row], generator: np.random.Generator) -> list[dict[str, Any]]:
+        encoded: list[dict[str, Any]] = []
+        for place, part in enumerate(self._parts):
+            its_rows = [row for row in taken if row.part == place]
+            if not its_rows:
+                continue
+            numbers = [row.number for row in its_rows]
+            columns = encode_batch(
+                [row.values for row in its_rows],
+                numbers,
+                self._tokenizer,
+                part.row_format,
+                part.options,
+                part.source.path,
+            )
+            self.dropped["empty"] += len(set(numbers)) - len(set(columns["row_number"]))
+            for input_ids, labels, number in zip(
+                columns["input_ids"], columns["labels"], columns["row_number"], strict=True
+            ):
+                row = {"input_ids": input_ids, "labels": labels}
+                if fitting := self._fitting(row, f"data set {part.source.path}, row {number}"):
+                    encoded.append(fitting)
+        order = generator.permutation(len(encoded))
+        if not self._options.packing or not encoded:
+            return [encoded[place] for place in order]
+        columns = {key: [encoded[place][key] for place in order] for key in ("input_ids", "labels")}
+        packed = pack(datasets.Dataset.from_dict(columns), self._options.max_length, keep_in_memory=True)
+        # Best fit decreasing sorts by length.
+        rows: list[dict[str, Any]] = packed.select(generator.permutation(len(packed))).to_list()
+        return rows
+
+    def _fitting(self, row: dict[str, Any], where: str) -> dict[str, Any] | None:
+        if len(row["input_ids"]) > self._options.max_length:
+            if self._options.overlong == "error":
+                raise DataError(
+                    f"{where} is longer than max_length = {self._options.max_length}",
+                    found=f"{len(row['input_ids'])} tokens",
+                    hint="raise max_length, or set overlong to drop or truncate",
+                )
+            self.dropped["overlong"] += 1
+            if self._options.overlong == "drop":
+                return None
+            row = {key: values[: self._options.max_length] for key, values in row.items()}
+        if num_supervised(row["labels"]) == 0:
+            self.dropped["unlearned"] += 1
+            return None
+        return row
+
+
+class _Row(NamedTuple):
+    """A row as it was read: of which part, its number there, its values."""
+
+    part: int
+    number: int
+    values: dict[str, Any]
+
+
+class _Cursor:
+    """A source that is read row by row from a place, and again from its beginning when it has ended."""
+
+    def __init__(self, part: _Part, place: _Place) -> None:
+        self._part, self._rows, self.ended = part, place["rows"], place["ended"]
+        self._open(place["state"])
+
+    def _open(self, state: dict[str, Any] | None) -> None:
+        self._stream = stream_rows(self._part.source)
+        if state is not None:
+            self._stream.load_state_dict(state)
+        self._is_begun = state is not None
+        self._iterator = iter(self._stream)
+
+    def place(self) -> _Place:
+        """Where it is, to go on from."""
+        state = copy.deepcopy(self._stream.state_dict()) if self._is_begun else None
+        return _Place(state=state, rows=self._rows, ended=self.ended)
+
+    def next(self) -> tuple[int, dict[str, Any]] | None:
+        """The next row and its number; None at the end, after which it stands at the beginning."""
+        try:
+            values = next(self._iterator, None)
+        except UNREADABLE as error:
+            raise _unreadable(self._part.source, error) from error
+        if values is None:
+            self.ended += 1
+            self._rows = 0
+            self._open(None)
+            return None
+        self._is_begun = True
+        self._rows += 1
+        for key, column in (self._part.options.columns or {}).items():
+            values[key] = values.get(column)
+        return self._rows, values
+
+
+def _unreadable(source: DataSource, error: Exception) -> DataError:
+    local_files(source, check=True)
+    return DataError(f"data set {source.path} cannot be read", found=error)
+
+
+def _recognised(source: DataSource, options: DataOptions) -> _Part:
+    try:
+        first: dict[str, Any] | None = next(iter(stream_rows(source)), None)
+    except UNREADABLE as error:
+        raise _unreadable(source, error) from error
+    if first is None:
+        raise DataError(f"data set {source.path} is empty", found="0 rows", allowed="at least one row")
+    columns = list(first)
+    try:
+        if options.columns:
+            renamed = map_columns(columns, options.columns)
+            kept = [column for column in columns if column not in renamed and column not in renamed.values()]
+            columns = [*kept, *renamed.values()]
+        row_format = ROW_FORMATS[options.row_format] if options.row_format else detect_row_format(columns)
+    except DataError as error:
+        raise at(f"data set {source.path}", error) from None
+    if row_format.kind not in ("conversation", "document"):
+        raise DataError(
+            f"data set {source.path}: {row_format.name} rows are compared, and cannot be streamed",
+            hint="leave streaming out",
+        )
+    return _Part(source, row_format, options)
