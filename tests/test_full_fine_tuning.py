@@ -92,6 +92,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tiny_run, tmp_path: Path, dtyp
     ("keys", "said"),
     [
         ({"load_in_4bit": True}, "load_in_4bit"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
         ({"recompute": "full"}, "gradient_checkpointing"),
         ({"method": "dpo"}, "precompute_ref_log_probs"),
     ],
@@ -101,6 +102,11 @@ def test_what_needs_a_frozen_base_is_refused(tiny_run, tmp_path: Path, keys: dic
     with pytest.raises(ConfigError, match=said):
         pipeline.train(config, progress="silent")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_is_quantized_anew_is_refused_where_there_is_no_adapter() -> None:
+    with pytest.raises(ValueError, match="requantize_every is given, and there is no adapter"):
+        RunConfig(model_name_or_path="m", requantize_every=2, **FULL)
 
 
 def test_a_quantized_checkpoint_is_no_base_for_it(tiny_run, tmp_path: Path) -> None:

@@ -129,6 +129,10 @@ def test_nothing_is_planned_off_gpus_nor_over_what_is_asked_for_nor_without_form
     gpu = gpu_by_name("24GB")
     assert plan_for_training(configured(llama), None) is None
     assert plan_for_training(configured(llama, recompute="full"), gpu) is None
+    assert plan_for_training(configured(llama, plan=False), gpu) is None
+    assert plan_for_training(configured(llama, method="reward"), gpu) is None
+    full = {"adapter": None, "load_in_4bit": False}
+    assert plan_for_training(configured(llama, **full, bnb_4bit_compute_dtype="float16"), gpu) is None
     assert plan_for_training(configured(Path("model.gguf")), gpu) is None
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fourfold import pipeline
 from fourfold.config import RunConfig, load_config
 from fourfold.errors import ConfigError, DataError
+from fourfold.inputs import read_data, read_tokenizer
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.planning import kept_to, plan, plan_for_training
 
@@ -83,7 +84,11 @@ def test_a_run_learns_is_measured_again_and_answers(
         ("sft", pair, "method: dpo, orpo or reward"),
         ("dpo", lambda n: pair(n) | ({"chosen": pair(n)["rejected"]} if n == 3 else {}), "row 4: .* the same"),
         ("dpo", lambda n: pair(n) | ({"rejected": []} if n == 2 else {}), "row 3: key 'rejected': no turns"),
-        ("kto", lambda n: marked(n) | ({"label": None} if n == 5 else {}), "row 6: key 'label': neither true nor false"),
+        (
+            "kto",
+            lambda n: marked(n) | ({"label": None} if n == 5 else {}),
+            "row 6: key 'label': neither",
+        ),
     ],
 )
 def test_rows_of_another_kind_and_bad_ones_are_named(
@@ -153,6 +158,48 @@ def test_a_run_learns_to_score_answers_and_writes_none(tiny_run, tmp_path: Path)
     ):
         with pytest.raises(ConfigError, match="gives scores"):
             verb()
+
+
+@pytest.mark.parametrize(
+    ("keys", "row"),
+    [
+        ({"method": "reward", "load_in_4bit": True}, pair),
+        ({"method": "dpo", "load_in_4bit": True, "precompute_ref_log_probs": True}, pair),
+        ({"method": "reward", "load_in_8bit": True}, pair),
+        ({"method": "kto", "load_in_8bit": True}, marked),
+    ],
+    ids=["reward-requantized", "dpo-requantized", "reward-int8", "kto-int8"],
+)
+def test_a_base_of_another_precision_is_measured_again_alike(
+    tiny_run, tmp_path: Path, keys: dict[str, Any], row: Callable[[int], dict[str, Any]]
+) -> None:
+    keys = keys | {"requantize_every": None if "load_in_8bit" in keys else 2, "save_total_limit": None}
+    config = tiny_run(tmp_path, **write(tmp_path, row), **keys, max_length=96)
+    run = pipeline.train(config, progress="silent")
+    measured = pipeline.evaluate(config, progress="silent")["eval_loss"]
+    assert measured == pytest.approx(run.metrics["eval_loss"], rel=1e-3)
+    start = str(run.output_dir / "checkpoint-2")
+    again = config.model_copy(update={"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": start})
+    assert pipeline.train(again, progress="silent").metrics["eval_loss"] == pytest.approx(measured, rel=1e-3)
+
+
+def test_pairs_are_mixed_by_weight_and_chosen_among_other_columns(tiny_run, tmp_path: Path) -> None:
+    # As on the hub: the better conversation stands in `messages`, too.
+    files = write(tmp_path, lambda n: pair(n) | {"messages": [*pair(n)["prompt"], *pair(n)["chosen"]]})
+    parts = [{"path": path, "weight": weight} for path, weight in zip(files.values(), (3.0, 1.0), strict=True)]
+    config = tiny_run(
+        tmp_path, **(files | {"train_dataset": parts}), method="dpo", max_length=96, stopping_strategy="first_exhausted"
+    )
+    train_data, held_out = read_data(config, read_tokenizer(config))
+    report, columns = train_data.report, train_data.dataset.column_names
+    assert held_out is not None
+    assert held_out.report.row_format.startswith("rows of preference, told by columns chosen, rejected")
+    assert [name for name in columns if name.endswith("input_ids")] == ["chosen_input_ids", "rejected_input_ids"]
+    both = [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in train_data.dataset]
+    assert (report.rows_kept, report.num_tokens) == (len(both), sum(both))
+    assert report.row_format.startswith("interleaved")
+    as_conversations, _ = read_data(config.model_copy(update={"method": "sft"}), read_tokenizer(config))
+    assert "messages" in as_conversations.dataset.column_names
 
 
 def test_a_plan_counts_both_answers_of_a_pair(tiny_run, tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def _no_formula(config: RunConfig, model: Any) -> str | None:
         return "a checkpoint that is quantized already"
     if config.adapter is None and config.quantizes:
         return "adapter: null with a quantized base, whose weights are frozen (--no-load_in_4bit)"
+    if config.adapter is None and config.bnb_4bit_compute_dtype == "float16":
+        return "adapter: null in float16, which trains copies in fp32 (--bnb_4bit_compute_dtype bfloat16)"
     if not _is_generic(config, model):
         return None
     if config.recompute is not None:

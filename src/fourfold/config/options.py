@@ -77,19 +77,20 @@ def quantization(config: RunConfig) -> FourfoldConfig | None:
     """How the base is quantized; None: not at all."""
     if not config.quantizes:
         return None
+    # The head that gives scores is new, and learns.
+    kept = [*config.modules_to_not_convert, *(["score"] if config.method == "reward" else [])]
     if config.load_in_8bit:
         return FourfoldConfig(
             load_in_8bit=True,
             llm_int8_threshold=config.llm_int8_threshold,
-            modules_to_not_convert=config.modules_to_not_convert,
+            modules_to_not_convert=kept,
             quantize_lm_head=config.quantize_lm_head,
         )
     return FourfoldConfig(
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_blocksize=config.bnb_4bit_blocksize,
-        # The head that gives scores is new, and learns.
-        modules_to_not_convert=[*config.modules_to_not_convert, *(["score"] if config.method == "reward" else [])],
+        modules_to_not_convert=kept,
         quantize_lm_head=config.quantize_lm_head,
         quantize_embeddings=config.quantize_embeddings,
         calibration=config.calibration,
