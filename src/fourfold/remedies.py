@@ -100,7 +100,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         if name != config.optim:
             yield "8-bit optimizer state", {"optim": name}
     # What is frozen in 4 bits is trained by an adapter.
-    quantized: dict[str, Any] = {"load_in_4bit": True, **_NO_INT8}
+    quantized: dict[str, Any] = {"load_in_4bit": True, **(_NO_INT8 if config.load_in_8bit else {})}
     if config.adapter is None:
         quantized["adapter"] = "lora"
         yield "LoRA: adapters instead of all weights", {"adapter": "lora"}
