@@ -67,7 +67,7 @@ class Environment:
 
 def let_segments_grow() -> None:
     """Have torch's allocator for GPUs extend its segments in place, unless its settings are given: between large
-    tensors of changing sizes, such as those of long rows, an eighth of the memory would lie idle otherwise."""
+    tensors of changing sizes, such as those of long rows, a seventh of the memory would lie idle otherwise."""
     if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
