@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from datasets import disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -34,6 +35,16 @@ CORPUS = (
     "You are a helpful assistant. What is the capital of France? The capital of France is Paris.",
     "system user assistant",
 )
+
+
+@pytest.fixture(scope="module")
+def one_quiet_thread() -> Iterator[None]:
+    """A tiny model loses more by waking threads than it wins."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

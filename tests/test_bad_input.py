@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import disable_progress_bars
 from safetensors.torch import load_file, save_file
 
 from fourfold import pipeline
@@ -22,15 +20,7 @@ from fourfold.errors import (
     QuantizationError,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_quiet_thread() -> Iterator[None]:
-    """The tiny model loses more by waking threads than it wins."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 
 
 def _broken_config(folder: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import disable_progress_bars
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,16 +17,9 @@ from fourfold.models.loading import load_model
 from fourfold.optimizers import AdamW
 from fourfold.planning import plan_for_training, require_planned_shape
 
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
+
 FULL = {"adapter": None, "load_in_4bit": False, "learning_rate": 1e-3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_quiet_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    yield
-    torch.set_num_threads(before)
 
 
 def weights(run: pipeline.Run) -> dict[str, torch.Tensor]:

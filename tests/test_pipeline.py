@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from datasets import disable_progress_bars
 from safetensors.torch import load_file
 
 from fourfold import pipeline
@@ -24,6 +22,8 @@ from fourfold.errors import (
 )
 from fourfold.export.verification import compare_logits, reference_logits
 
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
+
 LEFT_BY_A_RUN = {
     "README.md",
     "adapter",
@@ -34,16 +34,6 @@ LEFT_BY_A_RUN = {
     "metrics.jsonl",
 }
 PROMPT = [{"role": "user", "content": "Anna paid 6 euros."}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_quiet_thread() -> Iterator[None]:
-    """The tiny model loses more by waking threads than it wins."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import disable_progress_bars
 from safetensors.torch import load_file
 
 from fourfold import pipeline
@@ -20,14 +19,7 @@ from fourfold.inputs import read_data, read_tokenizer
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.planning import kept_to, plan, plan_for_training
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_quiet_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 
 
 def pair(number: int) -> dict[str, Any]:

@@ -214,16 +214,8 @@ def test_where_nothing_fits_the_smallest_way_is_named(shape: ModelShape) -> None
     assert plan.to_dict()["chosen"] is None
 
 
-def test_few_ways_are_looked_at_for_a_large_model_and_many_rows() -> None:
-    config = LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
-    shape = model_shape(config, FourfoldConfig(), 16)
+def test_few_ways_are_looked_at_for_a_large_model_and_many_rows(llama_70b: Path) -> None:
+    shape = model_shape(LlamaConfig.from_pretrained(llama_70b), FourfoldConfig(), 16)
     plan = make_plan(shape, gpu_by_name("48GB"), rows=64, seq=4096, optimizers=[OptimizerBytes("adamw", GIB)])
     assert 7 * 7 <= plan.num_tried < 200
 
@@ -236,16 +228,8 @@ def test_a_step_takes_longer_the_more_is_computed_again(shape: ModelShape) -> No
     assert step_seconds(shape, slow_link, 4, 2048, ["mlp_offload"] * 32) > 2 * seconds[1]
 
 
-def test_a_large_base_streams_through_a_small_gpu_as_fast_as_the_link_allows() -> None:
-    config = LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
-    shape = model_shape(config, FourfoldConfig(), 16)
+def test_a_large_base_streams_through_a_small_gpu_as_fast_as_the_link_allows(llama_70b: Path) -> None:
+    shape = model_shape(LlamaConfig.from_pretrained(llama_70b), FourfoldConfig(), 16)
     gpu = gpu_by_name("24GB")
     assert planned(shape, gpu, rows=1).chosen is None
     chosen = planned(shape, gpu, rows=1, streams="host").chosen
