@@ -14,7 +14,6 @@ Unsloth, in settings of its name, takes rows longer and longer until memory runs
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
@@ -25,9 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig
 from transformers import LlamaConfig
 
@@ -38,10 +35,9 @@ from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import state_bytes
-from memory import SHAPES, make_step, random_model
+from memory import LINEARS, SHAPES, about, make_step, random_model
 
 GIB = 2**30
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -242,18 +238,13 @@ def main() -> None:
         print(json.dumps({"name": args.only, "setting": asdict(setting), **result}))
         return
     results = []
-    about = {
-        "command": f"python benchmarks/cards.py --settings {' '.join(args.settings)}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-    }
+    record = about(f"python benchmarks/cards.py --settings {' '.join(args.settings)}")
     for name in args.settings:
         results.append(run_apart(name, args.models))
         print("\n".join(shown(name, results[-1])), flush=True)
         if args.json is not None:
             # After each: what was measured is not lost with what was not.
-            args.json.write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
+            args.json.write_text(json.dumps({**record, "rows": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

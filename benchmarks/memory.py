@@ -60,6 +60,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is trained, and how.
@@ -95,9 +98,8 @@ class Setting:
     def lora(self) -> LoraConfig | None:
         if self.method == "full":
             return None
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         options: dict[str, Any] = {"lora_alpha": 16, "lora_dropout": self.dropout, "task_type": "CAUSAL_LM"}
-        return LoraConfig(r=self.rank, target_modules=targets, **options)
+        return LoraConfig(r=self.rank, target_modules=LINEARS, **options)
 
     @property
     def optimizer_row(self) -> OptimizerRow:
@@ -282,6 +284,16 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['name']:<34} {predicted:>14.3f} {taken:>13} {off:>8}  {row['moment']} {row.get('error', '')}"
 
 
+def about(command: str) -> dict[str, Any]:
+    """What stands above a record: by what it was made, when, on what, with which versions."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    }
+
+
 def check(record: Path, settings: dict[str, Setting]) -> int:
     """Foretell again what was measured once; how many peaks are off by more than 3%."""
     far = 0
@@ -312,23 +324,14 @@ def main() -> None:
     if args.check is not None:
         sys.exit(check(args.check, names))
     results = []
-    about = {
-        "command": f"python benchmarks/memory.py --json {args.json}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
-    }
+    record = about(f"python benchmarks/memory.py --json {args.json}")
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(run_apart, args.settings):
             results.append(row)
             print(shown(row), flush=True)
             if args.json is not None:
                 # Written after each: what was measured is not lost with what was not.
-                args.json.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n")
+                args.json.write_text(json.dumps({**record, "rows": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ last column compares paged with resident state of the same bits.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import statistics
@@ -17,16 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig
 from transformers import LlamaConfig
 
 import fourfold
-from cards import LINEARS
 from fourfold.training.options import OPTIMIZERS
-from memory import SHAPES, make_step, random_model
+from memory import LINEARS, SHAPES, about, make_step, random_model
 
 NAMES = ("adamw", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
 # Paged -> with the same state on the GPU.
@@ -50,12 +46,8 @@ def main() -> None:
     model = fourfold.prepare(random_model(config, True, device), adapter, **options)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    about = {
-        "command": f"python benchmarks/paging.py --shape {args.shape} --rows {args.rows} --seq {args.seq}",
-        "recompute": args.recompute,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
+    record = about(f"python benchmarks/paging.py --shape {args.shape} --rows {args.rows} --seq {args.seq}") | {
+        "recompute": args.recompute
     }
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
@@ -81,7 +73,7 @@ def main() -> None:
         rows = table(seconds, peaks)
         if args.json is not None:
             # After each turn: what was measured is not lost with what was not.
-            args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            args.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
 def table(seconds: dict[str, list[float]], peaks: dict[str, int]) -> list[dict[str, Any]]:

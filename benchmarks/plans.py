@@ -10,7 +10,6 @@ is measured as well. "slower by" compares the two times; "planning" is how long 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import statistics
@@ -20,14 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig
 
 import fourfold
-from cards import LINEARS
 from fourfold.memory.gpus import gpu_by_name, gpu_present
 from fourfold.memory.planner import OptimizerBytes, make_plan
 from fourfold.models.block import drop_graphs, set_recomputation
@@ -36,7 +32,7 @@ from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.recomputation import POLICIES
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import state_bytes
-from memory import SHAPES, make_step, random_model
+from memory import LINEARS, SHAPES, about, make_step, random_model
 
 GIB = 2**30
 
@@ -173,12 +169,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {
-        "command": f"python benchmarks/plans.py --json {args.json}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-    }
+    record = about(f"python benchmarks/plans.py --json {args.json}")
     groups: dict[str, dict[tuple[int, int], list[Setting]]] = {}
     for setting in (names[name] for name in args.settings):
         groups.setdefault(setting.shape, {}).setdefault((setting.rows, setting.seq), []).append(setting)
@@ -189,7 +180,7 @@ def main() -> None:
             results += compare(trials, settings)
             if args.json is not None:
                 # After each: what was measured is not lost with what was not.
-                args.json.write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
+                args.json.write_text(json.dumps({**record, "rows": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
