@@ -21,10 +21,10 @@ import datasets
 import numpy as np
 import torch
 
-from fourfold.data.encoding import encode_batch
+from fourfold.data.encoding import BatchEncoder
 from fourfold.data.mixture import STOPPING_STRATEGIES, check_weights, options_of
 from fourfold.data.options import DataOptions
-from fourfold.data.packing import pack
+from fourfold.data.packing import best_fit
 from fourfold.data.report import at
 from fourfold.data.row_formats import ROW_FORMATS, RowFormat, detect_row_format, map_columns
 from fourfold.data.sources import UNREADABLE, DataSource, local_files, stream_rows
@@ -103,6 +103,9 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._parts = [_recognised(source, options_of(source, options)) for source in sources]
         for part in self._parts:
             check_tokenizer(tokenizer, kind=part.row_format.kind)
+        self._encoders = [
+            BatchEncoder(tokenizer, part.row_format, part.options, part.source.path) for part in self._parts
+        ]
         self.epoch = 0
         self.dropped: Counter[str] = Counter()
         self._begin = self._start()
@@ -198,14 +201,7 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             if not its_rows:
                 continue
             numbers = [row.number for row in its_rows]
-            columns = encode_batch(
-                [row.values for row in its_rows],
-                numbers,
-                self._tokenizer,
-                part.row_format,
-                part.options,
-                part.source.path,
-            )
+            columns = self._encoders[place].encode([row.values for row in its_rows], numbers)
             self.dropped["empty"] += len(set(numbers)) - len(set(columns["row_number"]))
             for input_ids, labels, number in zip(
                 columns["input_ids"], columns["labels"], columns["row_number"], strict=True
@@ -216,11 +212,12 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         order = generator.permutation(len(encoded))
         if not self._options.packing or not encoded:
             return [encoded[place] for place in order]
-        columns = {key: [encoded[place][key] for place in order] for key in ("input_ids", "labels")}
-        packed = pack(datasets.Dataset.from_dict(columns), self._options.max_length, keep_in_memory=True)
+        lengths = np.asarray([len(encoded[place]["input_ids"]) for place in order])
+        documents, num_documents = best_fit(lengths, self._options.max_length)
+        ends = num_documents.cumsum()[:-1]
+        rows = [_joined([encoded[place] for place in its_places]) for its_places in np.split(order[documents], ends)]
         # Best fit decreasing sorts by length.
-        rows: list[dict[str, Any]] = packed.select(generator.permutation(len(packed))).to_list()
-        return rows
+        return [rows[place] for place in generator.permutation(len(rows))]
 
     def _fitting(self, row: dict[str, Any], where: str) -> dict[str, Any] | None:
         if len(row["input_ids"]) > self._options.max_length:
@@ -238,6 +235,11 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             self.dropped["unlearned"] += 1
             return None
         return row
+
+
+def _joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    joined = {key: list(itertools.chain(*(one[key] for one in documents))) for key in ("input_ids", "labels")}
+    return joined | {"seq_lengths": [len(one["input_ids"]) for one in documents]}
 
 
 class _Row(NamedTuple):
