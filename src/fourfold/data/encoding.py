@@ -26,7 +26,7 @@ from fourfold.data.templates import Encoded, check_tokenizer, encode_conversatio
 from fourfold.data.turns import MEDIA, Row
 from fourfold.errors import DataError
 
-__all__ = ["FEATURES", "BatchEncoder", "PARSED", "RecognisedRows", "encode", "parse_rows", "recognise"]
+__all__ = ["FEATURES", "PARSED", "BatchEncoder", "RecognisedRows", "encode", "parse_rows", "recognise"]
 
 _TURNS = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 _IDS = datasets.List(datasets.Value("int32"))
@@ -197,9 +197,7 @@ def encode(recognised: RecognisedRows, tokenizer: Any, options: DataOptions, nam
     )
 
 
-def _encode_rows(
-    batch: dict[str, list[Any]], indices: list[int], encoder: BatchEncoder, schema: pa.Schema
-) -> pa.Table:
+def _encode_rows(batch: dict[str, list[Any]], indices: list[int], encoder: BatchEncoder, schema: pa.Schema) -> pa.Table:
     rows: list[Row] = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     columns = encoder.encode(rows, [index + 1 for index in indices])
     arrays = {field.name: pa.array(columns[field.name], field.type) for field in schema}

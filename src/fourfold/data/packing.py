@@ -85,8 +85,8 @@ def _joined(column: pa.ListArray, borders: Indices) -> pa.ListArray:
 def best_fit(lengths: Indices, capacity: int) -> tuple[Indices, Indices]:
     """Put documents into rows: the longest first, each where the least space is left over.
 
-    Documents of one length are placed together: the fullest row that has space for one gets as many as it has space for,
-    then the next; so this takes as many steps as there are lengths and spaces, not documents.
+    Documents of one length are placed together: the fullest row that has space for one gets as many as it has space
+    for, then the next; so this takes as many steps as there are lengths and spaces, not documents.
 
     Args:
         lengths: Tokens of each document, at most `capacity`; those without any are left out. int [documents].
