@@ -185,7 +185,7 @@ def encode(recognised: RecognisedRows, tokenizer: Any, options: DataOptions, nam
         batched=True,
         with_indices=True,
         remove_columns=recognised.rows.column_names,
-        num_proc=options.num_proc,
+        num_proc=options.workers(len(recognised.rows)),
         fn_kwargs={
             "encoder": BatchEncoder(tokenizer, row_format, options, name),
             "schema": features.arrow_schema,
@@ -281,7 +281,7 @@ def parse_rows(rows: datasets.Dataset, options: DataOptions, name: str) -> Recog
         batched=True,
         with_indices=True,
         remove_columns=recognised.rows.column_names,
-        num_proc=options.num_proc,
+        num_proc=options.workers(len(recognised.rows)),
         fn_kwargs={"format_name": recognised.row_format.name, "name": name},
         features=datasets.Features({column: PARSED[column] for column in KINDS[kind]}),
         new_fingerprint=key,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from fourfold.data.report import at
 from fourfold.data.row_formats import ROW_FORMATS, RowFormat, detect_row_format, map_columns
 from fourfold.data.sources import UNREADABLE, DataSource, local_files, stream_rows
 from fourfold.data.templates import check_tokenizer, num_supervised
-from fourfold.errors import ConfigError, DataError
+from fourfold.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ["RowStream"]
 
@@ -52,11 +53,12 @@ class _Place(TypedDict):
 
 @dataclass(frozen=True)
 class _Position:
-    """Where a block begins: in each source (None: at its beginning), among the blocks, among the rows given."""
+    """Where a block begins: in each source, among the blocks, among the rows given, and after what was left out."""
 
     sources: list[_Place]
     block: int
     rows: int
+    dropped: dict[str, int]
 
 
 class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -64,8 +66,7 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Attributes:
         epoch: The epoch that is given, or comes next; it decides the order.
-        dropped: Rows left out so far, by reason: "overlong", "unlearned", "empty"; counted again where a block is read
-            again to go on.
+        dropped: Rows left out so far, by reason: "overlong", "unlearned", "empty".
     """
 
     def __init__(
@@ -112,7 +113,24 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._positions: deque[_Position] = deque([self._begin], maxlen=_KEPT_POSITIONS)
 
     def _start(self) -> _Position:
-        return _Position([_Place(state=None, rows=0, ended=0) for _ in self._parts], 0, 0)
+        return _Position([_Place(state=None, rows=0, ended=0) for _ in self._parts], 0, 0, dict(self.dropped))
+
+    @property
+    def told_by(self) -> list[str]:
+        """What the rows of each source were recognised as."""
+        return [f"{part.source.path}: rows of {part.row_format.name}" for part in self._parts]
+
+    @property
+    def _order(self) -> dict[str, Any]:
+        """What its order follows from beside the epoch, as JSON can write it."""
+        options = ("max_length", "packing", "overlong", "train_on_prompt")
+        return {
+            "train_dataset": [[part.source.path, part.source.split, part.source.weight] for part in self._parts],
+            "seed": self._seed,
+            "streaming_buffer_size": self._buffer_size,
+            "stopping_strategy": self._stopping_strategy,
+            **{key: getattr(self._options, key) for key in options},
+        }
 
     def set_epoch(self, epoch: int) -> None:
         """Begin that epoch anew with the next iteration; nothing, if it is the one that is at hand."""
@@ -138,13 +156,34 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         place = next((one for one in reversed(self._positions) if one.rows <= given), None)
         if place is None or given > self._given:
             raise ValueError(f"after = {given} lies outside of {self._positions[0].rows} to {self._given}")
-        state = {"epoch": self.epoch, "sources": place.sources, "block": place.block}
-        return copy.deepcopy(state | {"rows_before": place.rows, "given": given - place.rows})
+        state = {"epoch": self.epoch, "sources": place.sources, "block": place.block, "dropped": place.dropped}
+        rows = {"rows_before": place.rows, "given": given - place.rows}
+        return copy.deepcopy({**state, **rows, "order": self._order})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there with the next iteration: it gives the same rows as the stream that was not broken off."""
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from there with the next iteration: it gives the same rows as the stream that was not broken off.
+
+        Args:
+            state: What `state_dict` gave, of this stream or of one that was made alike; None: begin at the beginning.
+
+        Raises:
+            CheckpointError: The state of a stream whose rows come otherwise.
+        """
+        if state is None:
+            self.dropped.clear()
+            self._reset(0)
+            return
+        order = json.loads(json.dumps(self._order))
+        if other := [key for key, value in order.items() if json.loads(json.dumps(state["order"])).get(key) != value]:
+            raise CheckpointError(
+                f"the place in the stream is of a run with another {', '.join(other)}",
+                found=", ".join(f"{key}: {order[key]}" for key in other),
+                allowed=", ".join(f"{key}: {state['order'].get(key)}" for key in other),
+                hint="resume with the values that the run began with, or start anew",
+            )
         self._reset(state["epoch"])
-        self._begin = _Position(copy.deepcopy(state["sources"]), state["block"], state["rows_before"])
+        dropped = dict(state["dropped"])
+        self._begin = _Position(copy.deepcopy(state["sources"]), state["block"], state["rows_before"], dropped)
         self._positions[0] = self._begin
         self._given = state["rows_before"] + state["given"]
 
@@ -155,13 +194,19 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 found="dataloader_num_workers above 0",
                 allowed="dataloader_num_workers: 0",
             )
+        return self.rows()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of this epoch from here on; also for a process whose place another one is told."""
         begin, skipped = self._begin, self._given - self._begin.rows
         self._given = begin.rows
+        self.dropped = Counter(begin.dropped)
         self._positions = deque([begin], maxlen=_KEPT_POSITIONS)
         cursors = [_Cursor(part, copy.deepcopy(place)) for part, place in zip(self._parts, begin.sources, strict=True)]
         for block in itertools.count(begin.block):
             if block > begin.block:
-                self._positions.append(_Position([cursor.place() for cursor in cursors], block, self._given))
+                places = [cursor.place() for cursor in cursors]
+                self._positions.append(_Position(places, block, self._given, dict(self.dropped)))
             generator = np.random.default_rng((self._seed, self.epoch, block))
             taken = list(itertools.islice(self._drawn(cursors, generator), self._buffer_size))
             if not taken:
