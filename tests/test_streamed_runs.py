@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import write_rows
 from fourfold import pipeline
 from fourfold.config import RunConfig
+from fourfold.data import DataOptions
+from fourfold.data.sources import DataSource
+from fourfold.data.stream import RowStream
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.examining import examine_data
 from fourfold.training.run_folder import METRICS_FILE
+from fourfold.training.streamed import StreamedBatches
 
 pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 
@@ -28,19 +32,30 @@ STREAMED: dict[str, Any] = {
     "logging_steps": 1,
     "save_total_limit": None,
     "lora_dropout": 0.1,
+    "eval_dataset": None,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "rows": {},
-    "packed": {"packing": True, "per_device_train_batch_size": 1},
-    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "read ahead": {"dataloader_num_workers": 1},
-    "mixture": {},
+    "packed": {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "mixture, read ahead": {"dataloader_num_workers": 1},
 }
+
+
+def write_rows(path: Path, count: int) -> Path:
+    rows = [
+        [
+            {"role": "user", "content": f"What is {index}?"},
+            {"role": "assistant", "content": "a number " * (index % 4 + 1)},
+        ]
+        for index in range(count)
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
 
 
 def made(tiny_run: Any, folder: Path, kind: str, **keys: Any) -> RunConfig:
     config: RunConfig = tiny_run(folder, **(STREAMED | KINDS[kind] | keys))
-    if kind != "mixture":
+    if "mixture" not in kind:
         return config
     second = write_rows(folder / "more.jsonl", 10)
     parts = [{"path": str(folder / "train.jsonl"), "weight": 1.0}, {"path": str(second), "weight": 2.0}]
@@ -56,33 +71,33 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.fixture(scope="module")
+def whole(tiny_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over unpacked rows that nothing stopped."""
+    return pipeline.train(made(tiny_run, tmp_path_factory.mktemp("whole"), "rows"), progress="silent").output_dir
+
+
+@pytest.mark.parametrize(("kind", "step"), [("rows", 8), ("packed", 4), ("mixture, read ahead", 4)])
 def test_a_stopped_run_that_goes_on_is_the_one_that_was_not_to_the_last_bit(
-    tiny_run: Any, tmp_path: Path, kind: str
+    tiny_run: Any, tmp_path: Path, whole: Path, kind: str, step: int
 ) -> None:
-    whole = pipeline.train(made(tiny_run, tmp_path, kind), progress="silent").output_dir
-    expected, last = losses(whole), weights(whole)
-    assert len(expected) == 9
-    for step in (4, 8):
-        config = made(
-            tiny_run,
-            tmp_path,
-            kind,
-            output_dir=str(tmp_path / f"from-{step}"),
-            resume_from_checkpoint=str(whole / f"checkpoint-{step}"),
-        )
-        resumed = pipeline.train(config, progress="silent").output_dir
-        assert losses(resumed)[-(9 - step) :] == expected[step:]
-        found = weights(resumed)
-        assert all(torch.equal(found[name], value) for name, value in last.items())
-    # And the rows are not those of the same batches again and again.
+    folder = whole.parent if kind == "rows" else tmp_path
+    if kind != "rows":
+        whole = pipeline.train(made(tiny_run, folder, kind), progress="silent").output_dir
+    again = {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(whole / f"checkpoint-{step}")}
+    resumed = pipeline.train(made(tiny_run, folder, kind, **again), progress="silent").output_dir
+    expected = losses(whole)
+    # No two of them, so no rows come again and again.
     assert len(set(expected)) == 9
+    assert losses(resumed) == expected[step:]
+    found = weights(resumed)
+    assert all(torch.equal(found[name], value) for name, value in weights(whole).items())
 
 
-def test_reading_ahead_changes_no_loss(tiny_run: Any, tmp_path: Path) -> None:
-    here = pipeline.train(made(tiny_run, tmp_path, "rows"), progress="silent").output_dir
-    ahead = made(tiny_run, tmp_path, "read ahead", output_dir=str(tmp_path / "ahead"))
-    assert losses(pipeline.train(ahead, progress="silent").output_dir) == losses(here)
+def test_reading_ahead_changes_no_loss(tiny_run: Any, tmp_path: Path, whole: Path) -> None:
+    keys = {"output_dir": str(tmp_path / "ahead"), "dataloader_num_workers": 1}
+    ahead = pipeline.train(made(tiny_run, whole.parent, "rows", **keys), progress="silent").output_dir
+    assert losses(ahead) == losses(whole)
 
 
 def test_a_streamed_run_tells_its_epochs_and_its_report(tiny_run: Any, tmp_path: Path, capsys: Any) -> None:
@@ -111,29 +126,34 @@ def test_what_does_not_go_with_a_stream_is_refused_by_name(tiny_run: Any, tmp_pa
         tiny_run(tmp_path, **({"streaming": True, "max_steps": 2} | keys))
 
 
-def test_bad_rows_are_named_before_a_model_is_loaded(tiny_run: Any, tmp_path: Path) -> None:
-    config = made(tiny_run, tmp_path, "rows", model_name_or_path=tiny_run(tmp_path).model_name_or_path)
-    bad = {"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}
-    with (tmp_path / "train.jsonl").open("a") as file:
-        file.write(json.dumps(bad) + "\n")
-    with pytest.raises(DataError, match=r"train\.jsonl, row 25(.|\n)*robot(.|\n)*assistant"):
-        pipeline.train(config.model_copy(update={"streaming_buffer_size": 100}), progress="silent")
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"streaming_buffer_size": 100}, r"train\.jsonl, row 25(.|\n)*robot(.|\n)*assistant"),
+        ({"max_length": 4}, r"nothing is left to learn from(.|\n)*24 rows overlong(.|\n)*max_length"),
+        ({"train_dataset": "absent.jsonl"}, r"absent\.jsonl does not exist"),
+    ],
+)
+def test_bad_rows_are_named_before_a_model_is_loaded(tiny_run: Any, tmp_path: Path, keys: Any, said: str) -> None:
+    config = made(tiny_run, tmp_path, "rows", **keys)
+    if "streaming_buffer_size" in keys:
+        bad = {"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}
+        with (tmp_path / "train.jsonl").open("a") as file:
+            file.write(json.dumps(bad) + "\n")
+    with pytest.raises(DataError, match=said):
+        pipeline.train(config, progress="silent")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(DataError, match=r"nothing is left to learn from(.|\n)*24 rows overlong(.|\n)*max_length"):
-        write_rows(tmp_path / "train.jsonl", 24)
-        pipeline.train(config.model_copy(update={"max_length": 4}), progress="silent")
 
 
-def test_a_run_goes_on_with_the_stream_that_it_began_with(tiny_run: Any, tmp_path: Path) -> None:
-    whole = pipeline.train(made(tiny_run, tmp_path, "rows", max_steps=4), progress="silent").output_dir
-    again = {"resume_from_checkpoint": "auto", "output_dir": str(whole)}
-    with pytest.raises(CheckpointError, match=r"another streaming_buffer_size(.|\n)*streaming_buffer_size: 9(.|\n)*: 7"):
-        pipeline.train(made(tiny_run, tmp_path, "rows", streaming_buffer_size=9, **again), progress="silent")
+def test_a_run_goes_on_with_the_stream_that_it_began_with(tiny_run: Any, tmp_path: Path, whole: Path) -> None:
+    again = {"resume_from_checkpoint": str(whole / "checkpoint-4")}
+    with pytest.raises(CheckpointError, match=r"another streaming_buffer_size(.|\n)*_size: 9(.|\n)*_size: 7"):
+        pipeline.train(made(tiny_run, whole.parent, "rows", streaming_buffer_size=9, **again), progress="silent")
     plain = {"streaming": False, "streaming_buffer_size": 10_000}
     with pytest.raises(CheckpointError, match="were streamed"):
-        pipeline.train(made(tiny_run, tmp_path, "rows", **plain, **again), progress="silent")
-    unstreamed = pipeline.train(tiny_run(tmp_path, output_dir=str(tmp_path / "plain")), progress="silent").output_dir
-    again = {"resume_from_checkpoint": "auto", "output_dir": str(unstreamed)}
+        pipeline.train(made(tiny_run, whole.parent, "rows", **plain, **again), progress="silent")
+    unstreamed = made(tiny_run, tmp_path, "rows", max_steps=1, save_steps=1, **plain)
+    again = {"resume_from_checkpoint": "auto", "output_dir": str(pipeline.train(unstreamed, "silent").output_dir)}
     with pytest.raises(CheckpointError, match="were not streamed"):
         pipeline.train(made(tiny_run, tmp_path, "rows", **again), progress="silent")
 
@@ -147,11 +167,6 @@ def test_a_stream_is_looked_at_by_its_first_rows(tiny_run: Any, tmp_path: Path, 
 
 
 def test_batches_of_all_processes_are_those_of_one(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    from fourfold.data import DataOptions
-    from fourfold.data.sources import DataSource
-    from fourfold.data.stream import RowStream
-    from fourfold.training.streamed import StreamedBatches
-
     write_rows(tmp_path / "rows.jsonl", 21)
 
     def batches(size: int, index: int = 0, processes: int = 1, begin: Any = None) -> Any:
@@ -173,15 +188,13 @@ def test_batches_of_all_processes_are_those_of_one(tiny_tokenizer: Any, tmp_path
             alone = batches(4, begin=place)
 
 
-def test_a_stream_of_nothing_to_learn_from_ends(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    from fourfold.data import DataOptions
-    from fourfold.data.sources import DataSource
-    from fourfold.data.stream import RowStream
-    from fourfold.training.streamed import StreamedBatches
-
+def test_a_stream_of_nothing_to_learn_from_ends(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = DataSource(str(write_rows(tmp_path / "rows.jsonl", 5)))
-    stream = RowStream([source], tiny_tokenizer, DataOptions(max_length=3))
+    batches = StreamedBatches(RowStream([source], tiny_tokenizer, DataOptions(max_length=3)), lambda rows: {}, 2)
     with pytest.raises(DataError, match="no row that can be learned from"):
-        next(iter(StreamedBatches(stream, lambda rows: {"rows": rows}, 2)))
+        next(iter(batches))
+    monkeypatch.setattr("fourfold.training.streamed.get_worker_info", lambda: SimpleNamespace(num_workers=2))
     with pytest.raises(ConfigError, match="dataloader_num_workers: 2"):
-        next(iter(torch.utils.data.DataLoader(StreamedBatches(stream, dict, 2), batch_size=None, num_workers=2)))
+        next(iter(batches))

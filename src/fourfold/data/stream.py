@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
+import datasets
 import numpy as np
 import torch
 
@@ -39,6 +40,7 @@ _KEPT_POSITIONS = 4
 @dataclass(frozen=True)
 class _Part:
     source: DataSource
+    rows: datasets.IterableDataset
     row_format: RowFormat
     options: DataOptions
 
@@ -302,7 +304,7 @@ class _Cursor:
         self._open(place["state"])
 
     def _open(self, state: dict[str, Any] | None) -> None:
-        self._stream = stream_rows(self._part.source)
+        self._stream = copy.deepcopy(self._part.rows)
         if state is not None:
             self._stream.load_state_dict(state)
         self._is_begun = state is not None
@@ -337,8 +339,9 @@ def _unreadable(source: DataSource, error: Exception) -> DataError:
 
 
 def _recognised(source: DataSource, options: DataOptions) -> _Part:
+    rows = stream_rows(source)
     try:
-        first: dict[str, Any] | None = next(iter(stream_rows(source)), None)
+        first: dict[str, Any] | None = next(iter(copy.deepcopy(rows)), None)
     except UNREADABLE as error:
         raise _unreadable(source, error) from error
     if first is None:
@@ -357,4 +360,4 @@ def _recognised(source: DataSource, options: DataOptions) -> _Part:
             f"data set {source.path}: {row_format.name} rows are compared, and cannot be streamed",
             hint="leave streaming out",
         )
-    return _Part(source, row_format, options)
+    return _Part(source, rows, row_format, options)
