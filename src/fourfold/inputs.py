@@ -22,6 +22,7 @@ from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
 from fourfold.data.comparing import prepare_preferences
 from fourfold.data.mixture import prepare_mixture
+from fourfold.data.overlap import count_rows_in
 from fourfold.data.sources import DataSource
 from fourfold.data.streamed import StreamedData, first_rows, open_stream
 from fourfold.errors import CheckpointError, ConfigError, DataError
@@ -151,7 +152,8 @@ def _template_text(chat_template: str) -> str:
 def read_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreparedData | StreamedData, PreparedData | None]:
-    """Training rows, or the stream of them, and, where asked for, held-out ones."""
+    """Training rows, or the stream of them, and, where asked for, held-out ones; the report of these says how many of
+    them stand in the training rows, which of a stream is not known."""
     assert config.train_dataset is not None
     options = choices.data_options(config)
     train_data: PreparedData | StreamedData
@@ -166,7 +168,11 @@ def read_data(
         )
     else:
         train_data = prepare_train(config, tokenizer, options, _loaded(config))
-    return train_data, read_held_out(config, tokenizer)
+    held_out = read_held_out(config, tokenizer)
+    if held_out is not None and not isinstance(train_data, StreamedData):
+        trained_on = count_rows_in(held_out.dataset, train_data.dataset)
+        held_out = replace(held_out, report=replace(held_out.report, rows_trained_on=trained_on))
+    return train_data, held_out
 
 
 def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:

@@ -148,3 +148,15 @@ def test_a_shape_that_a_batch_shows_to_be_wrong_is_given_up(tokenizer: Any) -> N
     assert encode_conversations(rows, tokenizer, shapes=shapes) == by_beginnings(tokenizer, rows)
     for batch in (plums, rows + plums):
         assert encode_conversations(batch, tokenizer, shapes=shapes) == by_beginnings(tokenizer, batch)
+
+
+def test_a_role_of_which_the_template_writes_nothing_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}" + TAIL
+    )
+    [lost] = conversations(1, ("user", "tool", "assistant"))
+    for train_on_prompt in (False, True):
+        with pytest.raises(DataError, match=r"nothing of turn 2, whose role is 'tool'(.|\n)*to do: .*chat_template"):
+            encode_conversations([lost], tokenizer, train_on_prompt)
+    assert encode_conversations(conversations(1, ONE), tokenizer)

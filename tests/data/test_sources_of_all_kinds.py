@@ -135,6 +135,18 @@ def test_a_corrupt_page_of_parquet_is_named_with_its_row_group_and_column(tmp_pa
         load_rows(str(path))
 
 
+def test_a_page_of_parquet_that_can_be_decoded_is_held_against_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([{"prompt": "p" * 50, "completion": "c" * 50} for _ in range(200)])
+    kind = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    pq.write_table(table, path, row_group_size=100, **kind)
+    content = path.read_bytes()
+    place = content.index(b"c" * 50, pq.ParquetFile(path).metadata.row_group(1).column(1).data_page_offset)
+    path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+    with pytest.raises(DataError, match=r"row group 2, column 'completion': corrupt\n.*page(.|\n)*to do: .*anew"):
+        load_rows(str(path))
+
+
 @pytest.mark.parametrize("source", ["data/*.jsonl", "missing.parquet", "missing.jsonl.gz"])
 def test_what_is_not_there_is_not_sought_on_the_hub(source: str) -> None:
     with pytest.raises(DataError, match=r"no file fits|does not exist"):

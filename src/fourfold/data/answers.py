@@ -56,7 +56,10 @@ def refusals(conversations: Sequence[list[Message]]) -> Iterator[None]:
     except jinja2.TemplateError as error:
         roles = [message["role"] for message in conversations[0]] if len(conversations) == 1 else None
         raise DataError(
-            "the chat template refuses the conversation", found=f"{error}; roles {roles}" if roles else error
+            "the chat template refuses the conversation",
+            found=f"{error}; roles {roles}" if roles else error,
+            allowed="roles that the template knows, in the order it wants",
+            hint="change such rows, or set the key chat_template to a template that takes them",
         ) from error
 
 

@@ -255,11 +255,14 @@ class BatchEncoder:
             return encoded
 
 
+_CORRECT_ROW = "correct the row, or take it out; `fourfold data` lists all such rows"
+
+
 def _parsed(row: Row, row_format: RowFormat, name: str, number: int) -> dict[str, Any]:
     try:
         return row_format.parse(row)
     except DataError as error:
-        raise at(f"data set {name}, row {number}", error) from error
+        raise at(f"data set {name}, row {number}", error, _CORRECT_ROW) from error
 
 
 def parse_rows(rows: datasets.Dataset, options: DataOptions, name: str) -> RecognisedRows:

@@ -64,12 +64,36 @@ class Shapes:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], _Shape | None] = {}
+        self._whole: set[tuple[str, ...]] = set()
+
+    def require_all_turns(self, tokenizer: Any, conversations: Sequence[list[Message]]) -> None:
+        """Raise DataError where the template writes nothing of a turn, as some do of roles they do not know."""
+        for messages in conversations:
+            roles = _roles(messages)
+            if roles in self._whole:
+                continue
+            marks = _marks(roles)
+            try:
+                [text] = render(tokenizer, [_conversation(roles, marks)])
+            except DataError:
+                # It refuses these roles, which each conversation will show, or these contents.
+                self._whole.add(roles)
+                continue
+            lost = [turn for turn, mark in enumerate(marks) if mark not in text]
+            if lost:
+                raise DataError(
+                    f"the chat template writes nothing of turn {lost[0] + 1}, whose role is {roles[lost[0]]!r}",
+                    found=f"roles {list(roles)}",
+                    allowed="roles that the template writes",
+                    hint="take such turns out, or set the key chat_template to a template that knows the role",
+                )
+            self._whole.add(roles)
 
     def find_answers(self, tokenizer: Any, conversations: Sequence[Rendered]) -> list[list[AnswerSpan]]:
         """As `fourfold.data.answers.find_answers`, and the same. Always give the same tokenizer."""
         groups: dict[tuple[str, ...], list[int]] = {}
         for place, one in enumerate(conversations):
-            groups.setdefault(_roles(one), []).append(place)
+            groups.setdefault(_roles(one.messages), []).append(place)
         found: dict[int, list[AnswerSpan]] = {}
         for roles, places in groups.items():
             if roles not in self._known and len(places) >= _WORTHWHILE:
@@ -88,8 +112,12 @@ class Shapes:
         return [found[place] for place in range(len(conversations))]
 
 
-def _roles(one: Rendered) -> tuple[str, ...]:
-    return tuple([message["role"] for message in one.messages])
+def _roles(messages: list[Message]) -> tuple[str, ...]:
+    return tuple([message["role"] for message in messages])
+
+
+def _marks(roles: tuple[str, ...]) -> list[str]:
+    return [f"Zq{turn}Qz" for turn in range(len(roles))]
 
 
 def _filled(shape: _Shape, one: Rendered) -> list[AnswerSpan] | None:
@@ -119,7 +147,7 @@ def _filled(shape: _Shape, one: Rendered) -> list[AnswerSpan] | None:
 
 def _learn(tokenizer: Any, roles: tuple[str, ...]) -> _Shape | None:
     """The shape of conversations of these roles; None: they have none."""
-    marks = [f"Zq{turn}Qz" for turn in range(len(roles))]
+    marks = _marks(roles)
     try:
         # No template writes tabs of its own beside a content.
         [marked] = _rendered(tokenizer, [_conversation(roles, [f"\t{mark}\t" for mark in marks])])

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fourfold.data.answers import Rendered, find_answers, refusals, render
+from fourfold.data.answers import Rendered, refusals, render
 from fourfold.data.row_formats import Kind
 from fourfold.data.shapes import Shapes
 from fourfold.data.turns import Message
@@ -123,9 +123,11 @@ def encode_conversations(
         shapes: What is known of the template from batches before, to be quicker; None: nothing.
 
     Raises:
-        DataError: The template refuses a conversation, or answers cannot be told from prompts. Which conversation it
-            is, is known when there is but one.
+        DataError: The template refuses a conversation or leaves out a turn, or answers cannot be told from prompts.
+            Which conversation it is, is known when there is but one.
     """
+    shapes = Shapes() if shapes is None else shapes
+    shapes.require_all_turns(tokenizer, conversations)
     if not train_on_prompt and marks_answers(tokenizer):
         return _marked(tokenizer, conversations)
     texts = render(tokenizer, conversations)
@@ -134,7 +136,7 @@ def encode_conversations(
     if train_on_prompt:
         return [Encoded(input_ids, list(input_ids)) for input_ids in all_ids]
     rendered = [Rendered(*each) for each in zip(conversations, texts, all_ids, encoding.encodings, strict=True)]
-    spans = find_answers(tokenizer, rendered) if shapes is None else shapes.find_answers(tokenizer, rendered)
+    spans = shapes.find_answers(tokenizer, rendered)
     encoded = []
     for input_ids, its_spans in zip(all_ids, spans, strict=True):
         labels = [IGNORE_INDEX] * len(input_ids)

@@ -144,7 +144,7 @@ def _checked_turn(turn: Any, number: int, key: str | None = None) -> Message:
     try:
         return {"role": role, "content": text({said: _joined(turn.get(said))}, said)}
     except DataError as error:
-        raise DataError(f"{where}, {error.what}", found=error.found, allowed=error.allowed) from None
+        raise DataError(f"{where}, {error.what}", found=error.found, allowed=error.allowed, hint=error.hint) from None
 
 
 def _joined(content: Any) -> Any:
@@ -157,6 +157,7 @@ def _joined(content: Any) -> Any:
                 f"key 'content': a text model sees no part of type {part.get('type')!r}",
                 found=_brief(part),
                 allowed='text, or parts {"type": "text", "text": ...}',
+                hint="take such rows out: without what is shown there, answers to it would be made up",
             )
     return "".join(str(part.get("text") or "") for part in content)
 
