@@ -16,6 +16,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import datasets
@@ -126,8 +127,10 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     def _order(self) -> dict[str, Any]:
         """What its order follows from beside the epoch, as JSON can write it."""
         options = ("max_length", "packing", "overlong", "train_on_prompt")
+        sources = [part.source for part in self._parts]
         return {
-            "train_dataset": [[part.source.path, part.source.split, part.source.weight] for part in self._parts],
+            # By name: a data set that is somewhere else now is the same.
+            "train_dataset": [[Path(source.path).name, source.split, source.weight] for source in sources],
             "seed": self._seed,
             "streaming_buffer_size": self._buffer_size,
             "stopping_strategy": self._stopping_strategy,

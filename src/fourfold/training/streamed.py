@@ -26,6 +26,9 @@ from fourfold.training.trainer import FourfoldTrainer, trainer_arguments
 
 __all__ = ["Stream", "StreamedBatches", "StreamedTrainer", "build_streamed_trainer", "place_in_stream"]
 
+READ_AHEAD = 64
+"""Batches that a process of its own is ahead."""
+
 _PLACE = "place_in_stream"
 """Key of a batch, and of `stateful_callbacks` in trainer_state.json."""
 
@@ -121,6 +124,8 @@ class StreamedTrainer(FourfoldTrainer):
             self._batches,
             batch_size=None,
             num_workers=self.args.dataloader_num_workers,
+            # A block of rows is tokenized at once: enough batches to train on meanwhile.
+            prefetch_factor=READ_AHEAD if self.args.dataloader_num_workers else None,
             pin_memory=self.args.dataloader_pin_memory,
             # Of its own: a seed is drawn from it, and the global one has to be as it was in the checkpoint.
             generator=torch.Generator(),
