@@ -107,7 +107,7 @@ def examine_data(config: RunConfig, num_rows: int = 3, seed: int | None = None) 
     options = choices.data_options(config)
     stop_ids = _stop_ids(config)
 
-    def look(source: DataSource, rows: Dataset) -> Examination:
+    def look(source: DataSource, rows: Dataset, options: DataOptions = options) -> Examination:
         return examine(rows, tokenizer, options_of(source, options), source.path, stop_ids)
 
     read = partial(first_rows, count=NUM_STREAMED_ROWS) if config.streaming else load_rows
@@ -117,7 +117,7 @@ def examine_data(config: RunConfig, num_rows: int = 3, seed: int | None = None) 
     findings = [finding for one in train for finding in one.findings]
     if config.eval_dataset:
         source = DataSource(config.eval_dataset)
-        held_out = [look(source, load_rows(source, "test"))]
+        held_out = [look(source, load_rows(source, "test"), choices.data_options(config, packing=False))]
         findings += [*held_out[0].findings, *leaks(train, held_out)]
     elif config.eval_split_fraction:
         numbers = {id(one): _held_out_numbers(one, config) for one in train}
