@@ -134,6 +134,16 @@ def test_conversations_above_max_length_are_counted_and_named_in_the_output(tiny
     assert "| rows above max_length (drop) | 1 |" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_held_out_rows_that_are_trained_on_are_told_by_train(tiny_run, tmp_path, capsys, packing) -> None:
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(GOOD) + "\n")
+    config = tiny_run(tmp_path, max_steps=1, packing=packing)
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "held_out.jsonl").write_text("".join([json.dumps(GOOD) + "\n", *rows[3:6]]))
+    pipeline.train(config)
+    assert "warning: 3 of 4 held-out rows are trained on, too" in capsys.readouterr().out
+
+
 def test_for_machines_the_output_is_json_lines_with_data_and_size(tiny_run, tmp_path, capsys) -> None:
     pipeline.train(tiny_run(tmp_path, max_steps=1, eval_dataset=None), progress="json")
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

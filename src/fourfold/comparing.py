@@ -14,9 +14,11 @@ from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.config.methods import PREFERENCE_METHODS
 from fourfold.data import Collator, PreparedData
+from fourfold.data.streamed import StreamedData
 from fourfold.training.options import TrainingOptions
 from fourfold.training.preference import DPOTrainer, PreferenceTrainer, build_preference_trainer
 from fourfold.training.reference import read_reference
+from fourfold.training.streamed import build_streamed_trainer
 from fourfold.training.trainer import FourfoldTrainer, build_trainer
 
 __all__ = ["compare_answers", "preferences_of", "trainer_for"]
@@ -26,7 +28,7 @@ def trainer_for(
     config: RunConfig,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_data: PreparedData,
+    train_data: PreparedData | StreamedData,
     eval_data: PreparedData | None,
     options: TrainingOptions,
     callbacks: Sequence[TrainerCallback] = (),
@@ -38,6 +40,9 @@ def trainer_for(
         multiple_of=64 if model.device.type == "cuda" else 1,
     )
     held_out = eval_data.dataset if eval_data else None
+    if isinstance(train_data, StreamedData):
+        rows = (train_data.stream, train_data.first_rows)
+        return build_streamed_trainer(model, tokenizer, *rows, held_out, collator, options, callbacks)
     if config.method not in PREFERENCE_METHODS:
         return build_trainer(model, tokenizer, train_data.dataset, held_out, collator, options, callbacks)
     method = choices.method_options(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from fourfold.data import DataOptions, DataReport, load_rows
 from fourfold.data.doctor import Examination, Finding, examine, leaks
 from fourfold.data.mixture import options_of
 from fourfold.data.sources import DataSource
+from fourfold.data.streamed import first_rows
 from fourfold.data.templates import IGNORE_INDEX
 from fourfold.errors import ConfigError
-from fourfold.inputs import read_data, read_tokenizer, split_rows
+from fourfold.inputs import prepare_train, read_held_out, read_tokenizer, split_rows
 
 __all__ = ["DataExamination", "Segment", "ShownRow", "examine_data"]
 
 NUM_BINS = 12
+NUM_STREAMED_ROWS = 1_000
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class DataExamination:
 
 
 def examine_data(config: RunConfig, num_rows: int = 3, seed: int | None = None) -> DataExamination:
-    """Look at the data of a run. No model is loaded.
+    """Look at the data of a run: all rows of it, or the first of what is streamed. No model is loaded.
 
     Args:
         config: The run.
@@ -104,23 +107,29 @@ def examine_data(config: RunConfig, num_rows: int = 3, seed: int | None = None) 
     options = choices.data_options(config)
     stop_ids = _stop_ids(config)
 
-    def look(source: DataSource, rows: Dataset) -> Examination:
+    def look(source: DataSource, rows: Dataset, options: DataOptions = options) -> Examination:
         return examine(rows, tokenizer, options_of(source, options), source.path, stop_ids)
 
-    train = [look(source, load_rows(source)) for source in choices.data_sources(config)]
+    read = partial(first_rows, count=NUM_STREAMED_ROWS) if config.streaming else load_rows
+    parts = [(source, read(source), source.path) for source in choices.data_sources(config)]
+    train = [look(source, rows) for source, rows, _ in parts]
     held_out: list[Examination] = []
     findings = [finding for one in train for finding in one.findings]
     if config.eval_dataset:
         source = DataSource(config.eval_dataset)
-        held_out = [look(source, load_rows(source, "test"))]
+        held_out = [look(source, load_rows(source, "test"), choices.data_options(config, packing=False))]
         findings += [*held_out[0].findings, *leaks(train, held_out)]
     elif config.eval_split_fraction:
         numbers = {id(one): _held_out_numbers(one, config) for one in train}
         findings += leaks(train, train, lambda one, number: number in numbers[id(one)])
+    if config.streaming:
+        what = f"streaming: only the first {NUM_STREAMED_ROWS:,} rows of each training data set were looked at"
+        findings.append(Finding("warning", what, hint="without streaming, all of them are"))
     findings.sort(key=lambda finding: finding.severity)
     reports: list[DataReport] = []
     if all(finding.severity != "error" for finding in findings):
-        reports = [data.report for data in read_data(config, tokenizer) if data is not None]
+        prepared = [prepare_train(config, tokenizer, options, parts), read_held_out(config, tokenizer)]
+        reports = [data.report for data in prepared if data is not None]
     lengths = np.concatenate([one.lengths for one in train])
     learned = np.concatenate([one.num_learned for one in train])
     return DataExamination(

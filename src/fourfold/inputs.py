@@ -22,12 +22,15 @@ from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
 from fourfold.data.comparing import prepare_preferences
 from fourfold.data.mixture import prepare_mixture
+from fourfold.data.overlap import count_rows_in
 from fourfold.data.sources import DataSource
+from fourfold.data.streamed import StreamedData, first_rows, open_stream
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.models.loading import load_tokenizer
 from fourfold.quantization.swapping import base_state_dict
 from fourfold.training import run_folder
 from fourfold.training.checkpoint import find_checkpoint, list_checkpoints
+from fourfold.training.streamed import place_in_stream
 
 __all__ = [
     "BASE_FOLDER",
@@ -40,6 +43,7 @@ __all__ = [
     "going_on",
     "merge_prompts",
     "original_checkpoint",
+    "prepare_train",
     "read_data",
     "read_held_out",
     "read_tokenizer",
@@ -79,7 +83,17 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
 
 def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     """The configuration with what a run that goes on from a checkpoint cannot change: where `optim` is null, the
-    optimizer that the checkpoint's run began with."""
+    optimizer that the checkpoint's run began with.
+
+    Raises:
+        CheckpointError: The run streamed its rows, and the configuration does not.
+    """
+    if checkpoint is not None and not config.streaming and place_in_stream(checkpoint) is not None:
+        raise CheckpointError(
+            f"{checkpoint} is of a run whose rows were streamed",
+            allowed="streaming: true",
+            hint="resume with the data that the run began with, or start anew",
+        )
     if checkpoint is None or config.optim is not None:
         return config
     begun = checkpoint.parent / run_folder.CONFIG_FILE
@@ -135,15 +149,30 @@ def _template_text(chat_template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreparedData, PreparedData | None]:
-    """Training rows and, where asked for, held-out ones."""
+def read_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreparedData | StreamedData, PreparedData | None]:
+    """Training rows, or the stream of them, and, where asked for, held-out ones; the report of these says how many of
+    them stand in the training rows, which of a stream is not known."""
     assert config.train_dataset is not None
     options = choices.data_options(config)
-    if config.eval_dataset or not config.eval_split_fraction:
-        train_data = _prepare(config, tokenizer, options, None)
+    train_data: PreparedData | StreamedData
+    if config.streaming:
+        train_data = open_stream(
+            choices.data_sources(config),
+            tokenizer,
+            options,
+            buffer_size=config.streaming_buffer_size,
+            seed=config.seed,
+            stopping_strategy=config.stopping_strategy,
+        )
     else:
-        train_data = _prepare(config, tokenizer, options, "train")
-    return train_data, read_held_out(config, tokenizer)
+        train_data = prepare_train(config, tokenizer, options, _loaded(config))
+    held_out = read_held_out(config, tokenizer)
+    if held_out is not None and not isinstance(train_data, StreamedData):
+        trained_on = count_rows_in(held_out.dataset, train_data.dataset)
+        held_out = replace(held_out, report=replace(held_out.report, rows_trained_on=trained_on))
+    return train_data, held_out
 
 
 def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
@@ -152,7 +181,7 @@ def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
     if config.eval_dataset:
         held_out = _preparation(config)(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
     elif config.eval_split_fraction:
-        held_out = _prepare(config, tokenizer, options, "held-out")
+        held_out = _prepare(config, tokenizer, options, _loaded(config), "held-out")
     else:
         return None
     if config.eval_generate_rows and "messages" not in held_out.dataset.column_names:
@@ -172,12 +201,26 @@ def _preparation(config: RunConfig) -> Callable[..., PreparedData]:
     return prepare_rows
 
 
+Parts = list[tuple[DataSource, Dataset, str]]
+"""Data sets with their rows and names."""
+
+
+def _loaded(config: RunConfig) -> Parts:
+    return [(source, load_rows(source), source.path) for source in choices.data_sources(config)]
+
+
+def prepare_train(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, parts: Parts
+) -> PreparedData:
+    """What is trained on of the rows of train_dataset."""
+    is_split = not config.eval_dataset and config.eval_split_fraction > 0
+    return _prepare(config, tokenizer, options, parts, "train" if is_split else None)
+
+
 def _prepare(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, part: str | None
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, options: DataOptions, parts: Parts, part: str | None
 ) -> PreparedData:
     """The training rows: all of them, or their "train" or "held-out" part."""
-    sources = choices.data_sources(config)
-    parts = [(source, load_rows(source), source.path) for source in sources]
     mix = partial(
         prepare_mixture,
         tokenizer=tokenizer,
@@ -225,8 +268,11 @@ def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list
     """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
     sources = [DataSource(config.eval_dataset)] if config.eval_dataset else choices.data_sources(config)
     source = sources[0]
-    rows = load_rows(source, "test" if config.eval_dataset else "train")
-    rows = rows.select(range(min(8, len(rows))))
+    if config.streaming and not config.eval_dataset:
+        rows = first_rows(source, 8)
+    else:
+        rows = load_rows(source, "test" if config.eval_dataset else "train")
+        rows = rows.select(range(min(8, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.
     options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)
     prepared = prepare_mixture([(source, rows, source.path)], tokenizer, options, prepare_part=_preparation(config))

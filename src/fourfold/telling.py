@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 from fourfold.data import DataReport
+from fourfold.data.streamed import StreamReport
 from fourfold.errors import ConfigError
 from fourfold.memory.planner import Plan
 from fourfold.models.size import ModelSize
@@ -35,7 +36,7 @@ class Speaker:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
-    def result(self, event: str, result: DataReport | ModelSize | Plan | None) -> None:
+    def result(self, event: str, result: DataReport | StreamReport | ModelSize | Plan | None) -> None:
         """Say a result by its `lines()`, or as a JSON event of its fields."""
         if result is None:
             return

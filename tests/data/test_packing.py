@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
+import trl
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fourfold.data import IGNORE_INDEX, Collator, model_inputs, pack
+from fourfold.data import IGNORE_INDEX, Collator, model_inputs, pack, packing
+from fourfold.data.packing import best_fit
 from fourfold.errors import DataError
 
 PAD = 0
@@ -226,3 +229,47 @@ def test_rows_are_padded_to_a_multiple_where_one_is_wanted() -> None:
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 65]
     assert batch["labels"][1, 65:].eq(-100).all()
     assert Collator(pad_token_id=0)(rows)["input_ids"].shape == (2, 65)
+
+
+def best_fit_one_by_one(lengths: list[int], capacity: int) -> list[int]:
+    """Space that is left in each row, by the textbook."""
+    rows: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row, space in enumerate(rows) if space >= length]
+        if not fitting:
+            rows.append(capacity)
+            fitting = [len(rows) - 1]
+        rows[min(fitting, key=lambda row: rows[row])] -= length
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("most", "count"), [(30, 400), (64, 150), (3, 90), (64, 1)])
+def test_documents_lie_as_best_fit_decreasing_one_by_one_lays_them(seed: int, most: int, count: int) -> None:
+    lengths = np.random.default_rng(seed).integers(1, most + 1, count)
+    documents, num_documents = best_fit(lengths, 64)
+    assert sorted(documents) == list(range(count))
+    ends = num_documents.cumsum()
+    spaces = [
+        64 - lengths[documents[end - number : end]].sum() for end, number in zip(ends, num_documents, strict=True)
+    ]
+    assert sorted(spaces) == sorted(best_fit_one_by_one(lengths.tolist(), 64))
+
+
+def test_packing_wastes_no_more_than_trl_does() -> None:
+    rows = as_dataset(documents([3 + (number * 37) % 90 for number in range(600)]))
+    assert len(pack(rows, 128)) <= len(trl.pack_dataset(rows, 128, strategy="bfd"))
+
+
+def test_documents_without_a_token_are_left_out_of_packed_rows() -> None:
+    assert [row["seq_lengths"] for row in pack(as_dataset([[], [5, 6], []]), 8)] == [[2]]
+
+
+def test_rows_are_packed_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 64)
+    monkeypatch.setattr(packing, "WINDOW_ROWS", 1)
+    rows = documents([1 + number % 16 for number in range(40)])
+    # Of a part of a data set, whose tokens do not begin at the first.
+    packed = pack(as_dataset([[1], *rows]).select(range(1, 41)), 16)
+    found = [(row["input_ids"][part], row["labels"][part]) for row in packed for part in document_slices(row)]
+    assert sorted(found) == sorted((row, row) for row in rows)

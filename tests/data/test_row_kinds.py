@@ -190,3 +190,36 @@ def test_tokenized_rows_are_cached_by_content(
         messages = ROW_FORMATS["prompt_completion"].to_messages(given)
         expected = encode_conversation(messages, tokenizer, options.train_on_prompt)
         assert (row["input_ids"], row["labels"]) == (expected.input_ids, expected.labels)
+
+
+def test_how_many_processes_tokenize_changes_neither_rows_nor_cache(
+    tiny_tokenizer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    given = [{"prompt": f"Say {number}", "completion": "x" * (number % 30 + 1)} for number in range(60)]
+    several = prepare(of(given), tiny_tokenizer, DataOptions(packing=True, max_length=64, num_proc=3), "rows").dataset
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "fourfold").iterdir()}
+    one = prepare(of(given), tiny_tokenizer, DataOptions(packing=True, max_length=64), "rows").dataset
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "fourfold").iterdir()} == files
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "other")
+    anew = prepare(of(given), tiny_tokenizer, DataOptions(packing=True, max_length=64), "rows").dataset
+    assert several.to_list() == one.to_list() == anew.to_list()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_proc", "cores", "expected"),
+    [
+        (39_999, None, 4, None),
+        (40_000, None, 4, 2),
+        (1_000_000, None, 4, 4),
+        (10_000_000, None, 96, 8),
+        (1_000_000, None, 1, None),
+        (10, 3, 4, 3),
+        (1_000_000, 1, 4, None),
+    ],
+)
+def test_a_data_set_that_is_large_enough_is_tokenized_by_a_process_a_core(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, num_proc: int | None, cores: int, expected: int | None
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert DataOptions(num_proc=num_proc).workers(num_rows) == expected

@@ -109,8 +109,8 @@ def test_a_folder_with_files_of_several_kinds_names_them(tmp_path: Path) -> None
         ("latin.txt", b"\xff\xfeh\x00", r"latin\.txt, line 1: not UTF-8(.|\n)*0xff at 0"),
         ("wide.csv", b"prompt,completion\na,b\na,b,c\n", r"wide\.csv, line 3: 3 fields, and 2 names"),
         ("narrow.csv", b"prompt,completion\na,b,c\n", r"narrow\.csv, line 2: 3 fields, and 2 names"),
-        ("cut.jsonl.gz", gzip.compress(b'{"a": "1"}\n' * 9)[:-12], r"cut\.jsonl\.gz is cut short"),
-        ("bad.jsonl.gz", gzip.compress(b'{"a": "1"}\n{"a": \n'), r"bad\.jsonl\.gz, line 2: not JSON"),
+        ("cut.jsonl.gz", gzip.compress(b'{"a": "1"}\n' * 9, mtime=0)[:-12], r"cut\.jsonl\.gz is cut short"),
+        ("bad.jsonl.gz", gzip.compress(b'{"a": "1"}\n{"a": \n', mtime=0), r"bad\.jsonl\.gz, line 2: not JSON"),
         ("no.parquet", b"PAR1 none", r"no\.parquet is no whole parquet file"),
         ("no.arrow", b"none at all", r"no\.arrow is no whole Arrow stream"),
     ],
@@ -132,6 +132,20 @@ def test_a_corrupt_page_of_parquet_is_named_with_its_row_group_and_column(tmp_pa
     content[start : start + 200] = b"\xff" * 200
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"rows\.parquet, row group 2, column 'completion': corrupt"):
+        load_rows(str(path))
+
+
+def test_a_page_of_parquet_that_can_be_decoded_is_held_against_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([{"prompt": "p" * 50, "completion": "c" * 50} for _ in range(200)])
+    kind = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    pq.write_table(table, path, row_group_size=100, **kind)
+    content = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    # Behind the page's own statistics.
+    place = content.index(b"c" * 50, column.data_page_offset + column.total_compressed_size // 2)
+    path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+    with pytest.raises(DataError, match=r"row group 2, column 'completion': corrupt\n.*page(.|\n)*to do: .*anew"):
         load_rows(str(path))
 
 

@@ -158,6 +158,7 @@ ALIASES: dict[str, Conversion] = {
     "chat_template_jinja": _same_value("chat_template"),
     "special_tokens": _pad_token,
     "dataset_processes": _same_value("dataset_num_proc"),
+    "streaming_multipack_buffer_size": _same_value("streaming_buffer_size"),
     "micro_batch_size": _same_value("per_device_train_batch_size"),
     "eval_batch_size": _same_value("per_device_eval_batch_size"),
     "num_epochs": _same_value("num_train_epochs"),
@@ -220,6 +221,7 @@ ALIASES: dict[str, Conversion] = {
     "val_size": _same_value("eval_split_fraction"),
     "neat_packing": _same_value("packing"),
     "preprocessing_num_workers": _same_value("dataset_num_proc"),
+    "buffer_size": _same_value("streaming_buffer_size"),
     "disable_gradient_checkpointing": _inverse("gradient_checkpointing"),
     "flash_attn": _chosen(
         {
@@ -325,7 +327,6 @@ UNSUPPORTED: dict[str, str] = {
     "enable_liger_kernel": _OWN_KERNELS,
     "mask_history": "the loss is on every answer of a conversation",
     "max_samples": "give a file with fewer rows, or max_steps",
-    "streaming": "rows are read as files and mapped from disk: leave it out",
     "interleave_probs": "give each data set of train_dataset a weight",
     "rope_scaling": "it is read from the model's config.json",
     "resize_vocab": "new tokens are not added: use a tokenizer that has them",

@@ -9,6 +9,7 @@ from typing import Any
 from fourfold.config.datasets import name_of
 from fourfold.config.run import RunConfig
 from fourfold.data import DataReport
+from fourfold.data.streamed import StreamReport
 from fourfold.training.run_folder import ModelCard
 
 __all__ = ["model_card"]
@@ -17,7 +18,7 @@ __all__ = ["model_card"]
 def model_card(
     config: RunConfig,
     output: Path,
-    train_report: DataReport,
+    train_report: DataReport | StreamReport,
     eval_report: DataReport | None,
     metrics: dict[str, Any],
 ) -> ModelCard:
@@ -27,11 +28,12 @@ def model_card(
     def chosen(*prefixes: str) -> dict[str, Any]:
         return {key: value for key, value in values.items() if key.startswith(prefixes) and value is not None}
 
-    data: dict[str, Any] = {
-        "train_dataset": name_of(config.train_dataset or ""),
-        "training rows": train_report.rows_kept,
-    }
-    data[f"rows above max_length ({config.overlong})"] = train_report.rows_overlong
+    data: dict[str, Any] = {"train_dataset": name_of(config.train_dataset or "")}
+    if isinstance(train_report, StreamReport):
+        data["streamed in blocks of"] = train_report.buffer_size
+    else:
+        data["training rows"] = train_report.rows_kept
+        data[f"rows above max_length ({config.overlong})"] = train_report.rows_overlong
     if eval_report is not None:
         data |= {
             "held out": config.eval_dataset or "a part of train_dataset",

@@ -199,6 +199,9 @@ def training_options(config: RunConfig) -> TrainingOptions:
     has_eval_rows = config.eval_dataset is not None or config.eval_split_fraction > 0
 
     def rhythm(steps: int | None) -> tuple[str, int]:
+        if steps is None and config.streaming:
+            # A stream's epoch may never end.
+            return "steps", max(1, (config.max_steps or 1) // 10)
         return ("epoch", 1) if steps is None else ("steps", steps)
 
     eval_strategy, eval_steps = rhythm(config.eval_steps) if has_eval_rows else ("no", 1)

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from fourfold.config.datasets import Datasets, RowFormat
 from fourfold.config.methods import Contradiction, MethodKeys, method_contradictions
 from fourfold.config.precision import precision_contradictions
+from fourfold.config.streaming import STREAMING_BUFFER_SIZE, streaming_contradictions
 from fourfold.config.types import (
     Amount,
     ChatTemplate,
@@ -143,6 +144,15 @@ class RunConfig(MethodKeys):
     )
     row_format: RowFormat = Field("auto", description="What a row looks like; auto: told by its columns.")
     columns: dict[str, str] = Field({}, description="Names of the row format's fields in the data: {prompt: question}.")
+    streaming: bool = Field(
+        False,
+        description="Read the training rows while they are trained on, in constant memory, and not before; it takes "
+        "max_steps. A stream that ends begins again, in another order.",
+    )
+    streaming_buffer_size: Count = Field(
+        STREAMING_BUFFER_SIZE,
+        description="Rows of a stream that are shuffled and packed together, one block in memory.",
+    )
     max_length: int = Field(1024, ge=2, description="Longest conversation, in tokens.")
     packing: bool = Field(
         False, description="Fill each row of max_length with several conversations that never see each other."
@@ -155,7 +165,9 @@ class RunConfig(MethodKeys):
         None, description="Jinja text or .jinja file in place of the tokenizer's own chat template."
     )
     pad_token: str | None = Field(None, min_length=1, description="Padding token, for a tokenizer that has none.")
-    dataset_num_proc: Count | None = Field(None, description="Processes that tokenize; null: one.")
+    dataset_num_proc: Count | None = Field(
+        None, description="Processes that tokenize; null: one for each 20,000 rows, up to one a core and eight."
+    )
 
     # Training
     output_dir: str = Field("run", min_length=1, description="Folder of the run: everything it leaves.")
@@ -214,11 +226,17 @@ class RunConfig(MethodKeys):
         "planned, of AdamW's the fastest that fits, the more exact of equally fast ones; without a plan, adamw.",
     )
     logging_steps: Count = Field(10, description="Optimizer steps between two lines of metrics.")
-    eval_steps: Count | None = Field(None, description="Optimizer steps between two evaluations; null: once an epoch.")
-    save_steps: Count | None = Field(None, description="Optimizer steps between two checkpoints; null: once an epoch.")
+    eval_steps: Count | None = Field(
+        None, description="Optimizer steps between two evaluations; null: once an epoch, streamed ten times a run."
+    )
+    save_steps: Count | None = Field(
+        None, description="Optimizer steps between two checkpoints; null: once an epoch, streamed ten times a run."
+    )
     save_total_limit: Count | None = Field(2, description="Checkpoints to keep; null: all.")
     seed: CountOrZero = Field(42, description="Seed of data order, adapters, dropout and held-out rows.")
-    dataloader_num_workers: CountOrZero = Field(0, description="Processes that load batches.")
+    dataloader_num_workers: CountOrZero = Field(
+        0, description="Processes that load batches; of a stream one at most, which reads ahead."
+    )
     group_by_length: bool = Field(
         False, description="Batch rows of like length: less padding, and an order less random."
     )
@@ -321,6 +339,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
         )
     yield from _data_contradictions(config)
     yield from (Contradiction(*each) for each in precision_contradictions(config))
+    yield from (Contradiction(*each) for each in streaming_contradictions(config))
     yield from _adapter_contradictions(config)
     yield from method_contradictions(config)
 

@@ -19,7 +19,7 @@ import transformers
 
 __all__ = ["cache_file", "content_key"]
 
-LAYOUT = 1
+LAYOUT = 2
 """Goes up when the same input comes to be encoded otherwise."""
 
 _ROWS_AT_A_TIME = 10_000
@@ -35,7 +35,10 @@ def content_key(rows: datasets.Dataset, tokenizer: Any | None, options: dict[str
     """
     digest = hashlib.blake2b(digest_size=16)
     versions = [LAYOUT, datasets.__version__, transformers.__version__, tokenizers.__version__]
-    digest.update(json.dumps([versions, options, _tokenizer(tokenizer)], sort_keys=True).encode())
+    digest.update(json.dumps([versions, options, _about(tokenizer)], sort_keys=True).encode())
+    if tokenizer is not None:
+        # The file but for its beginning: what the last call asked for as truncation and padding.
+        digest.update(tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2].encode())
     digest.update(str(rows.features).encode())
     for table in rows.with_format("arrow").iter(_ROWS_AT_A_TIME):
         batch = table.combine_chunks().replace_schema_metadata(None)
@@ -46,14 +49,11 @@ def content_key(rows: datasets.Dataset, tokenizer: Any | None, options: dict[str
     return digest.hexdigest()
 
 
-def _tokenizer(tokenizer: Any | None) -> Any:
+def _about(tokenizer: Any | None) -> Any:
     if tokenizer is None:
         return None
-    file = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What the last call asked for, no part of the tokenizer.
-    file = {key: value for key, value in file.items() if key not in ("truncation", "padding")}
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return [type(tokenizer).__name__, file, special, tokenizer.chat_template]
+    return [type(tokenizer).__name__, special, tokenizer.chat_template]
 
 
 def cache_file(key: str) -> str | None:

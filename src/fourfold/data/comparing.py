@@ -42,7 +42,7 @@ def prepare_preferences(
     """
     parsed = parse_rows(rows, replace(options, kinds=(PREFERENCE_ROWS[method].kind,)), name)
     check_tokenizer(tokenizer, kind=parsed.row_format.kind)
-    encoded = encode_preferences(parsed.rows, tokenizer, method, name, options.num_proc)
+    encoded = encode_preferences(parsed.rows, tokenizer, method, name, options.workers(len(rows)))
     lengths = np.asarray(encoded["num_tokens"])
     overlong = np.flatnonzero(lengths > options.max_length)
     kept = encoded

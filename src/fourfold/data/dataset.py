@@ -53,17 +53,14 @@ def prepare(rows: datasets.Dataset, tokenizer: Any, options: DataOptions, name: 
     recognised = recognise(rows, options, name)
     encoded = encode(recognised, tokenizer, options, name)
     kept, report = select_rows(encoded, options, name, len(rows), recognised.told_by)
-    columns = ["input_ids", "labels"]
-    if recognised.row_format.kind == "conversation":
-        columns.append("messages")
-    kept = kept.select_columns(columns)
+    kept = kept.select_columns([key for key in ("input_ids", "labels", "messages") if key in kept.column_names])
     return _packed(PreparedData(kept, report), options)
 
 
 def _packed(prepared: PreparedData, options: DataOptions) -> PreparedData:
     if not options.packing:
         return prepared
-    packed = pack(prepared.dataset, options.max_length, num_proc=options.num_proc)
+    packed = pack(prepared.dataset, options.max_length)
     return PreparedData(packed, account(prepared.report, rows_packed=len(packed)))
 
 

@@ -18,6 +18,7 @@ from fourfold.data.packing import numbers_of
 from fourfold.data.report import named
 from fourfold.data.row_formats import ROW_FORMATS
 from fourfold.data.templates import IGNORE_INDEX, check_tokenizer
+from fourfold.data.turns import Message
 from fourfold.errors import DataError
 
 __all__ = ["Examination", "Finding", "examine", "leaks"]
@@ -115,7 +116,9 @@ def examine(
         return found
     found.numbers = numbers[numbers_of(found.encoded, "row_number") - 1]
     if recognised.row_format.kind == "conversation":
-        _look_at_template(found, tokenizer, {tokenizer.eos_token_id, *stop_ids}, options)
+        first = recognised.rows[int(found.encoded[0]["row_number"]) - 1]
+        messages = recognised.row_format.to_messages(first)
+        _look_at_template(found, messages, tokenizer, {tokenizer.eos_token_id, *stop_ids}, options)
     _look_at_lengths(found, options)
     _look_at_duplicates(found)
     return found
@@ -160,7 +163,9 @@ def _conversations(rows: datasets.Dataset, format_name: str, numbers: Numbers) -
     return rows.map(flatten, batched=True, remove_columns=rows.column_names), numbers.repeat(len(answers))
 
 
-def _look_at_template(found: Examination, tokenizer: Any, stop_ids: set[int], options: DataOptions) -> None:
+def _look_at_template(
+    found: Examination, messages: list[Message], tokenizer: Any, stop_ids: set[int], options: DataOptions
+) -> None:
     assert found.encoded is not None
     added = tokenizer.added_tokens_decoder
     ends: Counter[int] = Counter()
@@ -192,7 +197,6 @@ def _look_at_template(found: Examination, tokenizer: Any, stop_ids: set[int], op
             )
     if twice:
         found.warn(f"{len(twice):,} rows begin with two BOS tokens", named(twice), "take one out of the chat template")
-    messages = found.encoded[0]["messages"]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     vocabulary = tokenizer.get_vocab()
     said = " ".join(message["content"] for message in messages)

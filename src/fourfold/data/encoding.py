@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from fourfold.data.cache import cache_file, content_key
 from fourfold.data.options import DataOptions
@@ -20,11 +21,12 @@ from fourfold.data.row_formats import (
     fitting_formats,
     map_columns,
 )
+from fourfold.data.shapes import Shapes
 from fourfold.data.templates import Encoded, check_tokenizer, encode_conversations, encode_documents, num_supervised
 from fourfold.data.turns import MEDIA, Row
 from fourfold.errors import DataError
 
-__all__ = ["FEATURES", "PARSED", "RecognisedRows", "encode", "encode_batch", "parse_rows", "recognise"]
+__all__ = ["FEATURES", "PARSED", "BatchEncoder", "RecognisedRows", "encode", "parse_rows", "recognise"]
 
 _TURNS = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
 _IDS = datasets.List(datasets.Value("int32"))
@@ -39,7 +41,7 @@ FEATURES = datasets.Features(
         "row_number": _COUNT,
     }
 )
-"""Of encoded rows; documents have no turns."""
+"""Of encoded rows; documents, and rows that are to be packed, have no turns."""
 
 PARSED: dict[str, Any] = {
     **dict.fromkeys(("messages", "prompt", "chosen", "rejected", "completion"), _TURNS),
@@ -169,79 +171,98 @@ def encode(recognised: RecognisedRows, tokenizer: Any, options: DataOptions, nam
     row_format = recognised.row_format
     _require_kind(recognised, ("conversation", "document"), name)
     check_tokenizer(tokenizer, kind=row_format.kind)
-    # Of the options, what the tokens depend on.
+    # Of the options, what the result depends on.
     decisive = {"format": row_format.name, "train_on_prompt": options.train_on_prompt, "encoded": True}
     if row_format.kind == "document":
         decisive["max_length"] = options.max_length
+    features = FEATURES
+    if options.packing or row_format.kind == "document":
+        features = datasets.Features({key: kind for key, kind in FEATURES.items() if key != "messages"})
+    decisive["columns"] = list(features)
     key = content_key(recognised.rows, tokenizer, decisive)
     return recognised.rows.map(
         _encode_rows,
         batched=True,
         with_indices=True,
         remove_columns=recognised.rows.column_names,
-        num_proc=options.num_proc,
-        fn_kwargs={"tokenizer": tokenizer, "format_name": row_format.name, "options": asdict(options), "name": name},
-        features=FEATURES,
+        num_proc=options.workers(len(recognised.rows)),
+        fn_kwargs={
+            "encoder": BatchEncoder(tokenizer, row_format, options, name),
+            "schema": features.arrow_schema,
+        },
+        features=features,
         new_fingerprint=key,
         cache_file_name=cache_file(key),
         desc=f"tokenizing {name}",
     )
 
 
-def _encode_rows(
-    batch: dict[str, list[Any]],
-    indices: list[int],
-    tokenizer: Any,
-    format_name: str,
-    options: dict[str, Any],
-    name: str,
-) -> dict[str, list[Any]]:
+def _encode_rows(batch: dict[str, list[Any]], indices: list[int], encoder: BatchEncoder, schema: pa.Schema) -> pa.Table:
     rows: list[Row] = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    return encode_batch(
-        rows, [index + 1 for index in indices], tokenizer, ROW_FORMATS[format_name], DataOptions(**options), name
-    )
+    columns = encoder.encode(rows, [index + 1 for index in indices])
+    arrays = {field.name: pa.array(columns[field.name], field.type) for field in schema}
+    return pa.table(arrays, schema)
 
 
-def encode_batch(
-    rows: list[Row], numbers: list[int], tokenizer: Any, row_format: RowFormat, options: DataOptions, name: str
-) -> dict[str, list[Any]]:
-    """The columns of `FEATURES` for some rows; `numbers`: the rows' numbers, for errors and for the column."""
-    parsed = [
-        _parsed(row, row_format, f"data set {name}, row {number}") for row, number in zip(rows, numbers, strict=True)
-    ]
-    pieces: list[list[Encoded]]
-    if row_format.kind == "document":
-        turns: list[Any] = [[] for _ in parsed]
-        pieces = encode_documents([one["text"] for one in parsed], tokenizer, options.max_length)
-    else:
-        turns = [one["messages"] for one in parsed]
+class BatchEncoder:
+    """Makes tokens of some rows after others, all of one format."""
+
+    def __init__(self, tokenizer: Any, row_format: RowFormat, options: DataOptions, name: str) -> None:
+        """
+        Args:
+            tokenizer: A tokenizer that passed `check_tokenizer`.
+            row_format: What the rows are: conversations or documents.
+            options: How rows become tokens.
+            name: The data set's name, for errors.
+        """
+        self._tokenizer, self._row_format, self._options, self._name = tokenizer, row_format.name, options, name
+        self._shapes = Shapes()
+
+    def encode(self, rows: list[Row], numbers: list[int]) -> dict[str, list[Any]]:
+        """The columns of `FEATURES` for some rows; `numbers`: the rows' numbers, for errors and for the column."""
+        row_format = ROW_FORMATS[self._row_format]
+        parsed = [_parsed(row, row_format, self._name, number) for row, number in zip(rows, numbers, strict=True)]
+        pieces: list[list[Encoded]]
+        if row_format.kind == "document":
+            turns: list[Any] = [[] for _ in parsed]
+            pieces = encode_documents([one["text"] for one in parsed], self._tokenizer, self._options.max_length)
+        else:
+            turns = [one["messages"] for one in parsed]
+            pieces = [[one] for one in self._conversations(turns, numbers)]
+        encoded: dict[str, list[Any]] = {key: [] for key in FEATURES}
+        for messages, number, its_pieces in zip(turns, numbers, pieces, strict=True):
+            for piece in its_pieces:
+                encoded["input_ids"].append(piece.input_ids)
+                encoded["labels"].append(piece.labels)
+                encoded["messages"].append(messages)
+                encoded["num_tokens"].append(len(piece.input_ids))
+                encoded["num_supervised_tokens"].append(num_supervised(piece.labels))
+                encoded["row_number"].append(number)
+        return encoded
+
+    def _conversations(self, turns: list[Any], numbers: list[int]) -> list[Encoded]:
+        learn_all = self._options.train_on_prompt
         try:
-            pieces = [[one] for one in encode_conversations(turns, tokenizer, options.train_on_prompt)]
+            return encode_conversations(turns, self._tokenizer, learn_all, self._shapes)
         except DataError:
             # Again one by one: there the faulty row is known.
-            pieces = []
+            encoded = []
             for messages, number in zip(turns, numbers, strict=True):
                 try:
-                    pieces.append(encode_conversations([messages], tokenizer, options.train_on_prompt))
+                    encoded += encode_conversations([messages], self._tokenizer, learn_all, self._shapes)
                 except DataError as error:
-                    raise at(f"data set {name}, row {number}", error) from error
-    encoded: dict[str, list[Any]] = {key: [] for key in FEATURES}
-    for messages, number, its_pieces in zip(turns, numbers, pieces, strict=True):
-        for piece in its_pieces:
-            encoded["input_ids"].append(piece.input_ids)
-            encoded["labels"].append(piece.labels)
-            encoded["messages"].append(messages)
-            encoded["num_tokens"].append(len(piece.input_ids))
-            encoded["num_supervised_tokens"].append(num_supervised(piece.labels))
-            encoded["row_number"].append(number)
-    return encoded
+                    raise at(f"data set {self._name}, row {number}", error) from error
+            return encoded
 
 
-def _parsed(row: Row, row_format: RowFormat, where: str) -> dict[str, Any]:
+_CORRECT_ROW = "correct the row, or take it out; `fourfold data` lists all such rows"
+
+
+def _parsed(row: Row, row_format: RowFormat, name: str, number: int) -> dict[str, Any]:
     try:
         return row_format.parse(row)
     except DataError as error:
-        raise at(where, error) from error
+        raise at(f"data set {name}, row {number}", error, _CORRECT_ROW) from error
 
 
 def parse_rows(rows: datasets.Dataset, options: DataOptions, name: str) -> RecognisedRows:
@@ -263,7 +284,7 @@ def parse_rows(rows: datasets.Dataset, options: DataOptions, name: str) -> Recog
         batched=True,
         with_indices=True,
         remove_columns=recognised.rows.column_names,
-        num_proc=options.num_proc,
+        num_proc=options.workers(len(recognised.rows)),
         fn_kwargs={"format_name": recognised.row_format.name, "name": name},
         features=datasets.Features({column: PARSED[column] for column in KINDS[kind]}),
         new_fingerprint=key,
@@ -276,7 +297,5 @@ def parse_rows(rows: datasets.Dataset, options: DataOptions, name: str) -> Recog
 def _parse_batch(batch: dict[str, list[Any]], indices: list[int], format_name: str, name: str) -> dict[str, list[Any]]:
     row_format = ROW_FORMATS[format_name]
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    parsed = [
-        _parsed(row, row_format, f"data set {name}, row {index + 1}") for row, index in zip(rows, indices, strict=True)
-    ]
+    parsed = [_parsed(row, row_format, name, index + 1) for row, index in zip(rows, indices, strict=True)]
     return {column: [one[column] for one in parsed] for column in KINDS[row_format.kind]}

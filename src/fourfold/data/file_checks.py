@@ -23,11 +23,14 @@ __all__ = ["check_files", "column_names", "name_bad_file"]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _TEXTS = ("json", "csv", "text")
+_CORRECT_LINE = "correct the line, or take it out"
 
 
 def check_files(files: list[Path], builder: str) -> None:
     """Raise DataError for what the builder would take for data: text that is not UTF-8, lines of a table that have more
-    or fewer fields than its first, an empty file."""
+    or fewer fields than its first, an empty file, a page of parquet that is not what its checksum says."""
+    if builder == "parquet":
+        name_bad_file(files, builder)
     if builder not in _TEXTS:
         return
     for file in files:
@@ -110,7 +113,12 @@ def _name_bad_line(file: Path) -> None:
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"data file {file}, line {error.lineno}: not JSON", found=error.msg) from error
+            raise DataError(
+                f"data file {file}, line {error.lineno}: not JSON",
+                found=error.msg,
+                allowed="one list of JSON objects, or one object a line",
+                hint=_CORRECT_LINE,
+            ) from error
         _check_objects((f"data file {file}, row {number}", row) for number, row in enumerate(rows, start=1))
         return
     _check_objects(_json_lines(file))
@@ -125,7 +133,10 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{where}: not JSON ({error.msg})", found=line.rstrip()[:120], allowed="one JSON object a line"
+                f"{where}: not JSON ({error.msg})",
+                found=line.rstrip()[:120],
+                allowed="one JSON object a line",
+                hint=_CORRECT_LINE,
             ) from error
 
 
@@ -133,7 +144,12 @@ def _check_objects(rows: Iterable[tuple[str, Any]]) -> None:
     kinds: dict[str, tuple[type, str]] = {}
     for where, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{where}: not an object", found=json.dumps(row)[:120], allowed='{"key": value, ...}')
+            raise DataError(
+                f"{where}: not an object",
+                found=json.dumps(row)[:120],
+                allowed='{"key": value, ...}',
+                hint=_CORRECT_LINE,
+            )
         for key, value in row.items():
             if value is None:
                 continue

@@ -98,7 +98,7 @@ def prepare_mixture(
     )
     if not options.packing:
         return PreparedData(mixed, report)
-    packed = pack(mixed, options.max_length, num_proc=options.num_proc)
+    packed = pack(mixed, options.max_length)
     return PreparedData(packed, account(report, rows_packed=len(packed)))
 
 

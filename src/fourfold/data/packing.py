@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import trl
 
 from fourfold.data.templates import IGNORE_INDEX
 from fourfold.errors import DataError
 
-__all__ = ["Collator", "model_inputs", "numbers_of", "pack", "row_lengths", "supervised_positions"]
+__all__ = ["Collator", "best_fit", "model_inputs", "numbers_of", "pack", "row_lengths", "supervised_positions"]
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-PACKED_AT_A_TIME = 10_000
-"""Documents among which the fitting ones are sought."""
+WINDOW_TOKENS = 2**22
+"""About as many tokens are in memory, and documents that fit are sought among, at a time; but of each window the last
+row is filled in part only, so there are at least `WINDOW_ROWS` of them."""
+
+WINDOW_ROWS = 256
+
+_ROWS_AT_A_TIME = 10_000
 
 
-def pack(
-    dataset: datasets.Dataset, max_length: int, num_proc: int | None = None, keep_in_memory: bool = False
-) -> datasets.Dataset:
+def pack(dataset: datasets.Dataset, max_length: int) -> datasets.Dataset:
     """Join documents into rows of at most `max_length` tokens, best fit decreasing; no document is cut.
 
     Args:
         dataset: Rows with `input_ids` and `labels`; other columns are left behind.
         max_length: Tokens a packed row may hold.
-        num_proc: Processes that do it; one, in this process, where None.
-        keep_in_memory: Whether nothing is written to the cache.
 
     Returns:
         Rows with `input_ids`, `labels` and `seq_lengths`, the number of tokens of each document in the row.
@@ -44,17 +49,85 @@ def pack(
         DataError: A document longer than `max_length`.
     """
     dataset = dataset.select_columns(["input_ids", "labels"])
-    longest = int(row_lengths(dataset).max())
-    if longest > max_length:
+    lengths = row_lengths(dataset)
+    if lengths.max() > max_length:
         raise DataError(
             "a document is longer than the row it shall be packed into",
-            found=f"{longest} tokens",
+            found=f"{lengths.max()} tokens",
             allowed=f"at most max_length = {max_length}",
         )
-    # Of each batch the last row is filled in part only.
-    workers = None if len(dataset) < PACKED_AT_A_TIME else num_proc
-    map_kwargs = {"batch_size": PACKED_AT_A_TIME, "num_proc": workers, "keep_in_memory": keep_in_memory}
-    return trl.pack_dataset(dataset, max_length, strategy="bfd", map_kwargs=map_kwargs)
+    window = max(WINDOW_TOKENS, WINDOW_ROWS * max_length) / max(1, lengths.mean())
+    packed: datasets.Dataset = dataset.with_format("arrow").map(
+        _pack_table, batched=True, batch_size=int(window) + 1, fn_kwargs={"max_length": max_length}, desc="packing"
+    )
+    return packed.with_format(None)
+
+
+def _pack_table(table: pa.Table, max_length: int) -> pa.Table:
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    lengths = pc.list_value_length(columns["input_ids"]).to_numpy(zero_copy_only=False)
+    documents, num_documents = best_fit(lengths, max_length)
+    ends = np.cumsum(num_documents)
+    lengths = lengths[documents]
+    # The tokens of row r are those before `borders[r + 1]`, of the documents in their new order.
+    borders = np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], ends])]
+    packed = {name: _joined(column.take(pa.array(documents)), borders) for name, column in columns.items()}
+    packed["seq_lengths"] = pa.ListArray.from_arrays(
+        pa.array(np.concatenate([[0], ends]), pa.int32()), pa.array(lengths, pa.int32())
+    )
+    return pa.table(packed)
+
+
+def _joined(column: pa.ListArray, borders: Indices) -> pa.ListArray:
+    return type(column).from_arrays(pa.array(borders, column.offsets.type), column.flatten())
+
+
+def best_fit(lengths: Indices, capacity: int) -> tuple[Indices, Indices]:
+    """Put documents into rows: the longest first, each where the least space is left over.
+
+    Documents of one length are placed together: the fullest row that has space for one gets as many as it has space
+    for, then the next; so this takes as many steps as there are lengths and spaces, not documents.
+
+    Args:
+        lengths: Tokens of each document, at most `capacity`; those without any are left out. int [documents].
+        capacity: Tokens a row may hold.
+
+    Returns:
+        The documents' indices, row by row, and the number of documents in each row; int64.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    order = order[: np.count_nonzero(lengths)]
+    row_of = np.empty(len(order), np.int64)
+    # Space that is left to the rows that have it.
+    spaces: list[int] = []
+    rows_with: dict[int, Indices] = {}
+    num_rows = 0
+    changes = np.flatnonzero(np.diff(lengths[order])) + 1
+    for first, end in itertools.pairwise([0, *changes.tolist(), len(order)]):
+        length = int(lengths[order[first]]) if len(order) else 0
+        while first < end:
+            place = bisect.bisect_left(spaces, length)
+            if place < len(spaces):
+                space = spaces.pop(place)
+                rows = rows_with.pop(space)
+            else:
+                space = capacity
+                rows = np.arange(num_rows, num_rows + -(-(end - first) // (capacity // length)))
+                num_rows += len(rows)
+            each = space // length
+            number = min(end - first, each * len(rows))
+            row_of[first : first + number] = rows.repeat(each)[:number]
+            first += number
+            full, over = divmod(number, each)
+            for some, taken in ((rows[:full], each), (rows[full : full + 1], over), (rows[full + 1 :], 0)):
+                left = space - taken * length
+                if len(some) and left:
+                    if left in rows_with:
+                        rows_with[left] = np.concatenate([rows_with[left], some])
+                    else:
+                        bisect.insort(spaces, left)
+                        rows_with[left] = some
+    return order[np.argsort(row_of, kind="stable")], np.bincount(row_of, minlength=num_rows)
 
 
 def numbers_of(dataset: datasets.Dataset, column: str) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -65,7 +138,7 @@ def numbers_of(dataset: datasets.Dataset, column: str) -> np.ndarray[Any, np.dty
 
 def row_lengths(dataset: datasets.Dataset, column: str = "input_ids") -> np.ndarray[Any, np.dtype[np.int64]]:
     """Tokens of each row, int64 [rows], without reading the tokens."""
-    tables = dataset.select_columns([column]).with_format("arrow").iter(PACKED_AT_A_TIME)
+    tables = dataset.select_columns([column]).with_format("arrow").iter(_ROWS_AT_A_TIME)
     return np.concatenate([pc.list_value_length(table[column]).to_numpy() for table in tables]).astype(np.int64)
 
 

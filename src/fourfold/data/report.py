@@ -29,6 +29,7 @@ class DataReport:
         rows_packed: Sequences after packing; None where nothing was packed.
         row_format: What the rows are, and by what that was told.
         rows_empty: Documents without text.
+        rows_trained_on: Of held-out rows, those that stand in the training rows, too.
         parts: The accounts of a mixture's data sets; its own figures are those of what is trained on.
     """
 
@@ -48,6 +49,7 @@ class DataReport:
     rows_packed: int | None = None
     row_format: str = ""
     rows_empty: int = 0
+    rows_trained_on: int = 0
     parts: list[DataReport] = field(default_factory=list)
 
     @property
@@ -70,6 +72,11 @@ class DataReport:
         if self.rows_packed is not None:
             filled = self.num_tokens / (self.rows_packed * self.max_length)
             lines.append(f"  packed into {self.rows_packed:,} sequences of {self.max_length}, {filled:.0%} filled")
+        if self.rows_trained_on:
+            lines.append(
+                f"  warning: {self.rows_trained_on:,} of {self.rows_kept:,} held-out rows are trained on, too, so they "
+                "measure what was learned by heart; `fourfold data` names them"
+            )
         if self.parts:
             # What was left out stands with each part.
             return lines
@@ -92,6 +99,6 @@ def named(rows: Sequence[int], count: int | None = None) -> str:
     return f"rows {', '.join(map(str, first))}{', ...' if more else ''}"
 
 
-def at(where: str, error: DataError) -> DataError:
-    """The error with the place at which it was found."""
-    return DataError(f"{where}: {error.what}", found=error.found, allowed=error.allowed, hint=error.hint)
+def at(where: str, error: DataError, hint: str | None = None) -> DataError:
+    """The error with the place at which it was found; `hint`: what to do, if it does not say so itself."""
+    return DataError(f"{where}: {error.what}", found=error.found, allowed=error.allowed, hint=error.hint or hint)

@@ -12,24 +12,26 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import datasets
 import numpy as np
 import torch
 
-from fourfold.data.encoding import encode_batch
+from fourfold.data.encoding import BatchEncoder
 from fourfold.data.mixture import STOPPING_STRATEGIES, check_weights, options_of
 from fourfold.data.options import DataOptions
-from fourfold.data.packing import pack
+from fourfold.data.packing import best_fit
 from fourfold.data.report import at
 from fourfold.data.row_formats import ROW_FORMATS, RowFormat, detect_row_format, map_columns
 from fourfold.data.sources import UNREADABLE, DataSource, local_files, stream_rows
 from fourfold.data.templates import check_tokenizer, num_supervised
-from fourfold.errors import ConfigError, DataError
+from fourfold.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ["RowStream"]
 
@@ -39,6 +41,7 @@ _KEPT_POSITIONS = 4
 @dataclass(frozen=True)
 class _Part:
     source: DataSource
+    rows: datasets.IterableDataset
     row_format: RowFormat
     options: DataOptions
 
@@ -53,11 +56,12 @@ class _Place(TypedDict):
 
 @dataclass(frozen=True)
 class _Position:
-    """Where a block begins: in each source (None: at its beginning), among the blocks, among the rows given."""
+    """Where a block begins: in each source, among the blocks, among the rows given, and after what was left out."""
 
     sources: list[_Place]
     block: int
     rows: int
+    dropped: dict[str, int]
 
 
 class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -65,8 +69,7 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Attributes:
         epoch: The epoch that is given, or comes next; it decides the order.
-        dropped: Rows left out so far, by reason: "overlong", "unlearned", "empty"; counted again where a block is read
-            again to go on.
+        dropped: Rows left out so far, by reason: "overlong", "unlearned", "empty".
     """
 
     def __init__(
@@ -103,6 +106,9 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._parts = [_recognised(source, options_of(source, options)) for source in sources]
         for part in self._parts:
             check_tokenizer(tokenizer, kind=part.row_format.kind)
+        self._encoders = [
+            BatchEncoder(tokenizer, part.row_format, part.options, part.source.path) for part in self._parts
+        ]
         self.epoch = 0
         self.dropped: Counter[str] = Counter()
         self._begin = self._start()
@@ -110,7 +116,26 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._positions: deque[_Position] = deque([self._begin], maxlen=_KEPT_POSITIONS)
 
     def _start(self) -> _Position:
-        return _Position([_Place(state=None, rows=0, ended=0) for _ in self._parts], 0, 0)
+        return _Position([_Place(state=None, rows=0, ended=0) for _ in self._parts], 0, 0, dict(self.dropped))
+
+    @property
+    def told_by(self) -> list[str]:
+        """What the rows of each source were recognised as."""
+        return [f"{part.source.path}: rows of {part.row_format.name}" for part in self._parts]
+
+    @property
+    def _order(self) -> dict[str, Any]:
+        """What its order follows from beside the epoch, as JSON can write it."""
+        options = ("max_length", "packing", "overlong", "train_on_prompt")
+        sources = [part.source for part in self._parts]
+        return {
+            # By name: a data set that is somewhere else now is the same.
+            "train_dataset": [[Path(source.path).name, source.split, source.weight] for source in sources],
+            "seed": self._seed,
+            "streaming_buffer_size": self._buffer_size,
+            "stopping_strategy": self._stopping_strategy,
+            **{key: getattr(self._options, key) for key in options},
+        }
 
     def set_epoch(self, epoch: int) -> None:
         """Begin that epoch anew with the next iteration; nothing, if it is the one that is at hand."""
@@ -136,13 +161,34 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         place = next((one for one in reversed(self._positions) if one.rows <= given), None)
         if place is None or given > self._given:
             raise ValueError(f"after = {given} lies outside of {self._positions[0].rows} to {self._given}")
-        state = {"epoch": self.epoch, "sources": place.sources, "block": place.block}
-        return copy.deepcopy(state | {"rows_before": place.rows, "given": given - place.rows})
+        state = {"epoch": self.epoch, "sources": place.sources, "block": place.block, "dropped": place.dropped}
+        rows = {"rows_before": place.rows, "given": given - place.rows}
+        return copy.deepcopy({**state, **rows, "order": self._order})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there with the next iteration: it gives the same rows as the stream that was not broken off."""
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from there with the next iteration: it gives the same rows as the stream that was not broken off.
+
+        Args:
+            state: What `state_dict` gave, of this stream or of one that was made alike; None: begin at the beginning.
+
+        Raises:
+            CheckpointError: The state of a stream whose rows come otherwise.
+        """
+        if state is None:
+            self.dropped.clear()
+            self._reset(0)
+            return
+        order = json.loads(json.dumps(self._order))
+        if other := [key for key, value in order.items() if json.loads(json.dumps(state["order"])).get(key) != value]:
+            raise CheckpointError(
+                f"the place in the stream is of a run with another {', '.join(other)}",
+                found=", ".join(f"{key}: {order[key]}" for key in other),
+                allowed=", ".join(f"{key}: {state['order'].get(key)}" for key in other),
+                hint="resume with the values that the run began with, or start anew",
+            )
         self._reset(state["epoch"])
-        self._begin = _Position(copy.deepcopy(state["sources"]), state["block"], state["rows_before"])
+        dropped = dict(state["dropped"])
+        self._begin = _Position(copy.deepcopy(state["sources"]), state["block"], state["rows_before"], dropped)
         self._positions[0] = self._begin
         self._given = state["rows_before"] + state["given"]
 
@@ -153,13 +199,19 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 found="dataloader_num_workers above 0",
                 allowed="dataloader_num_workers: 0",
             )
+        return self.rows()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of this epoch from here on; also for a process whose place another one is told."""
         begin, skipped = self._begin, self._given - self._begin.rows
         self._given = begin.rows
+        self.dropped = Counter(begin.dropped)
         self._positions = deque([begin], maxlen=_KEPT_POSITIONS)
         cursors = [_Cursor(part, copy.deepcopy(place)) for part, place in zip(self._parts, begin.sources, strict=True)]
         for block in itertools.count(begin.block):
             if block > begin.block:
-                self._positions.append(_Position([cursor.place() for cursor in cursors], block, self._given))
+                places = [cursor.place() for cursor in cursors]
+                self._positions.append(_Position(places, block, self._given, dict(self.dropped)))
             generator = np.random.default_rng((self._seed, self.epoch, block))
             taken = list(itertools.islice(self._drawn(cursors, generator), self._buffer_size))
             if not taken:
@@ -198,14 +250,7 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             if not its_rows:
                 continue
             numbers = [row.number for row in its_rows]
-            columns = encode_batch(
-                [row.values for row in its_rows],
-                numbers,
-                self._tokenizer,
-                part.row_format,
-                part.options,
-                part.source.path,
-            )
+            columns = self._encoders[place].encode([row.values for row in its_rows], numbers)
             self.dropped["empty"] += len(set(numbers)) - len(set(columns["row_number"]))
             for input_ids, labels, number in zip(
                 columns["input_ids"], columns["labels"], columns["row_number"], strict=True
@@ -216,11 +261,12 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         order = generator.permutation(len(encoded))
         if not self._options.packing or not encoded:
             return [encoded[place] for place in order]
-        columns = {key: [encoded[place][key] for place in order] for key in ("input_ids", "labels")}
-        packed = pack(datasets.Dataset.from_dict(columns), self._options.max_length, keep_in_memory=True)
+        lengths = np.asarray([len(encoded[place]["input_ids"]) for place in order])
+        documents, num_documents = best_fit(lengths, self._options.max_length)
+        ends = num_documents.cumsum()[:-1]
+        rows = [_joined([encoded[place] for place in its_places]) for its_places in np.split(order[documents], ends)]
         # Best fit decreasing sorts by length.
-        rows: list[dict[str, Any]] = packed.select(generator.permutation(len(packed))).to_list()
-        return rows
+        return [rows[place] for place in generator.permutation(len(rows))]
 
     def _fitting(self, row: dict[str, Any], where: str) -> dict[str, Any] | None:
         if len(row["input_ids"]) > self._options.max_length:
@@ -240,6 +286,11 @@ class RowStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         return row
 
 
+def _joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    joined = {key: list(itertools.chain(*(one[key] for one in documents))) for key in ("input_ids", "labels")}
+    return joined | {"seq_lengths": [len(one["input_ids"]) for one in documents]}
+
+
 class _Row(NamedTuple):
     """A row as it was read: of which part, its number there, its values."""
 
@@ -256,7 +307,7 @@ class _Cursor:
         self._open(place["state"])
 
     def _open(self, state: dict[str, Any] | None) -> None:
-        self._stream = stream_rows(self._part.source)
+        self._stream = copy.deepcopy(self._part.rows)
         if state is not None:
             self._stream.load_state_dict(state)
         self._is_begun = state is not None
@@ -291,8 +342,9 @@ def _unreadable(source: DataSource, error: Exception) -> DataError:
 
 
 def _recognised(source: DataSource, options: DataOptions) -> _Part:
+    rows = stream_rows(source)
     try:
-        first: dict[str, Any] | None = next(iter(stream_rows(source)), None)
+        first: dict[str, Any] | None = next(iter(copy.deepcopy(rows)), None)
     except UNREADABLE as error:
         raise _unreadable(source, error) from error
     if first is None:
@@ -311,4 +363,4 @@ def _recognised(source: DataSource, options: DataOptions) -> _Part:
             f"data set {source.path}: {row_format.name} rows are compared, and cannot be streamed",
             hint="leave streaming out",
         )
-    return _Part(source, row_format, options)
+    return _Part(source, rows, row_format, options)

@@ -26,6 +26,7 @@ Message = dict[str, str]
 Row = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+_PLAIN = {"role", "content"}
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -44,6 +45,7 @@ SHAREGPT_ROLES = {
 """Who speaks in `{"from": ..., "value": ...}`; names as data sets on the hub have them."""
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_MEDIA = frozenset(MEDIA)
 
 
 def text(row: Row, key: str) -> str:
@@ -75,9 +77,7 @@ def text_or_turns(row: Row, key: str, role: str) -> list[Message]:
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list):
-        return [
-            _checked_turn(turn, f"key {key!r}, turn {number}") for number, turn in enumerate(value, start=1)
-        ] or turns(row, key)
+        return [_checked_turn(turn, number, key) for number, turn in enumerate(value, start=1)] or turns(row, key)
     return [{"role": role, "content": text(row, key)}]
 
 
@@ -88,8 +88,8 @@ def answers(row: Row, key: str) -> list[Message]:
 
 def no_media(row: Row) -> None:
     """Raise DataError for a row with images, video or sound: a text model would answer without having seen them."""
-    for key in MEDIA:
-        if row.get(key) not in (None, "", []):
+    for key in sorted(row.keys() & _MEDIA):
+        if row[key] not in (None, "", []):
             raise DataError(
                 f"key {key!r}: a text model sees no {key.removesuffix('s')}s",
                 found=_brief(row[key]),
@@ -104,7 +104,7 @@ def checked(conversation: list[Any]) -> list[Message]:
     Raises:
         DataError: Whatever is not so, with the number of the turn.
     """
-    messages = [_checked_turn(turn, f"turn {number}") for number, turn in enumerate(conversation, start=1)]
+    messages = [_checked_turn(turn, number) for number, turn in enumerate(conversation, start=1)]
     if messages[-1]["role"] != "assistant":
         raise DataError(
             "key 'role': the last turn is not the assistant's",
@@ -116,7 +116,12 @@ def checked(conversation: list[Any]) -> list[Message]:
     return messages
 
 
-def _checked_turn(turn: Any, where: str) -> Message:
+def _checked_turn(turn: Any, number: int, key: str | None = None) -> Message:
+    if isinstance(turn, dict) and turn.keys() == _PLAIN and turn["role"] in ROLES:
+        content = turn["content"]
+        if isinstance(content, str) and content.strip():
+            return turn
+    where = f"turn {number}" if key is None else f"key {key!r}, turn {number}"
     if not isinstance(turn, dict):
         raise DataError(f"{where}: not a message", found=_brief(turn), allowed='{"role": ..., "content": ...}')
     is_sharegpt = turn.get("role") is None and turn.get("from") is not None
@@ -139,7 +144,7 @@ def _checked_turn(turn: Any, where: str) -> Message:
     try:
         return {"role": role, "content": text({said: _joined(turn.get(said))}, said)}
     except DataError as error:
-        raise DataError(f"{where}, {error.what}", found=error.found, allowed=error.allowed) from None
+        raise DataError(f"{where}, {error.what}", found=error.found, allowed=error.allowed, hint=error.hint) from None
 
 
 def _joined(content: Any) -> Any:
@@ -152,6 +157,7 @@ def _joined(content: Any) -> Any:
                 f"key 'content': a text model sees no part of type {part.get('type')!r}",
                 found=_brief(part),
                 allowed='text, or parts {"type": "text", "text": ...}',
+                hint="take such rows out: without what is shown there, answers to it would be made up",
             )
     return "".join(str(part.get("text") or "") for part in content)
 

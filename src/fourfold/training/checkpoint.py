@@ -6,7 +6,8 @@
       tokenizer.json, chat_template.jinja, ...          the tokenizer's own format
       optimizer.safetensors, optimizer.json             tensors; groups, scheduler, trained parameters
       rng_state_0.safetensors, rng_state_0.json         one pair a process
-      trainer_state.json                                step, epoch, log history, as the Trainer writes it
+      trainer_state.json                                step, epoch, log history, as the Trainer writes it; where rows
+                                                        are streamed, the place in the stream
       base/                                             the quantized base, where the run changes it between checkpoints
       manifest.json                                     every file above with its size; written last
 
