@@ -184,8 +184,7 @@ def test_pairs_are_mixed_by_weight_and_chosen_among_other_columns(tiny_run, tmp_
     )
     train_data, held_out = read_data(config, read_tokenizer(config))
     report, columns = train_data.report, train_data.dataset.column_names
-    assert held_out is not None
-    assert held_out.report.row_format.startswith("rows of preference, told by columns chosen, rejected")
+    assert held_out[""].report.row_format.startswith("rows of preference, told by columns chosen, rejected")
     assert [name for name in columns if name.endswith("input_ids")] == ["chosen_input_ids", "rejected_input_ids"]
     both = [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in train_data.dataset]
     assert (report.rows_kept, report.num_tokens) == (len(both), sum(both))

@@ -111,16 +111,17 @@ def examine_data(config: RunConfig, num_rows: int = 3, seed: int | None = None) 
     held_out: list[Examination] = []
     findings = [finding for one in train for finding in one.findings]
     if config.eval_dataset:
-        source = DataSource(config.eval_dataset)
-        held_out = [look(source, load_rows(source, "test"))]
-        findings += [*held_out[0].findings, *leaks(train, held_out)]
+        sources = [DataSource(path) for path in choices.eval_datasets(config).values()]
+        held_out = [look(source, load_rows(source, "test")) for source in sources]
+        findings += [finding for one in held_out for finding in one.findings] + leaks(train, held_out)
     elif config.eval_split_fraction:
         numbers = {id(one): _held_out_numbers(one, config) for one in train}
         findings += leaks(train, train, lambda one, number: number in numbers[id(one)])
     findings.sort(key=lambda finding: finding.severity)
     reports: list[DataReport] = []
     if all(finding.severity != "error" for finding in findings):
-        reports = [data.report for data in read_data(config, tokenizer) if data is not None]
+        train_data, eval_data = read_data(config, tokenizer)
+        reports = [data.report for data in (train_data, *eval_data.values())]
     lengths = np.concatenate([one.lengths for one in train])
     learned = np.concatenate([one.num_learned for one in train])
     return DataExamination(

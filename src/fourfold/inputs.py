@@ -135,8 +135,8 @@ def _template_text(chat_template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreparedData, PreparedData | None]:
-    """Training rows and, where asked for, held-out ones."""
+def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreparedData, dict[str, PreparedData]]:
+    """Training rows, and held-out ones as `read_held_out`."""
     assert config.train_dataset is not None
     options = choices.data_options(config)
     if config.eval_dataset or not config.eval_split_fraction:
@@ -146,22 +146,29 @@ def read_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Pr
     return train_data, read_held_out(config, tokenizer)
 
 
-def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
-    """Held-out rows, if there are any. They are never packed: each is scored by itself."""
+def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, PreparedData]:
+    """The sets of held-out rows by their names; one that needs no name has "". They are never packed: each row is
+    scored by itself."""
     options = choices.data_options(config, packing=False)
     if config.eval_dataset:
-        held_out = _preparation(config)(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
+        prepare = _preparation(config)
+        held_out = {
+            name: prepare(load_rows(path, "test"), tokenizer, options, path)
+            for name, path in choices.eval_datasets(config).items()
+        }
     elif config.eval_split_fraction:
-        held_out = _prepare(config, tokenizer, options, "held-out")
+        held_out = {"": _prepare(config, tokenizer, options, "held-out")}
     else:
-        return None
-    if config.eval_generate_rows and "messages" not in held_out.dataset.column_names:
-        raise DataError(
-            "eval_generate_rows asks for answers, and held-out rows are plain text",
-            found=held_out.report.row_format,
-            allowed="conversations",
-            hint="leave eval_generate_rows out, or hold out conversations",
-        )
+        return {}
+    for key in ("eval_generate_rows", "sample_rows"):
+        for data in held_out.values():
+            if getattr(config, key) and "messages" not in data.dataset.column_names:
+                raise DataError(
+                    f"{key} asks for answers, and held-out rows are no conversations",
+                    found=data.report.row_format,
+                    allowed="conversations",
+                    hint=f"leave {key} out, or hold out conversations",
+                )
     return held_out
 
 
@@ -223,8 +230,8 @@ def split_rows(rows: Dataset, name: str, config: RunConfig) -> dict[str, Dataset
 
 def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
-    sources = [DataSource(config.eval_dataset)] if config.eval_dataset else choices.data_sources(config)
-    source = sources[0]
+    held_out = [DataSource(path) for path in choices.eval_datasets(config).values()]
+    source = held_out[0] if held_out else choices.data_sources(config)[0]
     rows = load_rows(source, "test" if config.eval_dataset else "train")
     rows = rows.select(range(min(8, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.

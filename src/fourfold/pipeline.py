@@ -56,6 +56,7 @@ from fourfold.planning import kept_to, left_for, plan_for_training, require_plan
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.telling import PROGRESS, Speaker
 from fourfold.training import run_folder
+from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.options import TrainingOptions
 from fourfold.training.out_of_memory import (
     OutOfMemory,
@@ -118,8 +119,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     say.result("plan", planned)
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
-    for data in (train_data, eval_data):
-        say.result("data", data.report if data else None)
+    for data in (train_data, *eval_data.values()):
+        say.result("data", data.report)
     # A resumed run goes on upon the base that its initialisation left, not upon one made anew.
     base = config.model_name_or_path
     if checkpoint is not None:
@@ -189,19 +190,21 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         run_folder.save_model(output, adapted, tokenizer)
     step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
-    is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
+    lost = {f"{prefix_of(name)}_loss" for name in eval_data}
+    is_evaluated = lost <= {key for record in logged if record["step"] == step for key in record}
     # Evaluation every so many steps may have ended before the last one.
     hint = f"what was trained is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
     with reporting_out_of_memory("the trained model was measured", hint):
         measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
-        if not is_evaluated and eval_data is not None:
+        if not is_evaluated and eval_data:
             measured |= preferences_of(trainer)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
-    metrics = summary(records) | {"train_seconds": result.metrics["train_runtime"]} | memory | measured
+    metrics = summary(records, eval_data) | {"train_seconds": result.metrics["train_runtime"]} | memory | measured
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
-    card = model_card(config, output, train_data.report, eval_data.report if eval_data else None, metrics)
+    reports = {name: data.report for name, data in eval_data.items()}
+    card = model_card(config, output, train_data.report, reports, metrics)
     run_folder.write_model_card(output, card)
     return Run(output, metrics, samples)
 
@@ -225,7 +228,8 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     has_adapter = has_result and config.adapter is not None
     tokenizer = read_tokenizer(config, result if has_result else None)
     eval_data = read_held_out(config, tokenizer)
-    say.result("data", eval_data.report if eval_data else None)
+    for data in eval_data.values():
+        say.result("data", data.report)
     base = base_of(config, result) if has_adapter else str(result) if has_result else config.model_name_or_path
     model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config, streams=True))
     if has_adapter:

@@ -27,6 +27,7 @@ __all__ = [
     "data_options",
     "data_sources",
     "device",
+    "eval_datasets",
     "generation_options",
     "load_options",
     "lora_config",
@@ -161,6 +162,14 @@ def data_sources(config: RunConfig) -> list[DataSource]:
     ]
     check_weights(sources)
     return sources
+
+
+def eval_datasets(config: RunConfig) -> dict[str, str]:
+    """Paths of the sets of held-out rows by name; one that needs no name has ""."""
+    given = config.eval_dataset
+    if given is None:
+        return {}
+    return {"": given} if isinstance(given, str) else given
 
 
 def generation_options(config: RunConfig) -> GenerationOptions:

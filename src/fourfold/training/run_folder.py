@@ -18,6 +18,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from transformers import (
 
 from fourfold.errors import CheckpointError
 from fourfold.files import whole_folder
+from fourfold.training.evaluation_sets import loss_names
 
 __all__ = [
     "MetricsCallback",
@@ -62,6 +64,8 @@ MODEL_FOLDER = "model"
 RESULTS = (ADAPTER_FOLDER, MODEL_FOLDER)
 CARD_FILE = "README.md"
 
+# Of the losses on held-out rows, each set's own.
+_COLORS = ("#ff725c", "#3ca951", "#efb118", "#a463f2", "#6cc5b0", "#9c6b4e")
 _PACKAGES = ("fourfold", "torch", "transformers", "peft", "trl", "datasets", "safetensors")
 
 
@@ -158,23 +162,20 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str = "")
         records: As `read_metrics` gives them.
     """
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
+    validation: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for key, name in loss_names(record).items():
+            validation.setdefault(name, []).append((record["step"], record[key]))
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color="#4269d0", linewidth=1.6, label="training")
-    if validation:
-        axes.plot(
-            *zip(*validation, strict=True),
-            color="#ff725c",
-            linewidth=1.6,
-            marker="o",
-            markersize=4.5,
-            label="validation",
-        )
-        step, loss = validation[-1]
-        axes.annotate(f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color="#ff725c")
+    for (name, points), color in zip(validation.items(), cycle(_COLORS), strict=False):
+        label = f"validation: {name}" if name else "validation"
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker="o", markersize=4.5, label=label)
+        step, loss = points[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color=color)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per token (nats)")
     if title:

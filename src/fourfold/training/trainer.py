@@ -44,6 +44,7 @@ from fourfold.training.checkpoint import (
     shared_checkpoint,
     write_manifest,
 )
+from fourfold.training.evaluation_sets import EvalDataset, by_name
 from fourfold.training.guard import StepGuard, own_optimizer
 from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
 from fourfold.training.interrupt import (
@@ -339,7 +340,7 @@ def build_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
-    eval_dataset: Dataset | None,
+    eval_dataset: EvalDataset,
     collator: Collator,
     options: TrainingOptions,
     callbacks: Sequence[TrainerCallback] = (),
@@ -348,7 +349,8 @@ def build_trainer(
 
     Args:
         model: Its adapters, or without any all of it, are trained as they are; their dtype is not changed.
-        train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label.
+        train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label; several held-out
+            sets by name.
         collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids;
             with what else `fourfold.data.Collator` gives, the host never waits for the device to count labels.
 
@@ -356,9 +358,9 @@ def build_trainer(
         ConfigError: Evaluation is asked for without rows for it, or nothing in the model can be trained.
         DataError: There are no rows, or no row has a label.
     """
-    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-        if dataset is not None:
-            require_labels(name, dataset)
+    require_labels("training", train_dataset)
+    for name, dataset in by_name(eval_dataset).items():
+        require_labels(f"evaluation ({name})" if name else "evaluation", dataset)
     return FourfoldTrainer(
         **trainer_arguments(model, tokenizer, train_dataset, eval_dataset, collator, options, callbacks)
     )
@@ -368,7 +370,7 @@ def trainer_arguments(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
-    eval_dataset: Dataset | None,
+    eval_dataset: EvalDataset,
     collator: Collator,
     options: TrainingOptions,
     callbacks: Sequence[TrainerCallback],
