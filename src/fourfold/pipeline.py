@@ -56,6 +56,7 @@ from fourfold.planning import kept_to, left_for, plan_for_training, require_plan
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.telling import PROGRESS, Speaker
 from fourfold.training import run_folder
+from fourfold.training.best import best_of
 from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.options import TrainingOptions
 from fourfold.training.out_of_memory import (
@@ -188,7 +189,9 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         run_folder.save_adapter(output, adapted, tokenizer)
     else:
         run_folder.save_model(output, adapted, tokenizer)
-    step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
+    best = best_of(trainer)
+    # What is left is the model as it was after this step.
+    step, metrics_file = best.get("best_step", trainer.state.global_step), output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
     lost = {f"{prefix_of(name)}_loss" for name in eval_data}
     is_evaluated = lost <= {key for record in logged if record["step"] == step for key in record}
@@ -201,7 +204,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
-    metrics = summary(records, eval_data) | {"train_seconds": result.metrics["train_runtime"]} | memory | measured
+    evaluated = summary(records, eval_data, step if best else None)
+    metrics = evaluated | best | {"train_seconds": result.metrics["train_runtime"]} | memory | measured
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
     reports = {name: data.report for name, data in eval_data.items()}
     card = model_card(config, output, train_data.report, reports, metrics)

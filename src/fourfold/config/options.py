@@ -19,10 +19,13 @@ from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
-from fourfold.training.methods import MethodOptions
+from fourfold.training.best import BestOptions
+from fourfold.training.evaluation_sets import prefix_of
+from fourfold.training.methods import FIGURES, MethodOptions
 from fourfold.training.options import TrainingOptions
 
 __all__ = [
+    "best_options",
     "compute_dtype",
     "data_options",
     "data_sources",
@@ -196,8 +199,25 @@ def method_options(config: RunConfig) -> MethodOptions:
     return MethodOptions(method=config.method, **chosen)
 
 
+def best_options(config: RunConfig) -> BestOptions:
+    """Which evaluation is the best. Raises ConfigError for a figure that the method's evaluations do not have."""
+    metric = "eval_" + (config.metric_for_best_model or "loss").removeprefix("eval_")
+    prefixes = [prefix_of(name) for name in eval_datasets(config)] or [prefix_of("")]
+    figures = [f"{prefix}_{figure}" for prefix in prefixes for figure in FIGURES[config.method]]
+    best = BestOptions(
+        load_at_end=config.load_best_model_at_end,
+        metric=metric,
+        greater_is_better=config.greater_is_better,
+        patience=config.early_stopping_patience,
+        threshold=config.early_stopping_threshold,
+    )
+    if best.is_asked_for and metric not in figures:
+        raise ConfigError("metric_for_best_model is no figure of the evaluations", found=metric, allowed=figures)
+    return best
+
+
 def training_options(config: RunConfig) -> TrainingOptions:
-    """Raises ConfigError for a tracker in report_to that is not installed."""
+    """Raises ConfigError for a tracker in report_to that is not installed, and as `best_options`."""
     missing = [name for name in config.report_to if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -241,4 +261,5 @@ def training_options(config: RunConfig) -> TrainingOptions:
         dataloader_num_workers=config.dataloader_num_workers,
         group_by_length=config.group_by_length,
         use_cpu=device(config).type == "cpu",
+        best=best_options(config),
     )

@@ -6,6 +6,7 @@
       tokenizer.json, chat_template.jinja, ...          the tokenizer's own format
       optimizer.safetensors, optimizer.json             tensors; groups, scheduler, trained parameters
       rng_state_0.safetensors, rng_state_0.json         one pair a process
+      running_0.json                                    one a process: what is summed up since the last log
       trainer_state.json                                step, epoch, log history, as the Trainer writes it
       base/                                             the quantized base, where the run changes it between checkpoints
       manifest.json                                     every file above with its size; written last
@@ -75,10 +76,19 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def prune_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(path)
+def prune_checkpoints(output_dir: Path, keep: int, best: str | None = None) -> None:
+    """Delete all but `keep` checkpoints: the newest ones, of which one gives way to the best where it is older.
+
+    The newest and the best stay in any case.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    kept = checkpoints[-keep:]
+    older = [path for path in checkpoints[:-keep] if best is not None and path == Path(best)]
+    if older:
+        kept = kept[-max(keep - 1, 1) :] + older
+    for path in checkpoints:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from fourfold.errors import ConfigError
 from fourfold.optimizers import Adafactor, AdamW, Lion
 from fourfold.optimizers.base import OwnOptimizer
 from fourfold.optimizers.moments import MomentOptimizer
+from fourfold.training.best import BestOptions
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -102,6 +103,7 @@ class TrainingOptions:
         group_by_length: Batches hold rows of like length; less padding, less randomness.
         report_to: Trackers by the Trainer's names, such as "tensorboard"; none by default.
         use_cpu: None takes an accelerator where there is one.
+        best: Which evaluation is the best, and whether training stops early.
 
     Raises:
         ConfigError: A value is out of its range or not in its table.
@@ -133,6 +135,7 @@ class TrainingOptions:
     dataloader_num_workers: int = 0
     group_by_length: bool = False
     use_cpu: bool | None = None
+    best: BestOptions = field(default_factory=BestOptions)
 
     def __post_init__(self) -> None:
         _require_known("optim", self.optim, OPTIMIZERS)
@@ -157,6 +160,10 @@ class TrainingOptions:
             _require(key, getattr(self, key), getattr(self, key) >= 0, "0 or more")
         epochs, steps = self.num_train_epochs, self.max_steps
         _require("num_train_epochs", epochs, epochs > 0 or steps > 0, "above 0, or max_steps above 0")
+        if self.best.is_asked_for and self.eval_strategy == "no":
+            raise ConfigError("nothing tells the best of no evaluations", found="eval_strategy: no")
+        if self.best.load_at_end and self.save_strategy == "no":
+            raise ConfigError("load_best_model_at_end takes checkpoints", found="save_strategy: no")
         if self.warmup_ratio and self.warmup_steps:
             raise ConfigError(
                 "warmup_ratio and warmup_steps are both set",
@@ -186,7 +193,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
     The rows come tokenized and masked, so TRL's own preparation, truncation and packing are off.
     """
     use_cpu = not torch.accelerator.is_available() if options.use_cpu is None else options.use_cpu
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(options.output_dir),
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps,
@@ -212,6 +219,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         save_strategy=options.save_strategy,
         save_steps=options.save_steps,
         save_total_limit=options.save_total_limit,
+        **options.best.trainer_arguments(),
         **_recomputation(options.gradient_checkpointing),
         **COMPUTE_DTYPES[options.compute_dtype],
         seed=options.seed,
@@ -230,6 +238,12 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    # Given as an argument, it has to fit save_steps; here the best step is saved whatever they are.
+    config.load_best_model_at_end = options.best.load_at_end
+    if options.best.load_at_end and options.save_total_limit == 1:
+        # The newest, from which an interrupted run goes on, and the best.
+        config.save_total_limit = 2
+    return config
 
 
 def keep_in_fp32(model: nn.Module, switches: dict[str, bool]) -> None:

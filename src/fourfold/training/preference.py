@@ -141,6 +141,13 @@ class PreferenceTrainer(FourfoldTrainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in figures.items()})
         return output
 
+    def running_sums(self) -> dict[str, Tensor | float]:
+        return super().running_sums() | self._means["train"].sums()
+
+    def run_on(self, sums: dict[str, Any]) -> None:
+        super().run_on(sums)
+        self._means["train"] = Means.from_sums(sums)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             figures = self._means["train"].take(self.accelerator, self.args.device)

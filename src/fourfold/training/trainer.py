@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from trl import SFTTrainer
 
 from fourfold.data import model_inputs
 from fourfold.errors import ConfigError, TrainingError
@@ -32,18 +30,19 @@ from fourfold.training.batches import (
     NumberedCollator,
     require_labels,
 )
+from fourfold.training.best import KeepsBest, evaluation_is_due, name_best
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
     load_optimizer_state,
     load_rng_state,
     prune_checkpoints,
-    restore_weights,
     save_optimizer_state,
     save_rng_state,
     shared_checkpoint,
     write_manifest,
 )
+from fourfold.training.early_stopping import early_stopping, keep_callback_states
 from fourfold.training.evaluation_sets import EvalDataset, by_name
 from fourfold.training.guard import StepGuard, own_optimizer
 from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
@@ -72,6 +71,7 @@ from fourfold.training.out_of_memory import (
 )
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
+from fourfold.training.running import load_running, save_running
 from fourfold.training.tally import Tally
 
 __all__ = ["FourfoldTrainer", "build_trainer", "trainer_arguments"]
@@ -79,7 +79,7 @@ __all__ = ["FourfoldTrainer", "build_trainer", "trainer_arguments"]
 logger = logging.getLogger(__name__)
 
 
-class FourfoldTrainer(SFTTrainer):
+class FourfoldTrainer(KeepsBest):
     """TRL's SFTTrainer for an adapter or a whole model, and rows that are tokenized and masked already.
 
     - The loss of an optimizer step is the sum over all supervised tokens of all its microbatches and
@@ -192,7 +192,9 @@ class FourfoldTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop, with the loss averaged over tokens; the Trainer's own averages over batches."""
         self._tallies["eval"] = Tally()
-        output = super().evaluation_loop(*args, **kwargs)
+        # A data loader draws a number, which the steps after it would miss: the run is the same without evaluations.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, **kwargs)
         loss_sum, num_supervised, num_correct, _ = self._take("eval")
         if num_supervised:
             prefix = kwargs.get("metric_key_prefix", "eval")
@@ -247,14 +249,7 @@ class FourfoldTrainer(SFTTrainer):
             TrainingError: The loss is not finite, or the disk is full.
         """
         resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
-        if resume is not None:
-            reached = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            if 0 < self.args.max_steps < reached:
-                raise ConfigError(
-                    f"{resume} is past max_steps",
-                    found=f"step {reached}, max_steps {self.args.max_steps}",
-                    hint="raise max_steps, or resume from an earlier checkpoint",
-                )
+        self.args.eval_on_start = resume is not None and evaluation_is_due(resume, self.args)
         self._interrupt.reset()
         self._resuming = resume is not None
         output: TrainOutput | None = None
@@ -295,19 +290,22 @@ class FourfoldTrainer(SFTTrainer):
         self.store_flos()
         with shared_checkpoint(folder, self.accelerator, is_main=self.args.should_save) as partial:
             save_rng_state(partial, self.args.process_index)
+            save_running(partial, self.args.process_index, self.running_sums())
             if self.args.should_save:
                 save_changed_base(self.callback_handler.callbacks, partial)
                 self.model.save_pretrained(partial)
                 self.processing_class.save_pretrained(partial)
                 states = (self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable())
                 save_optimizer_state(partial, *states, self.accelerator.scaler)
+                name_best(self.state, folder.parent, saving=folder)
+                keep_callback_states(self.state, [*self.callback_handler.callbacks, self.control])
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 write_manifest(partial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save and self.args.save_total_limit is not None:
-            prune_checkpoints(folder.parent, keep=self.args.save_total_limit)
+            prune_checkpoints(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _trainable(self) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in self.model.named_parameters() if value.requires_grad}
@@ -316,10 +314,7 @@ class FourfoldTrainer(SFTTrainer):
         # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
         path = Path(resume_from_checkpoint)
         self._restored = load_optimizer_state(path, self._trainable(), self.accelerator.scaler)
-        if isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            restore_weights(self.model, path)
+        self.load_weights(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._restored is None:
@@ -334,6 +329,7 @@ class FourfoldTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_rng_state(Path(checkpoint), self.args.process_index)
+            self.run_on(load_running(Path(checkpoint), self.args.process_index, self.args.device))
 
 
 def build_trainer(
@@ -390,6 +386,6 @@ def trainer_arguments(
         "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
         "eval_dataset": eval_dataset,
         "processing_class": tokenizer,
-        "callbacks": list(callbacks),
+        "callbacks": [*callbacks, *early_stopping(options.best)],
         "optimizer_cls_and_kwargs": own_optimizer_arguments(options),
     }
