@@ -91,7 +91,8 @@ def clear_former_run(output: Path) -> None:
     for folder in [*list_checkpoints(output), output / BASE_FOLDER, *(output / name for name in run_folder.RESULTS)]:
         if folder.is_dir():
             shutil.rmtree(folder)
-    for name in (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE):
+    files = (run_folder.METRICS_FILE, run_folder.SAMPLES_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE)
+    for name in files:
         (output / name).unlink(missing_ok=True)
 
 

@@ -53,6 +53,7 @@ from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
 from fourfold.models.underlying import underlying
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
+from fourfold.prompting import add_samples, prompts_of
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.telling import PROGRESS, Speaker
 from fourfold.training import run_folder
@@ -120,6 +121,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     say.result("plan", planned)
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
+    prompts = prompts_of(config, tokenizer, eval_data)
     for data in (train_data, *eval_data.values()):
         say.result("data", data.report)
     # A resumed run goes on upon the base that its initialisation left, not upon one made anew.
@@ -139,11 +141,14 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         require_planned_shape(config, adapted)
 
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
-        callbacks: list[Any] = [run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])]
+        telling = ProgressCallback(PROGRESS[progress])
+        callbacks: list[Any] = [run_folder.MetricsCallback(output), telling]
         if config.requantize_every is not None:
             write = partial(write_base, adapted, tokenizer)
             callbacks.append(RequantizeCallback(config.requantize_every, config.calibration, write))
-        return trainer_for(config, adapted, tokenizer, train_data, eval_data, options, callbacks)
+        made = trainer_for(config, adapted, tokenizer, train_data, eval_data, options, callbacks)
+        add_samples(config, made, tokenizer, prompts, telling)
+        return made
 
     trainer = trainer_of(options)
     if checkpoint is None:

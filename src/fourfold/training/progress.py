@@ -6,6 +6,7 @@ import enum
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fourfold.training.evaluation_sets import loss_names
 from fourfold.training.run_folder import metrics_record
+from fourfold.training.samples import Answer
 
 __all__ = ["ProgressCallback", "ProgressStyle", "choose_style"]
 
@@ -130,6 +132,18 @@ class ProgressCallback(TrainerCallback):
             for line in lines:
                 print(f"{head}  {line}", file=self.stream, flush=True)
 
+    def tell_samples(self, state: TrainerState, answers: list[Answer]) -> None:
+        """Tell what the model answers, on a line of its own each; to machines all of it."""
+        for answer in answers:
+            if self.style is ProgressStyle.JSON:
+                self._print_json({"event": "sample", **asdict(answer)})
+                continue
+            line = f"sample  {_shortened(answer.last_turn(), 60)}  ->  {_shortened(answer.answer, 100)}"
+            if self._progress is not None:
+                self._progress.console.print(f"step {answer.step}: {line}", style="magenta", markup=False)
+            elif self.style is ProgressStyle.PLAIN:
+                print(f"step {answer.step}/{state.max_steps}  {line}", file=self.stream, flush=True)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.style is ProgressStyle.JSON and state.is_world_process_zero:
             self._print_json({"event": "save", "step": state.global_step})
@@ -154,6 +168,12 @@ class ProgressCallback(TrainerCallback):
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours:d}:{minutes:02d}:{seconds:02d}"
+
+
+def _shortened(text: str, width: int) -> str:
+    """On one line, of so many characters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def _validation(name: str, loss: float) -> str:

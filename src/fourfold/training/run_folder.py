@@ -2,6 +2,7 @@
 
 config.yaml      the configuration as it was resolved
 metrics.jsonl    one JSON object a line for each log
+samples.jsonl    one JSON object a line for each answer given while it trained: step, prompt, answer, reference
 loss.png         training and validation loss by step
 adapter/         PEFT's own format, the tokenizer and its chat template; or, where all of the model was trained,
 model/           Transformers' own format, with the same
@@ -58,6 +59,7 @@ __all__ = [
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 LOSS_PICTURE = "loss.png"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
@@ -97,7 +99,7 @@ def metrics_record(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to a metrics file."""
+    """Add one line to a metrics file, or to one of samples."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
