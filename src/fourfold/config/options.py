@@ -23,6 +23,7 @@ from fourfold.training.best import BestOptions
 from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.methods import FIGURES, MethodOptions
 from fourfold.training.options import TrainingOptions
+from fourfold.training.parameter_groups import GroupOptions, LrGroup
 
 __all__ = [
     "best_options",
@@ -32,6 +33,7 @@ __all__ = [
     "device",
     "eval_datasets",
     "generation_options",
+    "group_options",
     "load_options",
     "lora_config",
     "memory_limit",
@@ -216,6 +218,17 @@ def best_options(config: RunConfig) -> BestOptions:
     return best
 
 
+def group_options(config: RunConfig) -> GroupOptions:
+    """Which parameters have a learning rate of their own."""
+    given = {"loraplus_lr_ratio": config.loraplus_lr_ratio, "loraplus_lr_embedding": config.loraplus_lr_embedding}
+    rates = {key: value for key, value in given.items() if value is not None}
+    groups = [
+        LrGroup(tuple(group.modules), group.lr, group.name or ", ".join(group.modules))
+        for group in config.lr_groups or ()
+    ]
+    return GroupOptions(lr_groups=tuple(groups), **rates)
+
+
 def training_options(config: RunConfig) -> TrainingOptions:
     """Raises ConfigError for a tracker in report_to that is not installed, and as `best_options`."""
     missing = [name for name in config.report_to if find_spec(name) is None]
@@ -261,5 +274,7 @@ def training_options(config: RunConfig) -> TrainingOptions:
         dataloader_num_workers=config.dataloader_num_workers,
         group_by_length=config.group_by_length,
         use_cpu=device(config).type == "cpu",
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        groups=group_options(config),
         best=best_options(config),
     )

@@ -23,7 +23,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,7 @@ def save_optimizer_state(
     scheduler: dict[str, Any],
     trainable: Mapping[str, torch.Size],
     scaler: torch.amp.GradScaler | None = None,
+    names: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Write the optimizer's and the scheduler's state as safetensors and JSON.
 
@@ -201,6 +202,7 @@ def save_optimizer_state(
         optimizer, scheduler: Their `state_dict()`.
         trainable: Name and shape of each trained parameter, in the order of the optimizer's.
         scaler: What scales the loss; None: nothing.
+        names: Those of the parameters of each of the optimizer's groups.
     """
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -213,6 +215,7 @@ def save_optimizer_state(
     save_file(tensors, folder / "optimizer.safetensors")
     record = {
         "param_groups": optimizer["param_groups"],
+        "names": names,
         "state": plain,
         "scheduler": scheduler,
         "trainable": {name: list(shape) for name, shape in trainable.items()},
@@ -224,7 +227,7 @@ def save_optimizer_state(
 def load_optimizer_state(
     folder: Path, trainable: Mapping[str, torch.Size], scaler: torch.amp.GradScaler | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dicts that `save_optimizer_state` wrote, tensors on the CPU: (optimizer, scheduler).
+    """The state dicts that `save_optimizer_state` wrote, tensors on the CPU: (optimizer with its `names`, scheduler).
 
     Args:
         folder: The checkpoint.
@@ -251,7 +254,8 @@ def load_optimizer_state(
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": record["param_groups"]}, record["scheduler"]
+    read = {"state": state, "param_groups": record["param_groups"], "names": record.get("names")}
+    return read, record["scheduler"]
 
 
 def restore_weights(model: PreTrainedModel, folder: Path) -> None:

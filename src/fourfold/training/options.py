@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
 from trl import SFTConfig
 
 from fourfold.errors import ConfigError
@@ -17,6 +19,7 @@ from fourfold.optimizers import Adafactor, AdamW, Lion
 from fourfold.optimizers.base import OwnOptimizer
 from fourfold.optimizers.moments import MomentOptimizer
 from fourfold.training.best import BestOptions
+from fourfold.training.parameter_groups import GroupOptions, parameter_groups
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -26,7 +29,7 @@ __all__ = [
     "OptimizerRow",
     "TrainingOptions",
     "keep_in_fp32",
-    "own_optimizer_arguments",
+    "optimizer_arguments",
     "to_sft_config",
 ]
 
@@ -103,6 +106,8 @@ class TrainingOptions:
         group_by_length: Batches hold rows of like length; less padding, less randomness.
         report_to: Trackers by the Trainer's names, such as "tensorboard"; none by default.
         use_cpu: None takes an accelerator where there is one.
+        neftune_noise_alpha: Strength of noise on embeddings, NEFTune (https://arxiv.org/abs/2310.05914); None: none.
+        groups: Parameters with a learning rate of their own.
         best: Which evaluation is the best, and whether training stops early.
 
     Raises:
@@ -135,6 +140,8 @@ class TrainingOptions:
     dataloader_num_workers: int = 0
     group_by_length: bool = False
     use_cpu: bool | None = None
+    neftune_noise_alpha: float | None = None
+    groups: GroupOptions = field(default_factory=GroupOptions)
     best: BestOptions = field(default_factory=BestOptions)
 
     def __post_init__(self) -> None:
@@ -156,6 +163,8 @@ class TrainingOptions:
         _require("save_total_limit", limit, limit is None or limit >= 1, "1 or more, or null to keep all")
         _require("learning_rate", self.learning_rate, self.learning_rate > 0, "a number above 0")
         _require("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "0 <= warmup_ratio < 1")
+        alpha = self.neftune_noise_alpha
+        _require("neftune_noise_alpha", alpha, alpha is None or alpha > 0, "above 0, or null")
         for key in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
             _require(key, getattr(self, key), getattr(self, key) >= 0, "0 or more")
         epochs, steps = self.num_train_epochs, self.max_steps
@@ -206,7 +215,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         warmup_steps=options.warmup_ratio or options.warmup_steps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        # The Trainer knows no name for ours, which `own_optimizer_arguments` hands it as a class.
+        # The Trainer knows no name for ours, which `optimizer_arguments` hands it as a class.
         optim="adamw_torch" if OPTIMIZERS[options.optim] else options.optim,
         logging_strategy="steps",
         logging_steps=options.logging_steps,
@@ -219,6 +228,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         save_strategy=options.save_strategy,
         save_steps=options.save_steps,
         save_total_limit=options.save_total_limit,
+        neftune_noise_alpha=options.neftune_noise_alpha,
         **options.best.trainer_arguments(),
         **_recomputation(options.gradient_checkpointing),
         **COMPUTE_DTYPES[options.compute_dtype],
@@ -264,12 +274,31 @@ def keep_in_fp32(model: nn.Module, switches: dict[str, bool]) -> None:
             parameter.data = parameter.data.float()
 
 
-def own_optimizer_arguments(options: TrainingOptions) -> tuple[type[OwnOptimizer], dict[str, Any]] | None:
-    """The Trainer's `optimizer_cls_and_kwargs` where the optimizer is ours; None where the Trainer makes it."""
+def optimizer_arguments(
+    options: TrainingOptions, model: nn.Module, config: SFTConfig
+) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """The Trainer's `optimizer_cls_and_kwargs`; None where the Trainer makes all of it.
+
+    Args:
+        options: The optimizer, and which parameters have a learning rate of their own.
+        model: Whose parameters are trained.
+        config: `to_sft_config(options)`.
+
+    Raises:
+        ConfigError: As `parameter_groups`.
+    """
     row = OPTIMIZERS[options.optim]
-    if row is None:
+    chosen: type[Optimizer]
+    if row is not None:
+        chosen, arguments = row.optimizer, {"max_grad_norm": options.max_grad_norm, **row.arguments()}
+    elif options.groups.is_asked_for:
+        chosen, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
+    else:
         return None
-    return row.optimizer, {"lr": options.learning_rate, "max_grad_norm": options.max_grad_norm, **row.arguments()}
+    if options.groups.is_asked_for:
+        # The Trainer takes them in place of its own two.
+        arguments["params"] = parameter_groups(model, options.groups, options.learning_rate, options.weight_decay)
+    return chosen, arguments | {"lr": options.learning_rate}
 
 
 def _recomputation(on: bool) -> dict[str, Any]:

@@ -57,7 +57,7 @@ from fourfold.training.options import (
     COMPUTE_DTYPES,
     TrainingOptions,
     keep_in_fp32,
-    own_optimizer_arguments,
+    optimizer_arguments,
     to_sft_config,
 )
 from fourfold.training.out_of_memory import (
@@ -69,6 +69,7 @@ from fourfold.training.out_of_memory import (
     standing_parts,
     with_rest,
 )
+from fourfold.training.parameter_groups import names_by_group, rates_of_groups, require_groups
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
 from fourfold.training.running import load_running, save_running
@@ -222,7 +223,7 @@ class FourfoldTrainer(KeepsBest):
                 logs["num_tokens"] = self._tokens_seen
                 logs["tokens_per_second"] = num_tokens / self._guard.seconds
             self._guard.seconds = 0.0
-            logs |= self._guard.scaling()
+            logs |= self._guard.scaling() | rates_of_groups(self.optimizer, logs.get("learning_rate", 0.0))
             memory = memory_used(self.args.device)
             logs |= {"memory_current_bytes": memory.current_bytes, "memory_peak_bytes": memory.peak_bytes}
             if self.args.device.type == "cuda":
@@ -266,6 +267,9 @@ class FourfoldTrainer(KeepsBest):
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, ProgressCallback):
                         callback.close()
+                # NEFTune's: after an error the Trainer leaves it, and the next one's would add to its noise.
+                if (noise := getattr(self, "neftune_hook_handle", None)) is not None:
+                    noise.remove()
         step, signal_number = self.state.global_step, self._interrupt.signal_number
         if signal_number is not None and (output is None or step < self.state.max_steps):
             raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
@@ -296,7 +300,8 @@ class FourfoldTrainer(KeepsBest):
                 self.model.save_pretrained(partial)
                 self.processing_class.save_pretrained(partial)
                 states = (self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable())
-                save_optimizer_state(partial, *states, self.accelerator.scaler)
+                groups = names_by_group(self.model, self.optimizer)
+                save_optimizer_state(partial, *states, self.accelerator.scaler, groups)
                 name_best(self.state, folder.parent, saving=folder)
                 keep_callback_states(self.state, [*self.callback_handler.callbacks, self.control])
                 self.state.save_to_json(str(partial / "trainer_state.json"))
@@ -320,6 +325,7 @@ class FourfoldTrainer(KeepsBest):
         if checkpoint is None or self._restored is None:
             return
         optimizer_state, scheduler_state = self._restored
+        require_groups(optimizer_state.pop("names"), names_by_group(self.model, self.optimizer), checkpoint)
         self.optimizer.load_state_dict(optimizer_state)
         self.lr_scheduler.load_state_dict(scheduler_state)
         self._restored = None
@@ -379,13 +385,14 @@ def trainer_arguments(
             hint="give an evaluation data set, or set eval_strategy: no",
         )
     keep_in_fp32(model, COMPUTE_DTYPES[options.compute_dtype])
+    args = to_sft_config(options)
     return {
         "model": model,
-        "args": to_sft_config(options),
+        "args": args,
         "data_collator": NumberedCollator(collator),
         "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
         "eval_dataset": eval_dataset,
         "processing_class": tokenizer,
         "callbacks": [*callbacks, *early_stopping(options.best)],
-        "optimizer_cls_and_kwargs": own_optimizer_arguments(options),
+        "optimizer_cls_and_kwargs": optimizer_arguments(options, model, args),
     }
