@@ -55,7 +55,7 @@ from fourfold.models.underlying import underlying
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.prompting import add_samples, prompts_of
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
-from fourfold.telling import PROGRESS, Speaker
+from fourfold.telling import PROGRESS, Speaker, tracked
 from fourfold.training import run_folder
 from fourfold.training.best import best_of
 from fourfold.training.evaluation_sets import prefix_of
@@ -68,6 +68,7 @@ from fourfold.training.out_of_memory import (
 )
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import RequantizeCallback
+from fourfold.training.trackers import send_final
 from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = [
@@ -98,6 +99,7 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
 
 
+@tracked
 @within_limit
 def train(config: RunConfig, progress: str = "plain") -> Run:
     """Fine-tune a model as the configuration says, and leave a run folder.
@@ -215,6 +217,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     reports = {name: data.report for name, data in eval_data.items()}
     card = model_card(config, output, train_data.report, reports, metrics)
     run_folder.write_model_card(output, card)
+    send_final(trainer, step, metrics)
     return Run(output, metrics, samples)
 
 

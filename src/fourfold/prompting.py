@@ -15,6 +15,7 @@ from fourfold.errors import DataError
 from fourfold.inference import GenerationOptions
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.samples import Prompt, SampleCallback
+from fourfold.training.trackers import send_samples
 from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = ["add_samples", "prompts_of"]
@@ -95,7 +96,7 @@ def add_samples(
     options = GenerationOptions(
         max_new_tokens=config.sample_max_new_tokens, batch_size=config.eval_generate_batch_size, seed=config.seed
     )
-    tell = [progress.tell_samples]
+    tell = [progress.tell_samples, send_samples(trainer.callback_handler.callbacks)]
     trainer.add_callback(
         SampleCallback(prompts, tokenizer, options, Path(config.output_dir), config.sample_steps, tell)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -230,14 +229,7 @@ def group_options(config: RunConfig) -> GroupOptions:
 
 
 def training_options(config: RunConfig) -> TrainingOptions:
-    """Raises ConfigError for a tracker in report_to that is not installed, and as `best_options`."""
-    missing = [name for name in config.report_to if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            "report_to names trackers that are not installed",
-            found=", ".join(missing),
-            hint=f"pip install {' '.join(missing)}, or leave them out",
-        )
+    """Raises ConfigError as `best_options`."""
     has_eval_rows = config.eval_dataset is not None or config.eval_split_fraction > 0
 
     def rhythm(steps: int | None) -> tuple[str, int]:
@@ -271,6 +263,8 @@ def training_options(config: RunConfig) -> TrainingOptions:
         compute_dtype="float16" if compute_dtype(config, for_training=True) == torch.float16 else "float32",
         seed=config.seed,
         report_to=tuple(config.report_to),
+        run_name=config.run_name or Path(config.output_dir).resolve().name,
+        project=config.project,
         dataloader_num_workers=config.dataloader_num_workers,
         group_by_length=config.group_by_length,
         use_cpu=device(config).type == "cpu",

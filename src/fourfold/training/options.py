@@ -105,6 +105,8 @@ class TrainingOptions:
             "float16" also scales the loss, so that small gradients do not vanish, and takes a GPU.
         group_by_length: Batches hold rows of like length; less padding, less randomness.
         report_to: Trackers by the Trainer's names, such as "tensorboard"; none by default.
+        run_name: The run's name there; None: the tracker's own choice.
+        project: Its project in trackio; for W&B and MLflow see `fourfold.training.trackers.tracking`.
         use_cpu: None takes an accelerator where there is one.
         neftune_noise_alpha: Strength of noise on embeddings, NEFTune (https://arxiv.org/abs/2310.05914); None: none.
         groups: Parameters with a learning rate of their own.
@@ -137,6 +139,8 @@ class TrainingOptions:
     compute_dtype: str = "bfloat16"
     seed: int = 42
     report_to: tuple[str, ...] = ()
+    run_name: str | None = None
+    project: str | None = None
     dataloader_num_workers: int = 0
     group_by_length: bool = False
     use_cpu: bool | None = None
@@ -235,6 +239,8 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         seed=options.seed,
         data_seed=options.seed,
         report_to=list(options.report_to) or "none",
+        run_name=options.run_name,
+        **({} if options.project is None else {"project": options.project}),
         dataloader_num_workers=options.dataloader_num_workers,
         dataloader_pin_memory=not use_cpu,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
