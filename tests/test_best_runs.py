@@ -70,3 +70,18 @@ def test_a_figure_that_evaluations_do_not_have_is_refused_before_anything_is_loa
     )
     with pytest.raises(ConfigError, match=r"no figure of the evaluations(.|\n)*eval_loss"):
         pipeline.train(config, progress="silent")
+
+
+def test_a_run_that_goes_on_tells_what_changed_and_refuses_what_cannot(tiny_run, tmp_path: Path, capsys) -> None:
+    config = tiny_run(tmp_path, max_steps=2)
+    pipeline.train(config, progress="silent")
+    again = config.model_copy(update={"resume_from_checkpoint": "auto", "max_steps": 3})
+    config_file = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"cannot go on with another lora_r, seed(.|\n)*lora_r 4 -> 8"):
+        pipeline.train(again.model_copy(update={"lora_r": 8, "seed": 1}), progress="silent")
+    assert (tmp_path / "run" / "config.yaml").read_text() == config_file
+    pipeline.train(again, progress="json")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (told,) = [event for event in events if event["event"] == "resume"]
+    assert told["checkpoint"] == str(tmp_path / "run" / "checkpoint-2")
+    assert told["changed"] == [{"key": "max_steps", "before": 2, "now": 3, "matters": True}]

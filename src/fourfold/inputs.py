@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
 from fourfold.config.methods import PREFERENCE_METHODS, training_contradictions
+from fourfold.config.resuming import Resumption, changes
 from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
 from fourfold.data.comparing import prepare_preferences
@@ -44,6 +45,7 @@ __all__ = [
     "read_held_out",
     "read_tokenizer",
     "require_free",
+    "resumption",
     "split_rows",
     "write_base",
 ]
@@ -84,6 +86,19 @@ def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:
         return config
     begun = checkpoint.parent / run_folder.CONFIG_FILE
     return config.model_copy(update={"optim": load_config(begun.parent).optim}) if begun.is_file() else config
+
+
+def resumption(config: RunConfig, checkpoint: Path | None) -> Resumption | None:
+    """What is another than when the run began that goes on from a checkpoint; None where none does.
+
+    Raises:
+        ConfigError: Something that cannot change.
+    """
+    if checkpoint is None:
+        return None
+    begun = checkpoint.parent / run_folder.CONFIG_FILE
+    changed = changes(load_config(begun.parent), config, begun) if begun.is_file() else []
+    return Resumption(str(checkpoint), changed)
 
 
 def clear_former_run(output: Path) -> None:

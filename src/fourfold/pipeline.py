@@ -38,6 +38,7 @@ from fourfold.inputs import (
     read_held_out,
     read_tokenizer,
     require_free,
+    resumption,
     write_base,
 )
 from fourfold.kernels.host_memory import available_bytes
@@ -117,6 +118,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
     output, checkpoint = claim_output_dir(config)
     asked = going_on(config, checkpoint)
+    say.result("resume", resumption(asked, checkpoint))
     planned = plan_for_training(asked, gpu, available_bytes())
     config = kept_to(asked, planned)
     options = choices.training_options(config)

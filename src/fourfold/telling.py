@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import ParamSpec, TypeVar
 
 from fourfold.config import RunConfig
+from fourfold.config.resuming import Resumption
 from fourfold.data import DataReport
 from fourfold.errors import ConfigError
 from fourfold.memory.planner import Plan
@@ -57,7 +58,7 @@ class Speaker:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
-    def result(self, event: str, result: DataReport | ModelSize | Plan | None) -> None:
+    def result(self, event: str, result: DataReport | ModelSize | Plan | Resumption | None) -> None:
         """Say a result by its `lines()`, or as a JSON event of its fields."""
         if result is None:
             return
