@@ -18,6 +18,7 @@ from fourfold.training.evaluation_sets import as_the_trainer_takes_them, by_name
 from fourfold.training.options import TrainingOptions
 from fourfold.training.preference import DPOTrainer, PreferenceTrainer, build_preference_trainer
 from fourfold.training.reference import read_reference
+from fourfold.training.trackers import without_trackers
 from fourfold.training.trainer import FourfoldTrainer, build_trainer
 
 __all__ = ["compare_answers", "preferences_of", "trainer_for"]
@@ -62,7 +63,8 @@ def preferences_of(trainer: FourfoldTrainer) -> dict[str, Any]:
     """Loss and rewards of the held-out rows, under the names of the log; nothing where the method compares nothing."""
     if not isinstance(trainer, PreferenceTrainer):
         return {}
-    measured = trainer.evaluate()
+    with without_trackers(trainer):
+        measured = trainer.evaluate()
     prefixes = [prefix_of(name) for name in by_name(trainer.eval_dataset)]
     figures = {f"{prefix}_{figure}" for prefix in prefixes for figure in ("loss", "accuracy", "margin", "mean_reward")}
     rewards = tuple(f"{prefix}_rewards/" for prefix in prefixes)

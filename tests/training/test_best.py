@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from fourfold.errors import ConfigError, TrainingError
-from fourfold.training.best import BestOptions, best_of
+from fourfold.training.best import BestOptions, best_of, evaluation_is_due
 from fourfold.training.checkpoint import list_checkpoints, prune_checkpoints
 from fourfold.training.trainer import FourfoldTrainer
 
@@ -162,6 +163,20 @@ def test_an_evaluation_that_was_due_is_made_up_for(tmp_path: Path, strategy: str
     assert again.state.global_step == 3
     assert made.weights == {}
     assert best_of(again) == best_of(whole)
+
+
+def test_an_evaluation_of_which_a_set_is_missing_is_due(tmp_path: Path) -> None:
+    sets = {"a": tiny.rows(2), "b": tiny.rows(2)}
+    trainer = tiny.trainer(tmp_path, eval_dataset=sets, max_steps=1, eval_strategy="steps", eval_steps=1,
+                           save_strategy="steps", save_steps=1)  # fmt: skip
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert not evaluation_is_due(checkpoint, trainer.args, sets)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if "eval_b_loss" not in entry]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    assert evaluation_is_due(checkpoint, trainer.args, sets)
+    assert not evaluation_is_due(checkpoint, trainer.args, {"a": 0})
 
 
 def test_evaluating_changes_no_step(tmp_path: Path) -> None:

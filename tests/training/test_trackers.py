@@ -151,6 +151,25 @@ def test_trackio_has_the_run_by_name_and_project(tracked_run) -> None:
     assert [row["final/eval_loss"] for row in rows if "final/eval_loss" in row] == [run.metrics["eval_loss"]]
 
 
+def test_what_a_method_measures_after_training_begins_no_other_run(tracked_run, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    pair = {
+        "prompt": [{"role": "user", "content": "Anna paid."}],
+        "chosen": [{"role": "assistant", "content": "1"}],
+        "rejected": [{"role": "assistant", "content": "items?"}],
+    }
+    rows = str(tmp_path / "pairs.jsonl")
+    Path(rows).write_text((json.dumps(pair) + "\n") * 8)
+    keys = {"method": "dpo", "train_dataset": rows, "eval_dataset": rows, "eval_generate_rows": 0, "eval_steps": None}
+    run = tracked_run("mlflow", **keys, max_steps=1)
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert [one.info.run_name for one in runs] == ["a run"]
+    assert runs[0].data.metrics["final/eval_rewards/margins"] == run.metrics["eval_rewards/margins"]
+
+
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_tracker_that_is_not_installed_is_asked_for_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

@@ -169,6 +169,7 @@ ALIASES: dict[str, Conversion] = {
     "evals_per_epoch": _per_epoch("eval_steps"),
     "saves_per_epoch": _per_epoch("save_steps"),
     "use_tensorboard": _on({"report_to": ["tensorboard"]}),
+    "noisy_embedding_alpha": _same_value("neftune_noise_alpha"),
     "wandb_project": _same_value("project"),
     "wandb_name": _same_value("run_name"),
     "mlflow_experiment_name": _same_value("project"),

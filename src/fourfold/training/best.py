@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from fourfold.errors import ConfigError, TrainingError
 from fourfold.training.checkpoint import check_checkpoint, checkpoint_path, restore_weights
+from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.interrupt import InterruptCallback
 from fourfold.training.running import RunsOn
 
@@ -71,8 +73,13 @@ class BestOptions:
         }
 
 
-def evaluation_is_due(checkpoint: Path, args: TrainingArguments) -> bool:
-    """Whether a run that goes on from a checkpoint ended before the evaluation after that step.
+def evaluation_is_due(checkpoint: Path, args: TrainingArguments, sets: Iterable[str]) -> bool:
+    """Whether a run that goes on from a checkpoint ended before the evaluation after that step, or within it.
+
+    Args:
+        checkpoint: Its folder.
+        args: Those of now.
+        sets: Names of the sets of held-out rows.
 
     Raises:
         ConfigError: The checkpoint is past `max_steps`.
@@ -85,10 +92,8 @@ def evaluation_is_due(checkpoint: Path, args: TrainingArguments) -> bool:
             found=f"step {step}, max_steps {args.max_steps}",
             hint="raise max_steps, or resume from an earlier checkpoint",
         )
-    is_evaluated = any(
-        entry["step"] == step and any(key.startswith("eval_") for key in entry) for entry in state["log_history"]
-    )
-    if args.eval_strategy == "no" or is_evaluated:
+    logged = {key for entry in state["log_history"] if entry["step"] == step for key in entry}
+    if args.eval_strategy == "no" or all(f"{prefix_of(name)}_loss" in logged for name in sets):
         return False
     return step % args.eval_steps == 0 if args.eval_strategy == "steps" else float(state["epoch"]).is_integer()
 

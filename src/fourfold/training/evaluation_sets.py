@@ -25,7 +25,7 @@ def by_name(given: EvalDataset) -> dict[str, Dataset]:
     """The sets by name."""
     if given is None:
         return {}
-    return {"": given} if isinstance(given, Dataset) else dict(given)
+    return dict(given) if isinstance(given, Mapping) else {"": given}
 
 
 def as_the_trainer_takes_them(sets: Mapping[str, Dataset]) -> EvalDataset:

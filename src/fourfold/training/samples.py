@@ -81,11 +81,13 @@ class SampleCallback(TrainerCallback):
         self.every = every
         self.tell = tell
         self._answered: int | None = None
+        self._is_training = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._answered = None
+        self._is_training = True
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if state.global_step:
@@ -102,9 +104,14 @@ class SampleCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        # Of several evaluation sets each is told by itself.
-        if self.every is None and self._answered != state.global_step:
+        # Of several evaluation sets each is told by itself. After training, trackers are closed.
+        if self.every is None and self._answered != state.global_step and self._is_training:
             self._answer(state, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._is_training = False
 
     def _answer(self, state: TrainerState, model: Any) -> None:
         self._answered = state.global_step

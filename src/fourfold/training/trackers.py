@@ -19,7 +19,7 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback, Track
 from fourfold.errors import ConfigError
 from fourfold.training.samples import Answer
 
-__all__ = ["TRACKERS", "Tracker", "require_trackers", "send_final", "send_samples", "tracking"]
+__all__ = ["TRACKERS", "Tracker", "require_trackers", "send_final", "send_samples", "tracking", "without_trackers"]
 
 COLUMNS = ("step", "prompt", "answer", "reference")
 STEP = "train/global_step"
@@ -192,6 +192,19 @@ def send_final(trainer: Trainer, step: int, figures: Mapping[str, Any]) -> None:
     if trainer.is_world_process_zero():
         for callback, tracker in _of(trainer.callback_handler.callbacks):
             tracker.final(callback, trainer.args, step, numbers)
+
+
+@contextlib.contextmanager
+def without_trackers(trainer: Trainer) -> Iterator[None]:
+    """Within, a trainer's logs go to no tracker: after training, MLflow's would begin a run of their own."""
+    callbacks = [callback for callback, _ in _of(trainer.callback_handler.callbacks)]
+    for callback in callbacks:
+        trainer.remove_callback(callback)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            trainer.add_callback(callback)
 
 
 @contextlib.contextmanager

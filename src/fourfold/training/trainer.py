@@ -250,7 +250,8 @@ class FourfoldTrainer(KeepsBest):
             TrainingError: The loss is not finite, or the disk is full.
         """
         resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
-        self.args.eval_on_start = resume is not None and evaluation_is_due(resume, self.args)
+        sets = by_name(self.eval_dataset)
+        self.args.eval_on_start = resume is not None and evaluation_is_due(resume, self.args, sets)
         self._interrupt.reset()
         self._resuming = resume is not None
         output: TrainOutput | None = None
