@@ -20,6 +20,7 @@ from fourfold.inference import GenerationOptions
 from fourfold.training.best import BestOptions, best_of
 from fourfold.training.methods import MethodOptions
 from fourfold.training.options import TrainingOptions
+from fourfold.training.out_of_memory import OutOfMemory
 from fourfold.training.parameter_groups import GroupOptions, LrGroup
 from fourfold.training.preference import build_preference_trainer
 from fourfold.training.samples import Prompt, SampleCallback
@@ -110,6 +111,25 @@ def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(tmp_path: Path, name
     assert outcome(again, tmp_path / "whole" / "checkpoint-5") == wanted
     left = tiny.adapter_weights(again.model)
     assert all(torch.equal(left[key], value) for key, value in weights.items())
+
+
+def test_a_step_that_runs_out_of_memory_is_not_counted_twice(tmp_path: Path) -> None:
+    case = {"model": lambda: tiny.peft_model(r=64), "save_steps": 100}  # dropout would have drawn for that step
+    wanted = outcome(made(tmp_path / "whole", **case))
+    trainer = made(tmp_path / "cut", **case)
+    step, calls = trainer.training_step, []
+
+    def failing(*args: Any) -> torch.Tensor:
+        calls.append(step(*args))
+        if len(calls) == 10:  # the second microbatch of step 5
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return calls[-1]
+
+    trainer.training_step = failing  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory) as error:
+        trainer.train()
+    assert error.value.step == 4
+    assert outcome(made(tmp_path / "cut", **case), error.value.checkpoint) == wanted
 
 
 def test_rows_of_like_length_come_in_another_order_each_epoch(tmp_path: Path) -> None:

@@ -54,10 +54,23 @@ class RunsOn(SFTTrainer):
     """What `FourfoldTrainer` does so that a log after a checkpoint is that of the run which was not stopped."""
 
     _tallies: dict[str, Tally]
+    _sums_before: tuple[int, dict[str, Tensor | float]] | None = None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        self._sums_before = (self.state.global_step, self.running_sums())
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        return batches, num_items
+
+    def give_up_step(self) -> None:
+        """Forget what a step that does not end has added to the sums."""
+        if self._sums_before is not None and self._sums_before[0] == self.state.global_step:
+            self.run_on(self._sums_before[1])
 
     def running_sums(self) -> dict[str, Tensor | float]:
-        """What is summed up since the last log."""
-        return {name: getattr(self, name) for name in _SUMMED} | self._tallies["train"].sums()
+        """What is summed up since the last log, as it is now."""
+        sums = {name: getattr(self, name) for name in _SUMMED} | self._tallies["train"].sums()
+        # The Trainer adds to its own in place.
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in sums.items()}
 
     def run_on(self, sums: dict[str, Any]) -> None:
         """Go on from a checkpoint's `running_sums`; the first step follows."""

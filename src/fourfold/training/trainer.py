@@ -281,6 +281,7 @@ class FourfoldTrainer(KeepsBest):
         reason = str(error).splitlines()[0]
         parts = parts_in_use(self.model, self.optimizer, memory_used(self.args.device).peak_bytes)
         let_go(error)
+        self.give_up_step()
         self.model.zero_grad(set_to_none=True)
         drop_graphs(self.model)
         step = self.state.global_step
