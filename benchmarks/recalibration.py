@@ -61,7 +61,6 @@ def measured(args: argparse.Namespace, folder: Path, every: int | None, keeps_re
     config = load_config(None, [f"--{key}={value}" for key, value in keys.items()])
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
-    assert eval_data is not None
     model = load_model(config.model_name_or_path, **choices.load_options(config, for_training=True))
     transformers.set_seed(config.seed)
     adapted = prepare(model, choices.lora_config(config))
@@ -70,7 +69,7 @@ def measured(args: argparse.Namespace, folder: Path, every: int | None, keeps_re
         adapted,
         tokenizer,
         train_data.dataset,
-        eval_data.dataset,
+        eval_data[""].dataset,
         Collator(tokenizer.pad_token_id),
         choices.training_options(config),
         callbacks,

@@ -34,4 +34,4 @@ def test_a_summary_has_the_last_evaluation_the_highest_memory_and_the_median_spe
 def test_a_text_that_is_not_there_is_told_with_its_key(tiny_run, tiny_tokenizer, tmp_path: Path) -> None:
     config = tiny_run(tmp_path, perplexity_text=str(tmp_path / "none.txt"))
     with pytest.raises(DataError, match=r"none\.txt(.|\n)*perplexity_text"):
-        measure(config, torch.nn.Identity(), tiny_tokenizer, None, print, with_loss=True)
+        measure(config, torch.nn.Identity(), tiny_tokenizer, {}, print, with_loss=True)

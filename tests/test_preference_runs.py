@@ -18,6 +18,7 @@ from fourfold.errors import ConfigError, DataError
 from fourfold.inputs import read_data, read_tokenizer
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.planning import kept_to, plan, plan_for_training
+from fourfold.training.methods import FIGURES
 
 pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 
@@ -43,6 +44,13 @@ def write(folder: Path, row: Callable[[int], dict[str, Any]]) -> dict[str, str]:
     return {name: str(folder / f"{name}.jsonl") for name in files}
 
 
+def figures_of(folder: Path) -> set[str]:
+    """What evaluations gave, but for their speed."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = {key.removeprefix("eval_") for record in records for key in record if key.startswith("eval_")}
+    return keys - {"runtime", "samples_per_second", "steps_per_second"}
+
+
 @pytest.mark.parametrize(
     ("keys", "row"),
     [
@@ -59,6 +67,7 @@ def test_a_run_learns_is_measured_again_and_answers(
     config = tiny_run(tmp_path, **write(tmp_path, row), **keys, max_length=96, save_steps=4)
     run = pipeline.train(config, progress="silent")
     assert load_config(run.output_dir).method == keys["method"]
+    assert figures_of(run.output_dir) == set(FIGURES[keys["method"]])
     if keys["method"] == "dpo":
         assert run.metrics["eval_rewards/accuracies"] > 0.5
     measured = pipeline.evaluate(config, progress="silent")
@@ -184,8 +193,7 @@ def test_pairs_are_mixed_by_weight_and_chosen_among_other_columns(tiny_run, tmp_
     )
     train_data, held_out = read_data(config, read_tokenizer(config))
     report, columns = train_data.report, train_data.dataset.column_names
-    assert held_out is not None
-    assert held_out.report.row_format.startswith("rows of preference, told by columns chosen, rejected")
+    assert held_out[""].report.row_format.startswith("rows of preference, told by columns chosen, rejected")
     assert [name for name in columns if name.endswith("input_ids")] == ["chosen_input_ids", "rejected_input_ids"]
     both = [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in train_data.dataset]
     assert (report.rows_kept, report.num_tokens) == (len(both), sum(both))

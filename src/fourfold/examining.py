@@ -116,9 +116,10 @@ def examine_data(config: RunConfig, num_rows: int = 3, seed: int | None = None) 
     held_out: list[Examination] = []
     findings = [finding for one in train for finding in one.findings]
     if config.eval_dataset:
-        source = DataSource(config.eval_dataset)
-        held_out = [look(source, load_rows(source, "test"), choices.data_options(config, packing=False))]
-        findings += [*held_out[0].findings, *leaks(train, held_out)]
+        sources = [DataSource(path) for path in choices.eval_datasets(config).values()]
+        looked_at_as = choices.data_options(config, packing=False)
+        held_out = [look(source, load_rows(source, "test"), looked_at_as) for source in sources]
+        findings += [finding for one in held_out for finding in one.findings] + leaks(train, held_out)
     elif config.eval_split_fraction:
         numbers = {id(one): _held_out_numbers(one, config) for one in train}
         findings += leaks(train, train, lambda one, number: number in numbers[id(one)])
@@ -128,8 +129,8 @@ def examine_data(config: RunConfig, num_rows: int = 3, seed: int | None = None) 
     findings.sort(key=lambda finding: finding.severity)
     reports: list[DataReport] = []
     if all(finding.severity != "error" for finding in findings):
-        prepared = [prepare_train(config, tokenizer, options, parts), read_held_out(config, tokenizer)]
-        reports = [data.report for data in prepared if data is not None]
+        prepared = [prepare_train(config, tokenizer, options, parts), *read_held_out(config, tokenizer).values()]
+        reports = [data.report for data in prepared]
     lengths = np.concatenate([one.lengths for one in train])
     learned = np.concatenate([one.num_learned for one in train])
     return DataExamination(

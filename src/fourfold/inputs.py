@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
 from fourfold.config.methods import PREFERENCE_METHODS, training_contradictions
+from fourfold.config.resuming import Resumption, changes
 from fourfold.data import DataOptions, PreparedData, check_tokenizer, load_rows
 from fourfold.data import prepare as prepare_rows
 from fourfold.data.comparing import prepare_preferences
@@ -48,6 +49,7 @@ __all__ = [
     "read_held_out",
     "read_tokenizer",
     "require_free",
+    "resumption",
     "split_rows",
     "write_base",
 ]
@@ -100,12 +102,26 @@ def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     return config.model_copy(update={"optim": load_config(begun.parent).optim}) if begun.is_file() else config
 
 
+def resumption(config: RunConfig, checkpoint: Path | None) -> Resumption | None:
+    """What is another than when the run began that goes on from a checkpoint; None where none does.
+
+    Raises:
+        ConfigError: Something that cannot change.
+    """
+    if checkpoint is None:
+        return None
+    begun = checkpoint.parent / run_folder.CONFIG_FILE
+    changed = changes(load_config(begun.parent), config, begun) if begun.is_file() else []
+    return Resumption(str(checkpoint), changed)
+
+
 def clear_former_run(output: Path) -> None:
     """Delete what an earlier run left: its checkpoints would outrank the new ones, its base belongs to its adapter."""
     for folder in [*list_checkpoints(output), output / BASE_FOLDER, *(output / name for name in run_folder.RESULTS)]:
         if folder.is_dir():
             shutil.rmtree(folder)
-    for name in (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE):
+    files = (run_folder.METRICS_FILE, run_folder.SAMPLES_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE)
+    for name in files:
         (output / name).unlink(missing_ok=True)
 
 
@@ -151,8 +167,8 @@ def _template_text(chat_template: str) -> str:
 
 def read_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreparedData | StreamedData, PreparedData | None]:
-    """Training rows, or the stream of them, and, where asked for, held-out ones; the report of these says how many of
+) -> tuple[PreparedData | StreamedData, dict[str, PreparedData]]:
+    """Training rows, or the stream of them, and held-out ones as `read_held_out`; the report of these says how many of
     them stand in the training rows, which of a stream is not known."""
     assert config.train_dataset is not None
     options = choices.data_options(config)
@@ -169,28 +185,39 @@ def read_data(
     else:
         train_data = prepare_train(config, tokenizer, options, _loaded(config))
     held_out = read_held_out(config, tokenizer)
-    if held_out is not None and not isinstance(train_data, StreamedData):
-        trained_on = count_rows_in(held_out.dataset, train_data.dataset)
-        held_out = replace(held_out, report=replace(held_out.report, rows_trained_on=trained_on))
-    return train_data, held_out
+    if isinstance(train_data, StreamedData):
+        return train_data, held_out
+    trained = train_data.dataset
+    return train_data, {name: _counted(data, count_rows_in(data.dataset, trained)) for name, data in held_out.items()}
 
 
-def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData | None:
-    """Held-out rows, if there are any. They are never packed: each is scored by itself."""
+def _counted(data: PreparedData, rows_trained_on: int) -> PreparedData:
+    return replace(data, report=replace(data.report, rows_trained_on=rows_trained_on))
+
+
+def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, PreparedData]:
+    """The sets of held-out rows by their names; one that needs no name has "". They are never packed: each row is
+    scored by itself."""
     options = choices.data_options(config, packing=False)
     if config.eval_dataset:
-        held_out = _preparation(config)(load_rows(config.eval_dataset, "test"), tokenizer, options, config.eval_dataset)
+        prepare = _preparation(config)
+        held_out = {
+            name: prepare(load_rows(path, "test"), tokenizer, options, path)
+            for name, path in choices.eval_datasets(config).items()
+        }
     elif config.eval_split_fraction:
-        held_out = _prepare(config, tokenizer, options, _loaded(config), "held-out")
+        held_out = {"": _prepare(config, tokenizer, options, _loaded(config), "held-out")}
     else:
-        return None
-    if config.eval_generate_rows and "messages" not in held_out.dataset.column_names:
-        raise DataError(
-            "eval_generate_rows asks for answers, and held-out rows are plain text",
-            found=held_out.report.row_format,
-            allowed="conversations",
-            hint="leave eval_generate_rows out, or hold out conversations",
-        )
+        return {}
+    for key in ("eval_generate_rows", "sample_rows"):
+        for data in held_out.values():
+            if getattr(config, key) and "messages" not in data.dataset.column_names:
+                raise DataError(
+                    f"{key} asks for answers, and held-out rows are no conversations",
+                    found=data.report.row_format,
+                    allowed="conversations",
+                    hint=f"leave {key} out, or hold out conversations",
+                )
     return held_out
 
 
@@ -266,12 +293,12 @@ def split_rows(rows: Dataset, name: str, config: RunConfig) -> dict[str, Dataset
 
 def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
-    sources = [DataSource(config.eval_dataset)] if config.eval_dataset else choices.data_sources(config)
-    source = sources[0]
-    if config.streaming and not config.eval_dataset:
+    held_out = [DataSource(path) for path in choices.eval_datasets(config).values()]
+    source = held_out[0] if held_out else choices.data_sources(config)[0]
+    if config.streaming and not held_out:
         rows = first_rows(source, 8)
     else:
-        rows = load_rows(source, "test" if config.eval_dataset else "train")
+        rows = load_rows(source, "test" if held_out else "train")
         rows = rows.select(range(min(8, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.
     options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)

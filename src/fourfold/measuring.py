@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ from fourfold.data import Collator, PreparedData
 from fourfold.errors import DataError
 from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
 from fourfold.memory.planner import Plan
+from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.out_of_memory import by_kind, compare_parts, part_key
 
 __all__ = ["account_memory", "measure", "summary"]
+
+
+# Figures of an evaluation that sum a run up.
+_EVALUATED = ("loss", "accuracy", "rewards/accuracies", "rewards/margins")
 
 
 def measure(
     config: RunConfig,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    eval_data: PreparedData | None,
+    eval_data: Mapping[str, PreparedData],
     say: Callable[[str], None],
     *,
     with_loss: bool,
@@ -37,7 +42,7 @@ def measure(
         config: Which measures, and how.
         model: A model, with its adapter or without.
         tokenizer: The model's.
-        eval_data: Held-out rows, or None.
+        eval_data: Sets of held-out rows by name; one that needs none has "".
         say: Is given a line for people before what takes long.
         with_loss: False where the loss is known already. That of methods that compare answers is their trainer's.
 
@@ -49,19 +54,23 @@ def measure(
     """
     metrics: dict[str, Any] = {}
     samples: list[Sample] = []
-    if eval_data is not None and with_loss and config.method not in PREFERENCE_METHODS:
-        collator = Collator(tokenizer.pad_token_id)
-        loss = validation_loss(model, eval_data.dataset, collator, config.per_device_eval_batch_size)
-        metrics |= {"eval_loss": loss.loss, "eval_num_tokens": loss.num_tokens}
-    if eval_data is not None and config.eval_generate_rows > 0:
-        conversations = [row["messages"] for row in eval_data.dataset.select_columns("messages")]
-        chosen = conversations[: config.eval_generate_rows]
-        say(f"answering {len(chosen)} held-out rows")
-        matched = exact_match(
-            model, tokenizer, chosen, choices.generation_options(config), normalise=config.eval_comparison
-        )
-        metrics |= {"exact_match": matched.score, "exact_match_rows": matched.num_rows}
-        samples = matched.samples
+    for name, data in eval_data.items():
+        prefix = prefix_of(name)
+        if with_loss and config.method not in PREFERENCE_METHODS:
+            collator = Collator(tokenizer.pad_token_id)
+            loss = validation_loss(model, data.dataset, collator, config.per_device_eval_batch_size)
+            metrics |= {f"{prefix}_loss": loss.loss, f"{prefix}_num_tokens": loss.num_tokens}
+        if config.eval_generate_rows > 0:
+            conversations = [row["messages"] for row in data.dataset.select_columns("messages")]
+            chosen = conversations[: config.eval_generate_rows]
+            say(f"answering {len(chosen)} held-out rows" + (f" of {name}" if name else ""))
+            matched = exact_match(
+                model, tokenizer, chosen, choices.generation_options(config), normalise=config.eval_comparison
+            )
+            # Without a name it has no prefix, either.
+            figure = f"{prefix}_exact_match" if name else "exact_match"
+            metrics |= {figure: matched.score, f"{figure}_rows": matched.num_rows}
+            samples += matched.samples
     if config.perplexity_text is not None:
         text = Path(config.perplexity_text)
         if not text.is_file():
@@ -107,8 +116,14 @@ def account_memory(
     return figures
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a run's log: mean loss over all steps, last evaluation loss, highest memory and median speed."""
+def summary(records: list[dict[str, Any]], sets: Iterable[str] = ("",), step: int | None = None) -> dict[str, Any]:
+    """Of a run's log: mean loss over all steps, last evaluation of each set, highest memory and median speed.
+
+    Args:
+        records: The log.
+        sets: Names of the sets of held-out rows.
+        step: That of the evaluation which counts; None: the last one.
+    """
     result: dict[str, Any] = {}
     losses, last_step = 0.0, 0
     for record in records:
@@ -117,14 +132,16 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
             losses, last_step = losses + record["loss"] * (record["step"] - last_step), record["step"]
     if last_step:
         result["train_loss"] = losses / last_step
-    for key, choose in (
-        ("eval_loss", lambda values: values[-1]),
-        ("eval_accuracy", lambda values: values[-1]),
-        ("eval_rewards/accuracies", lambda values: values[-1]),
-        ("eval_rewards/margins", lambda values: values[-1]),
+    for name in sets:
+        for key in (f"{prefix_of(name)}_{figure}" for figure in _EVALUATED):
+            for record in records:
+                if record.get(key) is not None and step in (None, record["step"]):
+                    result[key] = record[key]
+    choices_of: tuple[tuple[str, Callable[[list[Any]], Any]], ...] = (
         ("memory_peak_bytes", max),
         ("tokens_per_second", statistics.median),
-    ):
+    )
+    for key, choose in choices_of:
         values = [record[key] for record in records if record.get(key) is not None]
         if values:
             result[key] = choose(values)

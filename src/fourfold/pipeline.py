@@ -38,6 +38,7 @@ from fourfold.inputs import (
     read_held_out,
     read_tokenizer,
     require_free,
+    resumption,
     write_base,
 )
 from fourfold.kernels.host_memory import spare_bytes
@@ -53,9 +54,12 @@ from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
 from fourfold.models.underlying import underlying
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
+from fourfold.prompting import add_samples, prompts_of
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
-from fourfold.telling import PROGRESS, Speaker
+from fourfold.telling import PROGRESS, Speaker, tracked
 from fourfold.training import run_folder
+from fourfold.training.best import best_of
+from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.options import TrainingOptions
 from fourfold.training.out_of_memory import (
     OutOfMemory,
@@ -65,6 +69,7 @@ from fourfold.training.out_of_memory import (
 )
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import RequantizeCallback
+from fourfold.training.trackers import send_final
 from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = [
@@ -95,6 +100,7 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
 
 
+@tracked
 @within_limit
 def train(config: RunConfig, progress: str = "plain") -> Run:
     """Fine-tune a model as the configuration says, and leave a run folder.
@@ -112,14 +118,16 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
     output, checkpoint = claim_output_dir(config)
     asked = going_on(config, checkpoint)
+    say.result("resume", resumption(asked, checkpoint))
     planned = plan_for_training(asked, gpu, spare_bytes())
     config = kept_to(asked, planned)
     options = choices.training_options(config)
     say.result("plan", planned)
     tokenizer = read_tokenizer(config)
     train_data, eval_data = read_data(config, tokenizer)
-    for data in (train_data, eval_data):
-        say.result("data", data.report if data else None)
+    prompts = prompts_of(config, tokenizer, eval_data)
+    for data in (train_data, *eval_data.values()):
+        say.result("data", data.report)
     # A resumed run goes on upon the base that its initialisation left, not upon one made anew.
     base = config.model_name_or_path
     if checkpoint is not None:
@@ -137,11 +145,14 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         require_planned_shape(config, adapted)
 
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
-        callbacks: list[Any] = [run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])]
+        telling = ProgressCallback(PROGRESS[progress])
+        callbacks: list[Any] = [run_folder.MetricsCallback(output), telling]
         if config.requantize_every is not None:
             write = partial(write_base, adapted, tokenizer)
             callbacks.append(RequantizeCallback(config.requantize_every, config.calibration, write))
-        return trainer_for(config, adapted, tokenizer, train_data, eval_data, options, callbacks)
+        made = trainer_for(config, adapted, tokenizer, train_data, eval_data, options, callbacks)
+        add_samples(config, made, tokenizer, prompts, telling)
+        return made
 
     trainer = trainer_of(options)
     if checkpoint is None:
@@ -187,22 +198,28 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         run_folder.save_adapter(output, adapted, tokenizer)
     else:
         run_folder.save_model(output, adapted, tokenizer)
-    step, metrics_file = trainer.state.global_step, output / run_folder.METRICS_FILE
+    best = best_of(trainer)
+    # What is left is the model as it was after this step.
+    step, metrics_file = best.get("best_step", trainer.state.global_step), output / run_folder.METRICS_FILE
     logged = run_folder.read_metrics(metrics_file)
-    is_evaluated = any(record["step"] == step and "eval_loss" in record for record in logged)
+    lost = {f"{prefix_of(name)}_loss" for name in eval_data}
+    is_evaluated = lost <= {key for record in logged if record["step"] == step for key in record}
     # Evaluation every so many steps may have ended before the last one.
     hint = f"what was trained is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
     with reporting_out_of_memory("the trained model was measured", hint):
         measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
-        if not is_evaluated and eval_data is not None:
+        if not is_evaluated and eval_data:
             measured |= preferences_of(trainer)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)
-    metrics = summary(records) | {"train_seconds": result.metrics["train_runtime"]} | memory | measured
+    evaluated = summary(records, eval_data, step if best else None)
+    metrics = evaluated | best | {"train_seconds": result.metrics["train_runtime"]} | memory | measured
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
-    card = model_card(config, output, train_data.report, eval_data.report if eval_data else None, metrics)
+    reports = {name: data.report for name, data in eval_data.items()}
+    card = model_card(config, output, train_data.report, reports, metrics)
     run_folder.write_model_card(output, card)
+    send_final(trainer, step, metrics)
     return Run(output, metrics, samples)
 
 
@@ -225,7 +242,8 @@ def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[d
     has_adapter = has_result and config.adapter is not None
     tokenizer = read_tokenizer(config, result if has_result else None)
     eval_data = read_held_out(config, tokenizer)
-    say.result("data", eval_data.report if eval_data else None)
+    for data in eval_data.values():
+        say.result("data", data.report)
     base = base_of(config, result) if has_adapter else str(result) if has_result else config.model_name_or_path
     model: PreTrainedModel | PeftModel = load_model(base, **choices.load_options(config, streams=True))
     if has_adapter:

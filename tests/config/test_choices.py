@@ -20,6 +20,7 @@ def choices(key: str) -> set[str]:
         ("lr_scheduler_type", "fourfold.training.options", "LR_SCHEDULERS", set()),
         ("recompute", "fourfold.models.recomputation", "POLICIES", set()),
         ("method", "fourfold.training.methods", "METHODS", set()),
+        ("report_to", "fourfold.training.trackers", "TRACKERS", set()),
         ("stream_base", "fourfold.models.streaming", "SOURCES", set()),
         ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
         ("overlong", "fourfold.data.overlong", "OVERLONG", set()),

@@ -69,13 +69,6 @@ def test_the_rhythm_of_a_run_is_by_epoch_unless_steps_are_given(keys, expected) 
     assert {key: getattr(made, key) for key in expected} == expected
 
 
-def test_trackers_that_are_not_installed_are_named(monkeypatch) -> None:
-    monkeypatch.setattr(options, "find_spec", lambda name: None if name == "mlflow" else object())
-    assert options.training_options(config(device="cpu", report_to=["wandb"])).report_to == ("wandb",)
-    with pytest.raises(ConfigError, match=r"trackers that are not installed(.|\n)*pip install mlflow,"):
-        options.training_options(config(device="cpu", report_to=["wandb", "mlflow"]))
-
-
 def test_held_out_rows_are_answered_greedily_and_never_packed() -> None:
     given = config(packing=True, eval_max_new_tokens=9, seed=3, row_format="alpaca", columns={"instruction": "q"})
     generation = options.generation_options(given)

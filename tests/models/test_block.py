@@ -10,6 +10,7 @@ import torch
 from decoders import DECODERS, VOCAB, adapted, decoder, distance, ids, loss_and_grads
 from peft import LoraConfig
 from torch import nn
+from transformers.integrations.neftune import activate_neftune
 
 from fourfold.errors import ConfigError
 from fourfold.models import block_backward, block_function
@@ -46,6 +47,22 @@ def test_loss_and_all_gradients_equal_the_generic_path(name: str, kind: str) -> 
     for key, grad in grads.items():
         # The adapters' gradients leave in fp32.
         assert distance({key: grad}, {key: expected[key]}) < bound, key
+
+
+def test_noise_on_the_embeddings_reaches_the_block_as_the_generic_path() -> None:
+    results = []
+    for fused in (True, False):
+        model = adapted(decoder("llama-gqa"), fused=fused).train()
+        clean, _ = loss_and_grads(model)
+        activate_neftune(model, 50.0)
+        torch.manual_seed(3)
+        noisy, grads = loss_and_grads(model)
+        assert abs(noisy - clean) > 1e-3
+        assert took_generic_path(model) == set()
+        results.append((noisy, grads))
+    (noisy, grads), (expected_noisy, expected) = results
+    torch.testing.assert_close(noisy, expected_noisy, rtol=2e-6, atol=0)
+    assert distance(grads, expected) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -7,7 +7,7 @@ import torch
 
 from fourfold.errors import ConfigError
 from fourfold.optimizers import AdamW
-from fourfold.training.options import LR_SCHEDULERS, OPTIMIZERS, TrainingOptions, own_optimizer_arguments, to_sft_config
+from fourfold.training.options import LR_SCHEDULERS, OPTIMIZERS, TrainingOptions, optimizer_arguments, to_sft_config
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,10 @@ def test_warm_up_that_would_be_ignored_is_refused() -> None:
         TrainingOptions(output_dir=Path("run"), warmup_ratio=0.1, warmup_steps=5)
 
 
+def arguments_of(options: TrainingOptions):
+    return optimizer_arguments(options, torch.nn.Linear(2, 2), to_sft_config(options))
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
 def test_every_row_of_the_tables_makes_a_config(tmp_path: Path, optim: str, scheduler: str) -> None:
@@ -48,15 +52,15 @@ def test_every_row_of_the_tables_makes_a_config(tmp_path: Path, optim: str, sche
 
 def test_own_optimizers_are_handed_over_with_their_options(tmp_path: Path) -> None:
     options = TrainingOptions(output_dir=tmp_path, optim="adamw_8bit", learning_rate=1e-3, max_grad_norm=0.5)
-    optimizer, arguments = own_optimizer_arguments(options)
+    optimizer, arguments = arguments_of(options)
     assert optimizer is AdamW
     assert arguments == {"lr": 1e-3, "state_bits": 8, "placement": "resident", "max_grad_norm": 0.5}
-    assert own_optimizer_arguments(TrainingOptions(output_dir=tmp_path, optim="adamw_torch")) is None
+    assert arguments_of(TrainingOptions(output_dir=tmp_path, optim="adamw_torch")) is None
 
 
 @pytest.mark.parametrize("optim", [name for name, row in OPTIMIZERS.items() if row is not None])
 def test_a_name_says_rule_bits_and_placement(tmp_path: Path, optim: str) -> None:
-    optimizer, arguments = own_optimizer_arguments(TrainingOptions(output_dir=tmp_path, optim=optim))
+    optimizer, arguments = arguments_of(TrainingOptions(output_dir=tmp_path, optim=optim))
     made = optimizer([torch.nn.Parameter(torch.zeros(2))], **arguments)
     assert type(made).__name__.lower() in optim
     assert OPTIMIZERS[optim].rule in optim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def model_card(
     config: RunConfig,
     output: Path,
     train_report: DataReport | StreamReport,
-    eval_report: DataReport | None,
+    eval_reports: Mapping[str, DataReport],
     metrics: dict[str, Any],
 ) -> ModelCard:
     """What `write_model_card` writes: how the run was made, on which rows, and what it reached."""
@@ -34,10 +35,11 @@ def model_card(
     else:
         data["training rows"] = train_report.rows_kept
         data[f"rows above max_length ({config.overlong})"] = train_report.rows_overlong
-    if eval_report is not None:
+    for name, report in eval_reports.items():
+        of = f" ({name})" if name else ""
         data |= {
-            "held out": config.eval_dataset or "a part of train_dataset",
-            "held-out rows": eval_report.rows_kept,
+            f"held out{of}": report.name if config.eval_dataset else "a part of train_dataset",
+            f"held-out rows{of}": report.rows_kept,
         }
     return ModelCard(
         name=output.resolve().name,

@@ -44,7 +44,7 @@ def axolotl_datasets(key: str) -> Callable[[Any], dict[str, Any]]:
         if len(entries) == 1 and entries[0].keys() <= {"path", "row_format", "columns"}:
             return {key if name == "path" else name: given for name, given in entries[0].items()}
         if key != "train_dataset":
-            raise ValueError("one data set of held-out rows is read, by its path: give eval_dataset: FILE")
+            raise ValueError("a set of held-out rows is read by its path: give eval_dataset: FILE, or {NAME: FILE}")
         return {key: entries}
 
     return convert

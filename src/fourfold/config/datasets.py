@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["DatasetEntry", "Datasets", "RowFormat", "name_of"]
+__all__ = ["DatasetEntry", "Datasets", "EvalDatasets", "RowFormat", "name_of"]
 
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "kto"]
 
@@ -34,6 +34,12 @@ Datasets = Annotated[
         description="a list of mappings with path and, if wanted, name, split, revision, weight (above 0), row_format, "
         "columns, sample_by (line, paragraph, document)",
     ),
+]
+
+
+EvalDatasets = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")], Annotated[str, Field(min_length=1)]],
+    Field(min_length=1, description="a mapping of names (letters, digits, _ . -) to such paths"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,21 @@ from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
-from fourfold.training.methods import MethodOptions
+from fourfold.training.best import BestOptions
+from fourfold.training.evaluation_sets import prefix_of
+from fourfold.training.methods import FIGURES, MethodOptions
 from fourfold.training.options import TrainingOptions
+from fourfold.training.parameter_groups import GroupOptions, LrGroup
 
 __all__ = [
+    "best_options",
     "compute_dtype",
     "data_options",
     "data_sources",
     "device",
+    "eval_datasets",
     "generation_options",
+    "group_options",
     "load_options",
     "lora_config",
     "memory_limit",
@@ -163,6 +168,14 @@ def data_sources(config: RunConfig) -> list[DataSource]:
     return sources
 
 
+def eval_datasets(config: RunConfig) -> dict[str, str]:
+    """Paths of the sets of held-out rows by name; one that needs no name has ""."""
+    given = config.eval_dataset
+    if given is None:
+        return {}
+    return {"": given} if isinstance(given, str) else given
+
+
 def generation_options(config: RunConfig) -> GenerationOptions:
     """Of the comparison by generation: greedy, so that it can be repeated."""
     return GenerationOptions(
@@ -187,15 +200,36 @@ def method_options(config: RunConfig) -> MethodOptions:
     return MethodOptions(method=config.method, **chosen)
 
 
+def best_options(config: RunConfig) -> BestOptions:
+    """Which evaluation is the best. Raises ConfigError for a figure that the method's evaluations do not have."""
+    metric = "eval_" + (config.metric_for_best_model or "loss").removeprefix("eval_")
+    prefixes = [prefix_of(name) for name in eval_datasets(config)] or [prefix_of("")]
+    figures = [f"{prefix}_{figure}" for prefix in prefixes for figure in FIGURES[config.method]]
+    best = BestOptions(
+        load_at_end=config.load_best_model_at_end,
+        metric=metric,
+        greater_is_better=config.greater_is_better,
+        patience=config.early_stopping_patience,
+        threshold=config.early_stopping_threshold,
+    )
+    if best.is_asked_for and metric not in figures:
+        raise ConfigError("metric_for_best_model is no figure of the evaluations", found=metric, allowed=figures)
+    return best
+
+
+def group_options(config: RunConfig) -> GroupOptions:
+    """Which parameters have a learning rate of their own."""
+    given = {"loraplus_lr_ratio": config.loraplus_lr_ratio, "loraplus_lr_embedding": config.loraplus_lr_embedding}
+    rates = {key: value for key, value in given.items() if value is not None}
+    groups = [
+        LrGroup(tuple(group.modules), group.lr, group.name or ", ".join(group.modules))
+        for group in config.lr_groups or ()
+    ]
+    return GroupOptions(lr_groups=tuple(groups), **rates)
+
+
 def training_options(config: RunConfig) -> TrainingOptions:
-    """Raises ConfigError for a tracker in report_to that is not installed."""
-    missing = [name for name in config.report_to if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            "report_to names trackers that are not installed",
-            found=", ".join(missing),
-            hint=f"pip install {' '.join(missing)}, or leave them out",
-        )
+    """Raises ConfigError as `best_options`."""
     has_eval_rows = config.eval_dataset is not None or config.eval_split_fraction > 0
 
     def rhythm(steps: int | None) -> tuple[str, int]:
@@ -232,7 +266,12 @@ def training_options(config: RunConfig) -> TrainingOptions:
         compute_dtype="float16" if compute_dtype(config, for_training=True) == torch.float16 else "float32",
         seed=config.seed,
         report_to=tuple(config.report_to),
+        run_name=config.run_name or Path(config.output_dir).resolve().name,
+        project=config.project,
         dataloader_num_workers=config.dataloader_num_workers,
         group_by_length=config.group_by_length,
         use_cpu=device(config).type == "cpu",
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        groups=group_options(config),
+        best=best_options(config),
     )

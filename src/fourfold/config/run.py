@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from fourfold.config.datasets import Datasets, RowFormat
+from fourfold.config.datasets import Datasets, EvalDatasets, RowFormat
+from fourfold.config.life import LifeKeys, life_contradictions
 from fourfold.config.methods import Contradiction, MethodKeys, method_contradictions
 from fourfold.config.precision import precision_contradictions
 from fourfold.config.streaming import STREAMING_BUFFER_SIZE, streaming_contradictions
@@ -44,7 +45,7 @@ Optimizer = Literal[
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class RunConfig(MethodKeys):
+class RunConfig(LifeKeys, MethodKeys):
     """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
 
     Raises:
@@ -136,8 +137,8 @@ class RunConfig(MethodKeys):
     stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = Field(
         "all_exhausted", description="When a mixture with weights ends; all_exhausted: small data sets are repeated."
     )
-    eval_dataset: str | None = Field(
-        None, min_length=1, description="File, folder, glob or name on the hub of the held-out rows."
+    eval_dataset: Annotated[str, Field(min_length=1)] | EvalDatasets | None = Field(
+        None, description="File, folder, glob or name on the hub of the held-out rows; several by a name for each."
     )
     eval_split_fraction: float = Field(
         0.0, ge=0, lt=1, description="Share of train_dataset to hold out when there is no eval_dataset."
@@ -280,6 +281,7 @@ class RunConfig(MethodKeys):
 # The first key of each group, for the reference page.
 GROUPS: dict[str, str] = {
     "method": "Method",
+    "load_best_model_at_end": "During training",
     "model_name_or_path": "Model",
     "adapter": "Adapter",
     "train_dataset": "Data",
@@ -342,6 +344,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from (Contradiction(*each) for each in streaming_contradictions(config))
     yield from _adapter_contradictions(config)
     yield from method_contradictions(config)
+    yield from life_contradictions(config)
 
 
 def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:

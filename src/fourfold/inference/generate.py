@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -58,11 +58,11 @@ class GenerationOptions:
 def generate_replies(
     model: Any,
     tokenizer: Any,
-    conversations: list[list[Message]],
+    conversations: Sequence[list[Message] | str],
     options: GenerationOptions,
     on_progress: Progress | None = None,
 ) -> list[str]:
-    """The assistant's next turn in each conversation, in the order given.
+    """The assistant's next turn in each conversation, or what follows a text, in the order given.
 
     Conversations of like length share a batch, padded on the left under an attention mask. Neither the
     tokenizer nor the model's mode is changed. Of the model's generation config, all but length, sampling and
@@ -70,14 +70,16 @@ def generate_replies(
 
     Args:
         model: A causal LM of Transformers, or a PEFT model around one, on any device.
-        tokenizer: Its tokenizer, with a chat template.
-        conversations: Turns up to the one to be generated.
+        tokenizer: Its tokenizer, for conversations with a chat template.
+        conversations: Turns up to the one to be generated; or a text, which is continued as it is.
         options: How to generate.
         on_progress: Called after each batch with the conversations done and their number.
 
     Raises:
         DataError: The tokenizer has no chat template.
     """
+    if any(not isinstance(conversation, str) for conversation in conversations):
+        _require_template(tokenizer)
     config = _generation_config(model, tokenizer, options)
     prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
     # Longest first: what does not fit into memory fails at once.
@@ -108,6 +110,7 @@ def stream_reply(model: Any, tokenizer: Any, messages: list[Message], options: G
     Raises:
         DataError: The tokenizer has no chat template.
     """
+    _require_template(tokenizer)
     config = _generation_config(model, tokenizer, options)
     input_ids = torch.tensor([_prompt_ids(tokenizer, messages)], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -148,7 +151,7 @@ def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     configured = model.generation_config.eos_token_id
     stops = set(configured if isinstance(configured, list) else [configured])
     stops.add(tokenizer.eos_token_id)
-    stops.add(_turn_end_id(tokenizer))
+    stops.add(_turn_end_id(tokenizer) if tokenizer.chat_template else None)
     return sorted(stops - {None})
 
 
@@ -198,8 +201,6 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -> GenerationConfig:
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template", hint="set the key chat_template")
     stops = stop_token_ids(model, tokenizer)
     config = deepcopy(model.generation_config)
     sampling = options.temperature > 0
@@ -220,7 +221,15 @@ def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -
     return config
 
 
-def _prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
+def _require_template(tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template", hint="set the key chat_template")
+
+
+def _prompt_ids(tokenizer: Any, messages: list[Message] | str) -> list[int]:
+    if isinstance(messages, str):
+        text_ids: list[int] = tokenizer(messages)["input_ids"]
+        return text_ids
     ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     return ids
 

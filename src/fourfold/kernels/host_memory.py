@@ -14,8 +14,8 @@ from fourfold.errors import TrainingError
 
 __all__ = ["HostBuffer", "available_bytes", "rounded_to_pages", "spare_bytes"]
 
-# What a plan leaves alone of the host's memory: the process itself, loaders of data and caches live there, too, and where
-# it is used up the system kills the process without a word. At least so much, or this share of what is available.
+# What a plan leaves alone of the host's memory: the process itself, loaders of data and caches live there, too, and
+# where it is used up the system kills the process without a word. At least so much, or this share of what is available.
 _LEFT_BYTES, _LEFT_SHARE = 4 * 2**30, 1 / 8
 
 

@@ -9,6 +9,12 @@ token_losses.py cross entropy of each supervised token, for losses over whole an
 hidden_states.py what the output head takes
 reference.py    what the reference gave the rows of a DPO run
 means.py        what these log
+evaluation_sets.py sets of held-out rows by name
+best.py         the best checkpoint: that it stays, and is left; early_stopping.py: when training ends before its end
+parameter_groups.py learning rates of their own: LoRA+, groups by name
+samples.py      answers of the model while it trains
+trackers.py     TensorBoard, W&B, trackio, MLflow
+running.py      what is summed up between two logs, and the order of rows, for a run that goes on
 guard.py        what each step is watched for
 interrupt.py    SIGINT and SIGTERM
 checkpoint.py   checkpoints that are whole or absent; finding one to resume from

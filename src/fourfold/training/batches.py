@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fourfold.errors import DataError
 from fourfold.models.attention import Documents
@@ -16,7 +17,15 @@ from fourfold.models.attention_interface import ATTENTION_NAME, document_mask
 from fourfold.models.families import FAMILIES
 from fourfold.training.loss import IGNORE_INDEX
 
-__all__ = ["ROW_NUMBERS", "Collator", "NumberedCollator", "boundary_mask", "looks_back_only", "require_labels"]
+__all__ = [
+    "ROW_NUMBERS",
+    "Collator",
+    "LengthGrouped",
+    "NumberedCollator",
+    "boundary_mask",
+    "looks_back_only",
+    "require_labels",
+]
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -34,6 +43,33 @@ class NumberedCollator:
         numbers = [row[ROW_NUMBERS] for row in rows if ROW_NUMBERS in row]
         batch: dict[str, Any] = self.collate([{k: v for k, v in row.items() if k != ROW_NUMBERS} for row in rows])
         return batch | {ROW_NUMBERS: numbers} if numbers else batch
+
+
+class LengthGrouped(LengthGroupedSampler):
+    """Transformers' sampler of rows of like length, whose order follows from seed and epoch.
+
+    Its own draws from the generator that dropout draws from, so that a run which goes on would see other rows.
+
+    Args:
+        rows: Of `input_ids`, or of several columns of that ending, whose tokens count together.
+        step_rows: Rows of one process's optimizer step.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: Dataset, step_rows: int, seed: int) -> None:
+        columns = [column for column in rows.column_names if column.endswith("input_ids")]
+        lengths = [sum(map(len, ids)) for ids in zip(*(rows[column] for column in columns), strict=True)]
+        super().__init__(step_rows, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        order: Iterator[int] = super().__iter__()
+        return order
 
 
 def looks_back_only(config: Any) -> bool:

@@ -6,6 +6,7 @@
       tokenizer.json, chat_template.jinja, ...          the tokenizer's own format
       optimizer.safetensors, optimizer.json             tensors; groups, scheduler, trained parameters
       rng_state_0.safetensors, rng_state_0.json         one pair a process
+      running_0.json                                    one a process: what is summed up since the last log
       trainer_state.json                                step, epoch, log history, as the Trainer writes it; where rows
                                                         are streamed, the place in the stream
       base/                                             the quantized base, where the run changes it between checkpoints
@@ -23,7 +24,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,19 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def prune_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(path)
+def prune_checkpoints(output_dir: Path, keep: int, best: str | None = None) -> None:
+    """Delete all but `keep` checkpoints: the newest ones, of which one gives way to the best where it is older.
+
+    The newest and the best stay in any case.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    kept = checkpoints[-keep:]
+    older = [path for path in checkpoints[:-keep] if best is not None and path == Path(best)]
+    if older:
+        kept = kept[-max(keep - 1, 1) :] + older
+    for path in checkpoints:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -185,6 +195,7 @@ def save_optimizer_state(
     scheduler: dict[str, Any],
     trainable: Mapping[str, torch.Size],
     scaler: torch.amp.GradScaler | None = None,
+    names: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Write the optimizer's and the scheduler's state as safetensors and JSON.
 
@@ -192,6 +203,7 @@ def save_optimizer_state(
         optimizer, scheduler: Their `state_dict()`.
         trainable: Name and shape of each trained parameter, in the order of the optimizer's.
         scaler: What scales the loss; None: nothing.
+        names: Those of the parameters of each of the optimizer's groups.
     """
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -204,6 +216,7 @@ def save_optimizer_state(
     save_file(tensors, folder / "optimizer.safetensors")
     record = {
         "param_groups": optimizer["param_groups"],
+        "names": names,
         "state": plain,
         "scheduler": scheduler,
         "trainable": {name: list(shape) for name, shape in trainable.items()},
@@ -215,7 +228,7 @@ def save_optimizer_state(
 def load_optimizer_state(
     folder: Path, trainable: Mapping[str, torch.Size], scaler: torch.amp.GradScaler | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dicts that `save_optimizer_state` wrote, tensors on the CPU: (optimizer, scheduler).
+    """The state dicts that `save_optimizer_state` wrote, tensors on the CPU: (optimizer with its `names`, scheduler).
 
     Args:
         folder: The checkpoint.
@@ -242,7 +255,8 @@ def load_optimizer_state(
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": record["param_groups"]}, record["scheduler"]
+    read = {"state": state, "param_groups": record["param_groups"], "names": record.get("names")}
+    return read, record["scheduler"]
 
 
 def restore_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ class Means:
         """Count values, of any shape; `number`: how many of them there are where others are 0 for being none."""
         total, count = self._sums.get(name, (torch.zeros((), device=values.device), 0))
         self._sums[name] = total + values.detach().sum(), count + (values.numel() if number is None else number)
+
+    def sums(self) -> dict[str, Tensor | float]:
+        """All of it, by names that `from_sums` reads."""
+        named: dict[str, Tensor | float] = {}
+        for name, (total, number) in self._sums.items():
+            named |= {f"sum:{name}": total, f"number:{name}": number}
+        return named
+
+    @classmethod
+    def from_sums(cls, sums: Mapping[str, Any]) -> Means:
+        """Means that count on from there."""
+        made = cls()
+        names = [name.removeprefix("sum:") for name in sums if name.startswith("sum:")]
+        made._sums = {name: (sums[f"sum:{name}"], sums[f"number:{name}"]) for name in names}
+        return made
 
     def take(self, accelerator: Any, device: torch.device) -> dict[str, float]:
         """The means over all processes since the last call, of what there was any of."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fourfold.errors import ConfigError
 from fourfold.training.preference_losses import DPO_LOSSES, KTO_LOSSES
 
-__all__ = ["METHODS", "PREFERENCE_METHODS", "MethodOptions"]
+__all__ = ["FIGURES", "METHODS", "PREFERENCE_METHODS", "MethodOptions"]
 
 # method -> its losses by TRL's `loss_type`, the first its default; none to choose from where it has one only
 PREFERENCE_METHODS: dict[str, tuple[str, ...]] = {
@@ -15,6 +15,17 @@ PREFERENCE_METHODS: dict[str, tuple[str, ...]] = {
     "kto": tuple(KTO_LOSSES),
     "orpo": (),
     "reward": (),
+}
+_SIDES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+_OF_PAIRS = (*_SIDES, "rewards/accuracies", "rewards/margins")
+# method -> the figures of its evaluations, after eval_ or eval_NAME_
+FIGURES: dict[str, tuple[str, ...]] = {
+    "sft": ("loss", "mean_token_accuracy"),
+    "pretrain": ("loss", "mean_token_accuracy"),
+    "dpo": ("loss", "mean_token_accuracy", *_OF_PAIRS),
+    "orpo": ("loss", "mean_token_accuracy", *_OF_PAIRS, "nll_loss", "log_odds_ratio"),
+    "kto": ("loss", "mean_token_accuracy", *_SIDES, "kl"),
+    "reward": ("loss", "accuracy", "margin", "mean_reward"),
 }
 METHODS = ("sft", "pretrain", *PREFERENCE_METHODS)
 

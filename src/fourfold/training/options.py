@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
 from trl import SFTConfig
 
 from fourfold.errors import ConfigError
 from fourfold.optimizers import Adafactor, AdamW, Lion
 from fourfold.optimizers.base import OwnOptimizer
 from fourfold.optimizers.moments import MomentOptimizer
+from fourfold.training.best import BestOptions
+from fourfold.training.parameter_groups import GroupOptions, parameter_groups
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -25,7 +29,7 @@ __all__ = [
     "OptimizerRow",
     "TrainingOptions",
     "keep_in_fp32",
-    "own_optimizer_arguments",
+    "optimizer_arguments",
     "to_sft_config",
 ]
 
@@ -101,7 +105,12 @@ class TrainingOptions:
             "float16" also scales the loss, so that small gradients do not vanish, and takes a GPU.
         group_by_length: Batches hold rows of like length; less padding, less randomness.
         report_to: Trackers by the Trainer's names, such as "tensorboard"; none by default.
+        run_name: The run's name there; None: the tracker's own choice.
+        project: Its project in trackio; for W&B and MLflow see `fourfold.training.trackers.tracking`.
         use_cpu: None takes an accelerator where there is one.
+        neftune_noise_alpha: Strength of noise on embeddings, NEFTune (https://arxiv.org/abs/2310.05914); None: none.
+        groups: Parameters with a learning rate of their own.
+        best: Which evaluation is the best, and whether training stops early.
 
     Raises:
         ConfigError: A value is out of its range or not in its table.
@@ -130,9 +139,14 @@ class TrainingOptions:
     compute_dtype: str = "bfloat16"
     seed: int = 42
     report_to: tuple[str, ...] = ()
+    run_name: str | None = None
+    project: str | None = None
     dataloader_num_workers: int = 0
     group_by_length: bool = False
     use_cpu: bool | None = None
+    neftune_noise_alpha: float | None = None
+    groups: GroupOptions = field(default_factory=GroupOptions)
+    best: BestOptions = field(default_factory=BestOptions)
 
     def __post_init__(self) -> None:
         _require_known("optim", self.optim, OPTIMIZERS)
@@ -153,10 +167,16 @@ class TrainingOptions:
         _require("save_total_limit", limit, limit is None or limit >= 1, "1 or more, or null to keep all")
         _require("learning_rate", self.learning_rate, self.learning_rate > 0, "a number above 0")
         _require("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "0 <= warmup_ratio < 1")
+        alpha = self.neftune_noise_alpha
+        _require("neftune_noise_alpha", alpha, alpha is None or alpha > 0, "above 0, or null")
         for key in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
             _require(key, getattr(self, key), getattr(self, key) >= 0, "0 or more")
         epochs, steps = self.num_train_epochs, self.max_steps
         _require("num_train_epochs", epochs, epochs > 0 or steps > 0, "above 0, or max_steps above 0")
+        if self.best.is_asked_for and self.eval_strategy == "no":
+            raise ConfigError("nothing tells the best of no evaluations", found="eval_strategy: no")
+        if self.best.load_at_end and self.save_strategy == "no":
+            raise ConfigError("load_best_model_at_end takes checkpoints", found="save_strategy: no")
         if self.warmup_ratio and self.warmup_steps:
             raise ConfigError(
                 "warmup_ratio and warmup_steps are both set",
@@ -186,7 +206,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
     The rows come tokenized and masked, so TRL's own preparation, truncation and packing are off.
     """
     use_cpu = not torch.accelerator.is_available() if options.use_cpu is None else options.use_cpu
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(options.output_dir),
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps,
@@ -199,7 +219,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         warmup_steps=options.warmup_ratio or options.warmup_steps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        # The Trainer knows no name for ours, which `own_optimizer_arguments` hands it as a class.
+        # The Trainer knows no name for ours, which `optimizer_arguments` hands it as a class.
         optim="adamw_torch" if OPTIMIZERS[options.optim] else options.optim,
         logging_strategy="steps",
         logging_steps=options.logging_steps,
@@ -212,11 +232,15 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         save_strategy=options.save_strategy,
         save_steps=options.save_steps,
         save_total_limit=options.save_total_limit,
+        neftune_noise_alpha=options.neftune_noise_alpha,
+        **options.best.trainer_arguments(),
         **_recomputation(options.gradient_checkpointing),
         **COMPUTE_DTYPES[options.compute_dtype],
         seed=options.seed,
         data_seed=options.seed,
         report_to=list(options.report_to) or "none",
+        run_name=options.run_name,
+        **({} if options.project is None else {"project": options.project}),
         dataloader_num_workers=options.dataloader_num_workers,
         dataloader_pin_memory=not use_cpu,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
@@ -230,6 +254,12 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    # Given as an argument, it has to fit save_steps; here the best step is saved whatever they are.
+    config.load_best_model_at_end = options.best.load_at_end
+    if options.best.load_at_end and options.save_total_limit == 1:
+        # The newest, from which an interrupted run goes on, and the best.
+        config.save_total_limit = 2
+    return config
 
 
 def keep_in_fp32(model: nn.Module, switches: dict[str, bool]) -> None:
@@ -250,12 +280,31 @@ def keep_in_fp32(model: nn.Module, switches: dict[str, bool]) -> None:
             parameter.data = parameter.data.float()
 
 
-def own_optimizer_arguments(options: TrainingOptions) -> tuple[type[OwnOptimizer], dict[str, Any]] | None:
-    """The Trainer's `optimizer_cls_and_kwargs` where the optimizer is ours; None where the Trainer makes it."""
+def optimizer_arguments(
+    options: TrainingOptions, model: nn.Module, config: SFTConfig
+) -> tuple[type[Optimizer], dict[str, Any]] | None:
+    """The Trainer's `optimizer_cls_and_kwargs`; None where the Trainer makes all of it.
+
+    Args:
+        options: The optimizer, and which parameters have a learning rate of their own.
+        model: Whose parameters are trained.
+        config: `to_sft_config(options)`.
+
+    Raises:
+        ConfigError: As `parameter_groups`.
+    """
     row = OPTIMIZERS[options.optim]
-    if row is None:
+    chosen: type[Optimizer]
+    if row is not None:
+        chosen, arguments = row.optimizer, {"max_grad_norm": options.max_grad_norm, **row.arguments()}
+    elif options.groups.is_asked_for:
+        chosen, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
+    else:
         return None
-    return row.optimizer, {"lr": options.learning_rate, "max_grad_norm": options.max_grad_norm, **row.arguments()}
+    if options.groups.is_asked_for:
+        # The Trainer takes them in place of its own two.
+        arguments["params"] = parameter_groups(model, options.groups, options.learning_rate, options.weight_decay)
+    return chosen, arguments | {"lr": options.learning_rate}
 
 
 def _recomputation(on: bool) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from fourfold.errors import ConfigError
 from fourfold.models.underlying import underlying
 from fourfold.training.batches import ROW_NUMBERS, Collator
 from fourfold.training.checkpoint import find_checkpoint
+from fourfold.training.evaluation_sets import EvalDataset, as_the_trainer_takes_them, by_name, prefix_of
 from fourfold.training.hidden_states import takes_logits_to_keep
 from fourfold.training.means import Means
 from fourfold.training.methods import MethodOptions
@@ -140,12 +141,28 @@ class PreferenceTrainer(FourfoldTrainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in figures.items()})
         return output
 
+    def running_sums(self) -> dict[str, Tensor | float]:
+        return super().running_sums() | self._means["train"].sums()
+
+    def run_on(self, sums: dict[str, Any]) -> None:
+        super().run_on(sums)
+        self._means["train"] = Means.from_sums(sums)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             figures = self._means["train"].take(self.accelerator, self.args.device)
             figures.pop("loss", None)
             logs |= figures
         super().log(logs, start_time)
+
+
+def _with_reference(rows: Dataset, values: Tensor) -> Dataset:
+    """The rows with columns of `values`, [rows, 2]."""
+    rows = rows.with_format(None)
+    rows = rows.remove_columns([column for column in REFERENCE_COLUMNS if column in rows.column_names])
+    for column, numbers in zip(REFERENCE_COLUMNS, values.T.tolist(), strict=True):
+        rows = rows.add_column(column, numbers)
+    return rows
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,8 +216,7 @@ class DPOTrainer(PreferenceTrainer):
         """Columns of the reference's log-probabilities, computed now, or read where a run goes on."""
         assert isinstance(self.train_dataset, Dataset)
         datasets = {"train": self.train_dataset}
-        if isinstance(self.eval_dataset, Dataset):
-            datasets["eval"] = self.eval_dataset
+        datasets |= {prefix_of(name): rows for name, rows in by_name(self.eval_dataset).items()}
         resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
         if resume is None:
             computed = {name: self._reference_of(dataset, name) for name, dataset in datasets.items()}
@@ -211,13 +227,14 @@ class DPOTrainer(PreferenceTrainer):
         self.use_reference(computed)
 
     def use_reference(self, computed: dict[str, Tensor]) -> None:
-        """Take the reference's log-probabilities of "train" and "eval" rows, each [rows, 2] in fp32."""
-        for name, values in computed.items():
-            dataset = getattr(self, f"{name}_dataset").with_format(None)
-            dataset = dataset.remove_columns([c for c in REFERENCE_COLUMNS if c in dataset.column_names])
-            for column, numbers in zip(REFERENCE_COLUMNS, values.T.tolist(), strict=True):
-                dataset = dataset.add_column(column, numbers)
-            setattr(self, f"{name}_dataset", dataset)
+        """Take the reference's log-probabilities of "train" rows and of held-out ones by `prefix_of` their set, each
+        [rows, 2] in fp32."""
+        if "train" in computed:
+            self.train_dataset: Any = _with_reference(self.train_dataset, computed["train"])
+        held_out = by_name(self.eval_dataset)
+        known = {name: prefix_of(name) for name in held_out if prefix_of(name) in computed}
+        held_out |= {name: _with_reference(held_out[name], computed[prefix]) for name, prefix in known.items()}
+        self.eval_dataset: EvalDataset = as_the_trainer_takes_them(held_out)
 
     def _reference_of(self, dataset: Dataset, name: str) -> Tensor:
         """[rows, 2]: log-probabilities of the chosen and the rejected answers by the model as it is."""
@@ -335,7 +352,7 @@ def build_preference_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
-    eval_dataset: Dataset | None,
+    eval_dataset: EvalDataset,
     collator: Collator,
     options: TrainingOptions,
     method: MethodOptions,
@@ -347,7 +364,7 @@ def build_preference_trainer(
 
     Args:
         model, tokenizer, options, callbacks: As `build_trainer`.
-        train_dataset, eval_dataset: Pairs, or marked answers, tokenized.
+        train_dataset, eval_dataset: Pairs, or marked answers, tokenized; several held-out sets by name.
         collator: From rows of `input_ids` and `labels` to tensors, as `fourfold.data.Collator`.
         method: What is learned.
         max_length: Tokens to which KTO's mismatched rows are cut.

@@ -6,6 +6,7 @@ import enum
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -13,7 +14,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fourfold.training.evaluation_sets import loss_names
 from fourfold.training.run_folder import metrics_record
+from fourfold.training.samples import Answer
 
 __all__ = ["ProgressCallback", "ProgressStyle", "choose_style"]
 
@@ -112,22 +115,34 @@ class ProgressCallback(TrainerCallback):
                 flush=True,
             )
             return
-        if "loss" not in logs and "eval_loss" not in logs:
+        evaluated = loss_names(logs)
+        if "loss" not in logs and not evaluated:
             return
         self._latest.update(record)
         if self._progress is not None:
             self._progress.update(self._task, figures=figures(self._latest))
-            if "eval_loss" in logs:
-                self._progress.console.print(
-                    f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}", style="green"
-                )
+            for key, name in evaluated.items():
+                line = f"step {state.global_step}: {_validation(name, logs[key])}"
+                self._progress.console.print(line, style="green")
         elif self.style is ProgressStyle.PLAIN:
             head = f"step {state.global_step}/{state.max_steps}"
+            lines = [_validation(name, logs[key]) for key, name in evaluated.items()]
             if "loss" in logs:
-                line = f"{head}  {figures(record)}  {self._time_left(state)} left"
-            else:
-                line = f"{head}  validation loss {logs['eval_loss']:.4f}"
-            print(line, file=self.stream, flush=True)
+                lines.append(f"{figures(record)}  {self._time_left(state)} left")
+            for line in lines:
+                print(f"{head}  {line}", file=self.stream, flush=True)
+
+    def tell_samples(self, state: TrainerState, answers: list[Answer]) -> None:
+        """Tell what the model answers, on a line of its own each; to machines all of it."""
+        for answer in answers:
+            if self.style is ProgressStyle.JSON:
+                self._print_json({"event": "sample", **asdict(answer)})
+                continue
+            line = f"sample  {_shortened(answer.last_turn(), 60)}  ->  {_shortened(answer.answer, 100)}"
+            if self._progress is not None:
+                self._progress.console.print(f"step {answer.step}: {line}", style="magenta", markup=False)
+            elif self.style is ProgressStyle.PLAIN:
+                print(f"step {answer.step}/{state.max_steps}  {line}", file=self.stream, flush=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.style is ProgressStyle.JSON and state.is_world_process_zero:
@@ -153,6 +168,16 @@ class ProgressCallback(TrainerCallback):
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours:d}:{minutes:02d}:{seconds:02d}"
+
+
+def _shortened(text: str, width: int) -> str:
+    """On one line, of so many characters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def _validation(name: str, loss: float) -> str:
+    return f"validation loss {loss:.4f}" + (f" ({name})" if name else "")
 
 
 def figures(record: dict[str, Any]) -> str:

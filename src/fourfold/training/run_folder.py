@@ -2,6 +2,7 @@
 
 config.yaml      the configuration as it was resolved
 metrics.jsonl    one JSON object a line for each log
+samples.jsonl    one JSON object a line for each answer given while it trained: step, prompt, answer, reference
 loss.png         training and validation loss by step
 adapter/         PEFT's own format, the tokenizer and its chat template; or, where all of the model was trained,
 model/           Transformers' own format, with the same
@@ -18,6 +19,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from transformers import (
 
 from fourfold.errors import CheckpointError
 from fourfold.files import whole_folder
+from fourfold.training.evaluation_sets import loss_names
 
 __all__ = [
     "MetricsCallback",
@@ -56,12 +59,15 @@ __all__ = [
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 LOSS_PICTURE = "loss.png"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 RESULTS = (ADAPTER_FOLDER, MODEL_FOLDER)
 CARD_FILE = "README.md"
 
+# Of the losses on held-out rows, each set's own.
+_COLORS = ("#ff725c", "#3ca951", "#efb118", "#a463f2", "#6cc5b0", "#9c6b4e")
 _PACKAGES = ("fourfold", "torch", "transformers", "peft", "trl", "datasets", "safetensors")
 
 
@@ -93,7 +99,7 @@ def metrics_record(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to a metrics file."""
+    """Add one line to a metrics file, or to one of samples."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
@@ -158,23 +164,20 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str = "")
         records: As `read_metrics` gives them.
     """
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
+    validation: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for key, name in loss_names(record).items():
+            validation.setdefault(name, []).append((record["step"], record[key]))
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color="#4269d0", linewidth=1.6, label="training")
-    if validation:
-        axes.plot(
-            *zip(*validation, strict=True),
-            color="#ff725c",
-            linewidth=1.6,
-            marker="o",
-            markersize=4.5,
-            label="validation",
-        )
-        step, loss = validation[-1]
-        axes.annotate(f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color="#ff725c")
+    for (name, points), color in zip(validation.items(), cycle(_COLORS), strict=False):
+        label = f"validation: {name}" if name else "validation"
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker="o", markersize=4.5, label=label)
+        step, loss = points[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color=color)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per token (nats)")
     if title:

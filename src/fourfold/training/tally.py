@@ -25,3 +25,7 @@ class Tally:
         self.num_supervised = self.num_supervised + loss.num_tokens
         self.num_correct = self.num_correct + loss.num_correct
         self.num_tokens = self.num_tokens + num_tokens
+
+    def sums(self) -> dict[str, torch.Tensor | float]:
+        """All of it by name; `Tally(**sums)` counts on from there."""
+        return dict(vars(self))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from trl import SFTTrainer
 
 from fourfold.data import model_inputs
 from fourfold.errors import ConfigError, TrainingError
@@ -32,18 +30,20 @@ from fourfold.training.batches import (
     NumberedCollator,
     require_labels,
 )
+from fourfold.training.best import KeepsBest, evaluation_is_due, name_best
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
     load_optimizer_state,
     load_rng_state,
     prune_checkpoints,
-    restore_weights,
     save_optimizer_state,
     save_rng_state,
     shared_checkpoint,
     write_manifest,
 )
+from fourfold.training.early_stopping import early_stopping, keep_callback_states
+from fourfold.training.evaluation_sets import EvalDataset, by_name
 from fourfold.training.guard import StepGuard, own_optimizer
 from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
 from fourfold.training.interrupt import (
@@ -57,7 +57,7 @@ from fourfold.training.options import (
     COMPUTE_DTYPES,
     TrainingOptions,
     keep_in_fp32,
-    own_optimizer_arguments,
+    optimizer_arguments,
     to_sft_config,
 )
 from fourfold.training.out_of_memory import (
@@ -69,8 +69,10 @@ from fourfold.training.out_of_memory import (
     standing_parts,
     with_rest,
 )
+from fourfold.training.parameter_groups import names_by_group, rates_of_groups, require_groups
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
+from fourfold.training.running import load_running, save_running
 from fourfold.training.tally import Tally
 
 __all__ = ["FourfoldTrainer", "build_trainer", "trainer_arguments"]
@@ -78,7 +80,7 @@ __all__ = ["FourfoldTrainer", "build_trainer", "trainer_arguments"]
 logger = logging.getLogger(__name__)
 
 
-class FourfoldTrainer(SFTTrainer):
+class FourfoldTrainer(KeepsBest):
     """TRL's SFTTrainer for an adapter or a whole model, and rows that are tokenized and masked already.
 
     - The loss of an optimizer step is the sum over all supervised tokens of all its microbatches and
@@ -191,7 +193,9 @@ class FourfoldTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop, with the loss averaged over tokens; the Trainer's own averages over batches."""
         self._tallies["eval"] = Tally()
-        output = super().evaluation_loop(*args, **kwargs)
+        # A data loader draws a number, which the steps after it would miss: the run is the same without evaluations.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, **kwargs)
         loss_sum, num_supervised, num_correct, _ = self._take("eval")
         if num_supervised:
             prefix = kwargs.get("metric_key_prefix", "eval")
@@ -219,7 +223,7 @@ class FourfoldTrainer(SFTTrainer):
                 logs["num_tokens"] = self._tokens_seen
                 logs["tokens_per_second"] = num_tokens / self._guard.seconds
             self._guard.seconds = 0.0
-            logs |= self._guard.scaling()
+            logs |= self._guard.scaling() | rates_of_groups(self.optimizer, logs.get("learning_rate", 0.0))
             memory = memory_used(self.args.device)
             logs |= {"memory_current_bytes": memory.current_bytes, "memory_peak_bytes": memory.peak_bytes}
             if self.args.device.type == "cuda":
@@ -246,14 +250,8 @@ class FourfoldTrainer(SFTTrainer):
             TrainingError: The loss is not finite, or the disk is full.
         """
         resume = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint)
-        if resume is not None:
-            reached = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            if 0 < self.args.max_steps < reached:
-                raise ConfigError(
-                    f"{resume} is past max_steps",
-                    found=f"step {reached}, max_steps {self.args.max_steps}",
-                    hint="raise max_steps, or resume from an earlier checkpoint",
-                )
+        sets = by_name(self.eval_dataset)
+        self.args.eval_on_start = resume is not None and evaluation_is_due(resume, self.args, sets)
         self._interrupt.reset()
         self._resuming = resume is not None
         output: TrainOutput | None = None
@@ -270,6 +268,9 @@ class FourfoldTrainer(SFTTrainer):
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, ProgressCallback):
                         callback.close()
+                # NEFTune's: after an error the Trainer leaves it, and the next one's would add to its noise.
+                if (noise := getattr(self, "neftune_hook_handle", None)) is not None:
+                    noise.remove()
         step, signal_number = self.state.global_step, self._interrupt.signal_number
         if signal_number is not None and (output is None or step < self.state.max_steps):
             raise TrainingInterrupted(signal_number, step, checkpoint_path(Path(self.args.output_dir), step))
@@ -280,6 +281,7 @@ class FourfoldTrainer(SFTTrainer):
         reason = str(error).splitlines()[0]
         parts = parts_in_use(self.model, self.optimizer, memory_used(self.args.device).peak_bytes)
         let_go(error)
+        self.give_up_step()
         self.model.zero_grad(set_to_none=True)
         drop_graphs(self.model)
         step = self.state.global_step
@@ -294,19 +296,23 @@ class FourfoldTrainer(SFTTrainer):
         self.store_flos()
         with shared_checkpoint(folder, self.accelerator, is_main=self.args.should_save) as partial:
             save_rng_state(partial, self.args.process_index)
+            save_running(partial, self.args.process_index, self.running_sums())
             if self.args.should_save:
                 save_changed_base(self.callback_handler.callbacks, partial)
                 self.model.save_pretrained(partial)
                 self.processing_class.save_pretrained(partial)
                 states = (self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable())
-                save_optimizer_state(partial, *states, self.accelerator.scaler)
+                groups = names_by_group(self.model, self.optimizer)
+                save_optimizer_state(partial, *states, self.accelerator.scaler, groups)
+                name_best(self.state, folder.parent, saving=folder)
+                keep_callback_states(self.state, [*self.callback_handler.callbacks, self.control])
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 write_manifest(partial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save and self.args.save_total_limit is not None:
-            prune_checkpoints(folder.parent, keep=self.args.save_total_limit)
+            prune_checkpoints(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _trainable(self) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in self.model.named_parameters() if value.requires_grad}
@@ -315,15 +321,13 @@ class FourfoldTrainer(SFTTrainer):
         # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
         path = Path(resume_from_checkpoint)
         self._restored = load_optimizer_state(path, self._trainable(), self.accelerator.scaler)
-        if isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            restore_weights(self.model, path)
+        self.load_weights(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._restored is None:
             return
         optimizer_state, scheduler_state = self._restored
+        require_groups(optimizer_state.pop("names"), names_by_group(self.model, self.optimizer), checkpoint)
         self.optimizer.load_state_dict(optimizer_state)
         self.lr_scheduler.load_state_dict(scheduler_state)
         self._restored = None
@@ -333,13 +337,14 @@ class FourfoldTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_rng_state(Path(checkpoint), self.args.process_index)
+            self.run_on(load_running(Path(checkpoint), self.args.process_index, self.args.device))
 
 
 def build_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
-    eval_dataset: Dataset | None,
+    eval_dataset: EvalDataset,
     collator: Collator,
     options: TrainingOptions,
     callbacks: Sequence[TrainerCallback] = (),
@@ -348,7 +353,8 @@ def build_trainer(
 
     Args:
         model: Its adapters, or without any all of it, are trained as they are; their dtype is not changed.
-        train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label.
+        train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label; several held-out
+            sets by name.
         collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids;
             with what else `fourfold.data.Collator` gives, the host never waits for the device to count labels.
 
@@ -356,9 +362,9 @@ def build_trainer(
         ConfigError: Evaluation is asked for without rows for it, or nothing in the model can be trained.
         DataError: There are no rows, or no row has a label.
     """
-    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-        if dataset is not None:
-            require_labels(name, dataset)
+    require_labels("training", train_dataset)
+    for name, dataset in by_name(eval_dataset).items():
+        require_labels(f"evaluation ({name})" if name else "evaluation", dataset)
     return FourfoldTrainer(
         **trainer_arguments(model, tokenizer, train_dataset, eval_dataset, collator, options, callbacks)
     )
@@ -368,7 +374,7 @@ def trainer_arguments(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
-    eval_dataset: Dataset | None,
+    eval_dataset: EvalDataset,
     collator: Collator,
     options: TrainingOptions,
     callbacks: Sequence[TrainerCallback],
@@ -381,13 +387,14 @@ def trainer_arguments(
             hint="give an evaluation data set, or set eval_strategy: no",
         )
     keep_in_fp32(model, COMPUTE_DTYPES[options.compute_dtype])
+    args = to_sft_config(options)
     return {
         "model": model,
-        "args": to_sft_config(options),
+        "args": args,
         "data_collator": NumberedCollator(collator),
         "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
         "eval_dataset": eval_dataset,
         "processing_class": tokenizer,
-        "callbacks": list(callbacks),
-        "optimizer_cls_and_kwargs": own_optimizer_arguments(options),
+        "callbacks": [*callbacks, *early_stopping(options.best)],
+        "optimizer_cls_and_kwargs": optimizer_arguments(options, model, args),
     }
