@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from fourfold.data.comparing import prepare_preferences
 from fourfold.data.mixture import prepare_mixture
 from fourfold.data.sources import DataSource
 from fourfold.errors import CheckpointError, ConfigError, DataError
+from fourfold.files import clear_leftovers
 from fourfold.models.loading import load_tokenizer
 from fourfold.quantization.swapping import base_state_dict
 from fourfold.training import run_folder
@@ -74,7 +76,14 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
         )
     if config.train_dataset is None:
         raise ConfigError("train_dataset is not given", hint="name a file, a folder, or a data set on the hub")
+    if output.is_dir():
+        clear_leftovers(output, _is_written_whole)
     return output, find_checkpoint(output, config.resume_from_checkpoint)
+
+
+def _is_written_whole(name: str) -> bool:
+    files = (run_folder.CONFIG_FILE, run_folder.METRICS_FILE, BASE_FOLDER, *run_folder.RESULTS)
+    return name in files or re.fullmatch(r"checkpoint-\d+", name) is not None
 
 
 def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:

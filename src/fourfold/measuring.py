@@ -18,6 +18,7 @@ from fourfold.errors import DataError
 from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
 from fourfold.memory.planner import Plan
 from fourfold.training.out_of_memory import by_kind, compare_parts, part_key
+from fourfold.training.run_folder import mean_loss
 
 __all__ = ["account_memory", "measure", "summary"]
 
@@ -110,13 +111,9 @@ def account_memory(
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Of a run's log: mean loss over all steps, last evaluation loss, highest memory and median speed."""
     result: dict[str, Any] = {}
-    losses, last_step = 0.0, 0
-    for record in records:
-        if record.get("loss") is not None:
-            # Each logged loss is the mean over the steps since the one before.
-            losses, last_step = losses + record["loss"] * (record["step"] - last_step), record["step"]
-    if last_step:
-        result["train_loss"] = losses / last_step
+    train_loss = mean_loss(records)
+    if train_loss is not None:
+        result["train_loss"] = train_loss
     for key, choose in (
         ("eval_loss", lambda values: values[-1]),
         ("eval_accuracy", lambda values: values[-1]),

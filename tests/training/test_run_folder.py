@@ -17,11 +17,11 @@ from fourfold.training.run_folder import (
     ModelCard,
     append_metrics,
     draw_loss,
-    keep_metrics_until,
     metrics_record,
     read_metrics,
     save_adapter,
     write_config,
+    write_metrics,
     write_model_card,
 )
 
@@ -45,7 +45,7 @@ def test_metrics_are_json_even_when_a_number_is_not_finite(tmp_path: Path) -> No
     append_metrics(path, metrics_record(2, {"eval_loss": math.nan}))
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1.5, "grad_norm": None}, {"step": 2, "eval_loss": None}]
-    keep_metrics_until(path, 1)
+    write_metrics(path, lines[:1])
     assert read_metrics(path) == lines[:1]
 
 

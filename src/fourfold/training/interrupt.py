@@ -68,6 +68,7 @@ class InterruptCallback(TrainerCallback):
     ) -> TrainerControl:
         if self.signal_number is not None:
             control.should_evaluate = False
+            control.should_log = True  # as at every checkpoint, see MetricsCallback
             control.should_save = True
             control.should_training_stop = True
         return control
