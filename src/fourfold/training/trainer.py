@@ -44,6 +44,7 @@ from fourfold.training.checkpoint import (
     shared_checkpoint,
     write_manifest,
 )
+from fourfold.training.ending import EndingCallback
 from fourfold.training.guard import StepGuard, own_optimizer
 from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
 from fourfold.training.interrupt import (
@@ -103,6 +104,7 @@ class FourfoldTrainer(SFTTrainer):
         self._interrupt = InterruptCallback()
         self.add_callback(self._guard)
         self.add_callback(self._interrupt)
+        self.add_callback(EndingCallback())
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._tokens_seen = 0
         self._standing: dict[str, int] = {}
@@ -175,6 +177,9 @@ class FourfoldTrainer(SFTTrainer):
         return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        if self.control.should_training_stop:
+            # Before the first step: see EndingCallback.
+            return [], None
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._guard.begin([batch.pop(ROW_NUMBERS, []) for batch in batches])
         return batches, num_items
