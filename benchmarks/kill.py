@@ -13,6 +13,7 @@ metrics.jsonl but for times and memory; and that nothing half written is left.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -174,14 +176,13 @@ def kill(process: subprocess.Popen[str], run: Path, seconds: float, saving: int 
     if saving is not None:
         seen: set[str] = set()
         while process.poll() is None and len(seen) < saving:
-            seen.update(half_written(run))
+            # Of checkpoints alone: other files are rewritten more often.
+            seen.update(name for name in half_written(run) if name.startswith(".checkpoint-"))
             time.sleep(0.0005)
         time.sleep(seconds)
     else:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            pass
     if process.poll() is not None:
         process.communicate()
         return float("inf"), []
@@ -201,8 +202,9 @@ def weights_of(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def measure(variant: str, folder: Path, kills: int, steps: int, draw: random.Random) -> list[Kill]:
+def measure(variant: str, folder: Path, kills: int, steps: int, seed: int) -> Iterator[Kill]:
     """The runs of one variant."""
+    draw = random.Random(f"{variant} {seed}")
     folder.mkdir()
     config = write_config(folder, packing=VARIANTS[variant], steps=steps)
     whole = folder / "whole"
@@ -212,9 +214,9 @@ def measure(variant: str, folder: Path, kills: int, steps: int, draw: random.Ran
     weights, log = weights_of(whole), log_of(whole)
     savings = steps // SAVE_STEPS
     print(f"{variant}: not killed, {duration:.1f} s, {len(log)} records, {savings} checkpoints", flush=True)
-    found: list[Kill] = []
-    while len(found) < kills:
-        run = folder / f"killed-{len(found)}"
+    num_killed = 0
+    while num_killed < kills:
+        run = folder / f"killed-{num_killed}"
         is_aimed = draw.random() < AIMED_AT_SAVING
         # Into a saving: most of them take some milliseconds.
         moment = draw.uniform(0, 0.03) if is_aimed else draw.uniform(0, duration)
@@ -229,23 +231,21 @@ def measure(variant: str, folder: Path, kills: int, steps: int, draw: random.Ran
         last_step = max((record["step"] for record in records), default=0 if metrics.exists() else -1)
         checkpoints = list_checkpoints(run)
         finish(start(config, run, "--resume_from_checkpoint", "auto"))
-        found.append(
-            Kill(
-                variant,
-                "saving" if is_aimed else "any moment",
-                round(at_seconds, 3),
-                during,
-                last_step,
-                int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0,
-                weights_of(run) == weights,
-                log_of(run) == log,
-                half_written(run),
-            )
+        num_killed += 1
+        made = Kill(
+            variant,
+            "saving" if is_aimed else "any moment",
+            round(at_seconds, 3),
+            during,
+            last_step,
+            int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0,
+            weights_of(run) == weights,
+            log_of(run) == log,
+            half_written(run),
         )
-        show(found[-1])
-        if found[-1].is_good:
+        yield made
+        if made.is_good:
             shutil.rmtree(run)
-    return found
 
 
 def show(kill: Kill) -> None:
@@ -256,6 +256,17 @@ def show(kill: Kill) -> None:
         f"left {', '.join(kill.leftovers) or 'nothing'}  during {', '.join(kill.during) or '-'}",
         flush=True,
     )
+
+
+def write_record(path: Path, found: list[Kill]) -> None:
+    record = {
+        "command": shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": installed_versions(),
+        "good": sum(kill.is_good for kill in found),
+        "kills": [asdict(kill) for kill in found],
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -269,20 +280,15 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="fourfold-kill-"))
     folder.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(args.seed)
     found: list[Kill] = []
     for variant in args.variants:
-        found += measure(variant, folder / variant, args.kills, args.steps, draw)
+        for made in measure(variant, folder / variant, args.kills, args.steps, args.seed):
+            show(made)
+            found.append(made)
+            # After each: many take an hour.
+            write_record(args.json, found)
     good = sum(kill.is_good for kill in found)
     print(f"{good} of {len(found)} killed runs went on and ended as the one that was not killed")
-    record = {
-        "command": shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": installed_versions(),
-        "kills": [asdict(kill) for kill in found],
-        "good": good,
-    }
-    args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if good < len(found):
         raise SystemExit(f"see the runs in {folder}")
     if args.folder is None:

@@ -82,7 +82,7 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
 
 
 def _is_written_whole(name: str) -> bool:
-    files = (run_folder.CONFIG_FILE, run_folder.METRICS_FILE, BASE_FOLDER, *run_folder.RESULTS)
+    files = (run_folder.CONFIG_FILE, run_folder.METRICS_FILE, BASE_FOLDER, *run_folder.RESULTS, *run_folder.RECORDS)
     return name in files or re.fullmatch(r"checkpoint-\d+", name) is not None
 
 
@@ -100,7 +100,7 @@ def clear_former_run(output: Path) -> None:
     for folder in [*list_checkpoints(output), output / BASE_FOLDER, *(output / name for name in run_folder.RESULTS)]:
         if folder.is_dir():
             shutil.rmtree(folder)
-    for name in (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE):
+    for name in (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE, *run_folder.RECORDS):
         (output / name).unlink(missing_ok=True)
 
 

@@ -20,7 +20,7 @@ from fourfold.memory.planner import Plan
 from fourfold.training.out_of_memory import by_kind, compare_parts, part_key
 from fourfold.training.run_folder import mean_loss
 
-__all__ = ["account_memory", "measure", "summary"]
+__all__ = ["account_memory", "measure", "planned_memory", "summary"]
 
 
 def measure(
@@ -100,12 +100,20 @@ def account_memory(
         figures = {"memory_peak_bytes": peak} | {part_key(part): size for part, size in parts.items()}
     if planned is not None and planned.chosen is not None:
         expected = planned.chosen.footprint
-        figures["planned_peak_bytes"] = expected.peak_bytes
-        figures |= {f"planned_{part_key(part)}": size for part, size in by_kind(expected.parts).items()}
+        figures |= planned_memory(planned)
         say(f"peak of memory {peak / 2**30:.2f} GiB, planned {expected.peak_bytes / 2**30:.2f} GiB")
         for line in compare_parts(expected.parts, parts):
             say(line)
     return figures
+
+
+def planned_memory(planned: Plan | None) -> dict[str, int]:
+    """Bytes of a plan, if there is one, by the names of the log: planned_peak_bytes, planned_memory_weights_bytes, ..."""
+    if planned is None or planned.chosen is None:
+        return {}
+    expected = planned.chosen.footprint
+    parts = {f"planned_{part_key(part)}": size for part, size in by_kind(expected.parts).items()}
+    return {"planned_peak_bytes": expected.peak_bytes} | parts
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from fourfold.inputs import (
 )
 from fourfold.kernels.host_memory import available_bytes
 from fourfold.limiting import limit_of, within_limit
-from fourfold.measuring import account_memory, measure, summary
+from fourfold.measuring import account_memory, measure, planned_memory, summary
 from fourfold.memory.gpus import gpu_present
 from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
@@ -54,6 +54,7 @@ from fourfold.models.streaming import stream_base
 from fourfold.models.underlying import underlying
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
+from fourfold.recording import Recorder
 from fourfold.telling import PROGRESS, Speaker
 from fourfold.training import run_folder
 from fourfold.training.options import TrainingOptions
@@ -129,15 +130,19 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         # A head that gives scores is new: it is drawn now.
         transformers.set_seed(config.seed)
         model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
-        say.result("model", model_size(model))
+        size = model_size(model)
+        say.result("model", size)
         # Here, so that the adapter starts alike however the base was loaded.
         transformers.set_seed(config.seed)
         adapted = adapt(config, model, is_initialised=checkpoint is not None)
     if planned is not None:
         require_planned_shape(config, adapted)
 
+    recorder = Recorder(output)
+
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
         callbacks: list[Any] = [run_folder.MetricsCallback(output), ProgressCallback(PROGRESS[progress])]
+        callbacks.append(recorder.callback())
         if config.requantize_every is not None:
             write = partial(write_base, adapted, tokenizer)
             callbacks.append(RequantizeCallback(config.requantize_every, config.calibration, write))
@@ -150,6 +155,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     # Its optimizer is: state of another does not go on.
     started = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "optim": config.optim}
     run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
+    data_reports = {"Training rows": train_data.report, "Held-out rows": eval_data.report if eval_data else None}
+    recorder.begin(checkpoint, data_reports, size, planned_memory(planned))
     if isinstance(adapted, PeftModel):
         save_base(config, output, adapted, tokenizer)
     if gpu is not None:
@@ -157,7 +164,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         reset_peak(device)
     while True:
         try:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            with recorder.watching():
+                result = trainer.train(resume_from_checkpoint=checkpoint)
             break
         except OutOfMemory as error:
             now = left_for(asked, device, error.standing_bytes)
@@ -169,6 +177,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
             checkpoint = error.checkpoint
         planned, config = smaller, kept_to(asked, smaller)
         say.result("plan", planned)
+        recorder.step_down(checkpoint, planned_memory(planned))
         if config.recompute is None:
             # The next trainer has layers on the generic path checkpoint, if that was planned.
             underlying(adapted).gradient_checkpointing_disable()
@@ -203,6 +212,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     run_folder.draw_loss(output / run_folder.LOSS_PICTURE, records, title=Path(config.model_name_or_path).name)
     card = model_card(config, output, train_data.report, eval_data.report if eval_data else None, metrics)
     run_folder.write_model_card(output, card)
+    recorder.end(step, metrics, samples)
     return Run(output, metrics, samples)
 
 

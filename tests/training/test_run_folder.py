@@ -51,6 +51,7 @@ def test_a_log_is_whole_after_a_resume_whatever_the_steps_of_saving(tmp_path: Pa
         (r["step"], r["loss"], r["num_tokens"]) for r in whole
     ]
 
+
 def test_metrics_are_json_even_when_a_number_is_not_finite(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append_metrics(path, metrics_record(1, {"loss": 1.5, "grad_norm": math.inf}))

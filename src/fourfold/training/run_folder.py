@@ -3,6 +3,7 @@
 config.yaml      the configuration as it was resolved
 metrics.jsonl    one JSON object a line for each log
 loss.png         training and validation loss by step
+report.html      the page of the run; events.jsonl, answers.jsonl and samples.jsonl are what else it is made of
 adapter/         PEFT's own format, the tokenizer and its chat template; or, where all of the model was trained,
 model/           Transformers' own format, with the same
 README.md        the model card: how it was made
@@ -61,6 +62,11 @@ LOSS_PICTURE = "loss.png"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 RESULTS = (ADAPTER_FOLDER, MODEL_FOLDER)
+EVENTS_FILE = "events.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+PAGE_FILE = "report.html"
+RECORDS = (EVENTS_FILE, ANSWERS_FILE, SAMPLES_FILE, PAGE_FILE)
 CARD_FILE = "README.md"
 
 _PACKAGES = ("fourfold", "torch", "transformers", "peft", "trl", "datasets", "safetensors")
