@@ -108,7 +108,7 @@ def account_memory(
 
 
 def planned_memory(planned: Plan | None) -> dict[str, int]:
-    """Bytes of a plan, if there is one, by the names of the log: planned_peak_bytes, planned_memory_weights_bytes, ..."""
+    """Bytes of a plan, if there is one, by the names of the log: planned_peak_bytes, ...; see `account_memory`."""
     if planned is None or planned.chosen is None:
         return {}
     expected = planned.chosen.footprint

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -192,7 +193,7 @@ def read_run(run: Path) -> RunRecord:
         lines[name], num_broken = read_lines(run / name)
         if num_broken:
             faults.append(f"{name}: {num_broken:,} {'line' if num_broken == 1 else 'lines'} could not be read")
-    metrics = [record for record in lines[METRICS_FILE] if _is_step(record.get("step"))]
+    metrics = [record for record in lines[METRICS_FILE] if _is_number(record.get("step"))]
     events = [_event(fields) for fields in lines[EVENTS_FILE]]
     began = next((event for event in reversed(events) if event.name in ("begin", "resume")), None)
     ended = events[-1].fields if events and events[-1].name == "end" else {}
@@ -202,8 +203,8 @@ def read_run(run: Path) -> RunRecord:
         name=run.resolve().name,
         **described,
         metrics=metrics,
-        figures=_mapping(ended.get("metrics")),
-        planned=_mapping(planning[-1].get("planned")) if planning else {},
+        figures=_numbers(ended.get("metrics")),
+        planned=_numbers(planning[-1].get("planned")) if planning else {},
         events=events,
         updated=_written(run / METRICS_FILE),
         samples=[sample for line in lines[SAMPLES_FILE] if (sample := _text_sample(line))],
@@ -220,12 +221,16 @@ def read_run(run: Path) -> RunRecord:
     )
 
 
-def _is_step(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _numbers(value: object) -> dict[str, Any]:
+    return {key: number for key, number in _mapping(value).items() if _is_number(number)}
 
 
 def _texts(value: object) -> dict[str, str]:
@@ -242,8 +247,9 @@ def _event(fields: dict[str, Any]) -> Event:
     except ValueError:
         at = None
     step = fields.get("step")
+    at_step = int(step) if isinstance(step, (int, float)) else None
     rest = {key: value for key, value in fields.items() if key not in ("time", "event", "step")}
-    return Event(str(fields.get("event")), at, int(step) if _is_step(step) else None, rest)
+    return Event(str(fields.get("event")), at, at_step, rest)
 
 
 def _turns(prompt: object) -> tuple[dict[str, str], ...]:
@@ -255,7 +261,7 @@ def _turns(prompt: object) -> tuple[dict[str, str], ...]:
 
 
 def _text_sample(line: Mapping[str, Any]) -> TextSample | None:
-    if not _is_step(line.get("step")):
+    if not _is_number(line.get("step")):
         return None
     reference = line.get("reference")
     wanted = None if reference is None else str(reference)

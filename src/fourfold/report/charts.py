@@ -94,7 +94,7 @@ def draw_chart(chart: Chart, width: int, height: int, key: str) -> Markup:
     steps = [step for line in chart.series for step, _ in line.points]
     low, high, _ = _value_range(chart)
     value_ticks = ticks(low, high, most=6)
-    step_ticks = [step for step in ticks(min(steps), max(steps), most=max(width // 110, 3)) if float(step).is_integer()]
+    step_ticks = [step for step in ticks(min(steps), max(steps), most=max(width // 75, 4)) if float(step).is_integer()]
     x = _Axis(*_around(min(steps), max(steps)), LEFT, width - RIGHT)
     y = _Axis(value_ticks[0], value_ticks[-1], height - BOTTOM, TOP)
     svg = ET.Element(
@@ -119,11 +119,13 @@ def draw_chart(chart: Chart, width: int, height: int, key: str) -> Markup:
     _text(svg, (x.begin + x.end) / 2, height - 4, "optimizer step", "middle")
     clip = ET.SubElement(ET.SubElement(svg, "clipPath", {"id": key}), "rect")
     _place(clip, x.begin - 4, TOP - 4, x.end - x.begin + 8, y.begin - TOP + 8)
-    for mark in chart.marks:
+    for index, mark in enumerate(chart.marks):
         if x.low <= mark.step <= x.high:
             _line(svg, "mark", x(mark.step), y.end, x(mark.step), y.begin)
             is_right = x(mark.step) > (x.begin + x.end) / 2
-            _text(svg, x(mark.step) + (-4 if is_right else 4), y.end + 10, mark.text, "end" if is_right else "start")
+            # Every other one lower, so that neighbours do not lie over one another.
+            down = y.end + 10 + index % 2 * 14
+            _text(svg, x(mark.step) + (-4 if is_right else 4), down, mark.text, "end" if is_right else "start")
     lines = ET.SubElement(svg, "g", {"clip-path": f"url(#{key})"})
     for line in plotted(chart, width):
         _draw_line(lines, line, x, y)

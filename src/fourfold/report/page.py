@@ -154,7 +154,7 @@ _PARTS = {
 
 def _memory(record: RunRecord) -> dict[str, Any] | None:
     """Memory by part, planned beside measured; None where neither is known, as on a CPU."""
-    logged = next((item for item in reversed(record.metrics) if "memory_rest_bytes" in item), {})
+    logged: Mapping[str, Any] = next((item for item in reversed(record.metrics) if "memory_rest_bytes" in item), {})
     measured = {key: record.figures.get(key, logged.get(key)) for key in _PARTS}
     planned = {key: record.planned.get(f"planned_{key}") for key in _PARTS}
     sides = {"planned": planned, "measured": measured}
@@ -166,14 +166,15 @@ def _memory(record: RunRecord) -> dict[str, Any] | None:
     if not bars:
         return None
     rows = [(index, name, planned[key], measured[key]) for index, (key, name) in enumerate(_PARTS.items(), start=1)]
-    totals = [
-        sum(value or 0 for value in side.values()) if any(side.values()) else None for side in (planned, measured)
-    ]
-    rows.append((0, "together", *totals))
+    rows.append((0, "together", _total(planned), _total(measured)))
     return {
         "pictures": [draw_bars(bars, width, f"memory-{width}", "GiB") for width in (WHOLE, NARROW)],
         "rows": [(index, name, *map(_size, (a, b)), _difference(a, b)) for index, name, a, b in rows],
     }
+
+
+def _total(side: Mapping[str, int | None]) -> int | None:
+    return sum(value or 0 for value in side.values()) if any(side.values()) else None
 
 
 def _size(value: int | None) -> str:
@@ -229,7 +230,7 @@ def _data_rows(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "of them learned", f"{learned:,} ({learned / tokens:.0%})"
     percentiles = fields.get("length_percentiles")
     if isinstance(percentiles, Mapping) and percentiles:
-        yield "tokens a row", ", ".join(f"p{percent} {length:,}" for percent, length in percentiles.items())
+        yield "tokens a row", ", ".join(f"p{percent} {length}" for percent, length in percentiles.items())
     if count("longest"):
         yield "longest row read", f"{count('longest'):,} tokens"
     packed = fields.get("rows_packed")

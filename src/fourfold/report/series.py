@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fourfold.report.numbers import GIB
@@ -71,11 +71,12 @@ class _Row:
     keys: Mapping[str, str]
     from_zero: bool = False
     scale: float = 1.0
+    is_noisy: bool = False
 
 
 _ROWS = (
     _Row("Learning rate", "", {"learning_rate": "learning rate"}, from_zero=True),
-    _Row("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}, from_zero=True),
+    _Row("Gradient norm", "before clipping", {"grad_norm": "each log"}, from_zero=True, is_noisy=True),
     _Row("Speed", "tokens/s", {"tokens_per_second": "tokens a second"}, from_zero=True),
     _Row(
         "Memory",
@@ -121,7 +122,8 @@ _NOT_DRAWN = re.compile(
     r"step|epoch|num_tokens|total_flos|train_loss|train_.*|(eval_)?(.+_)?(runtime|per_second)|.*_bytes|.*num_tokens|"
     r"exact_match.*|perplexity.*|eval_rewards/(chosen|rejected)|eval_logps/.*"
 )
-_SMOOTHED_FROM = 80
+_SMOOTHED_FROM, _WIDEST = 80, 501
+_LARGEST = 1e100  # beyond, differences are no numbers any more
 _HARDLY_VARIES = 1e-12
 _NUM_COLOURS = 6
 
@@ -131,20 +133,22 @@ def points_of(records: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
     found: dict[float, float] = {}
     for record in records:
         value = record.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST:
             found[record["step"]] = value
     return sorted(found.items())
 
 
-def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """The mean of `window` values around each; fewer at both ends."""
-    sums = [0.0, *itertools.accumulate(value for _, value in points)]
-    half = window // 2
+def smoothed(points: Sequence[Point], window: int, most: int = 600) -> list[Point]:
+    """The median of `window` values around each of at most `most` points; of fewer values at both ends.
+
+    One value far off, such as the gradient norm of a single odd batch, does not move it.
+    """
+    values = [value for _, value in points]
+    last = len(points) - 1
     result = []
-    for index, (step, _) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
-        first, last = index - reach, index + reach + 1
-        result.append((step, (sums[last] - sums[first]) / (last - first)))
+    for place in sorted({round(index * last / (most - 1)) for index in range(most)}):
+        reach = min(window // 2, place, last - place)
+        result.append((points[place][0], statistics.median(values[place - reach : place + reach + 1])))
     return result
 
 
@@ -174,7 +178,10 @@ def charts_of(records: Sequence[Mapping[str, Any]], marks: Sequence[Mark] = ()) 
             points = points_of(records, key) if key in keys else []
             if points:
                 lines.setdefault(name, [(step, value * row.scale) for step, value in points])
-        charts.append(Chart(row.title, row.unit, _in_colours(lines), row.from_zero))
+        series = _in_colours(lines)
+        if row.is_noisy:
+            series = [part for line in series for part in _with_median(line)]
+        charts.append(Chart(row.title, row.unit, series, row.from_zero))
     for key in keys:
         twin = key.removeprefix("eval_")
         if key in drawn or _NOT_DRAWN.fullmatch(key) or (twin in keys and twin != key):
@@ -183,8 +190,13 @@ def charts_of(records: Sequence[Mapping[str, Any]], marks: Sequence[Mark] = ()) 
         if f"eval_{key}" in keys:
             lines["validation"] = points_of(records, f"eval_{key}")
         if any(_varies(points) for points in lines.values()):
-            charts.append(Chart(key.replace("_", " "), "", _in_colours(lines)))
+            charts.append(Chart(_title(key), "", _in_colours(lines)))
     return [chart for chart in charts if any(line.points for line in chart.series)]
+
+
+def _title(key: str) -> str:
+    words = key.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def _varies(points: Sequence[Point]) -> bool:
@@ -200,15 +212,18 @@ def _in_colours(lines: Mapping[str, list[Point]]) -> list[Series]:
     ]
 
 
+def _with_median(line: Series) -> list[Series]:
+    """A line of many values faintly, and before it the median of some around each; one of few as it is."""
+    if len(line.points) < _SMOOTHED_FROM:
+        return [line]
+    window = min(len(line.points) // 60 * 2 + 1, _WIDEST)
+    name = f"{line.name}, median of {window:,}" if line.name == "training" else f"median of {window:,}"
+    return [replace(line, is_faint=True), Series(name, smoothed(line.points, window), line.colour)]
+
+
 def _loss_chart(records: Sequence[Mapping[str, Any]], keys: Iterable[str], marks: Sequence[Mark]) -> Chart:
     training = points_of(records, "loss")
-    series = []
-    if len(training) >= _SMOOTHED_FROM:
-        window = len(training) // 40 * 2 + 1
-        series.append(Series("training", training, 1, is_faint=True))
-        series.append(Series(f"training, mean of {window} logs", smoothed(training, window), 1))
-    elif training:
-        series.append(Series("training", training, 1))
+    series = _with_median(Series("training", training, 1)) if training else []
     colour = 1
     for key in keys:
         match = _LOSS.fullmatch(key)
