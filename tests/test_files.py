@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fourfold.errors import SaveError
-from fourfold.files import partial_path, whole_folder
+from fourfold.files import clear_leftovers, partial_path, whole_folder, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -69,3 +69,23 @@ def test_parents_are_made_and_a_place_that_cannot_be_written_is_named(tmp_path) 
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SaveError, match=r"file/model cannot be written(.|\n)*found"):
         write(tmp_path / "file" / "model", "new")
+
+
+def test_leftovers_of_a_killed_writer_go_and_what_it_moved_aside_comes_back(tmp_path) -> None:
+    for left in (".a.partial", ".b.old", ".c.old", "c", ".theirs.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "file").write_text(left)
+    (tmp_path / ".d.partial").write_text("half")
+    clear_leftovers(tmp_path, lambda name: name in ("a", "b", "c", "d"))
+    assert names(tmp_path) == [".theirs.old", "b", "c"]
+    assert (tmp_path / "b" / "file").read_text() == ".b.old"
+    assert (tmp_path / "c" / "file").read_text() == "c"
+
+
+def test_a_text_that_cannot_be_written_leaves_the_former_one(tmp_path) -> None:
+    path = tmp_path / "text"
+    write_whole(path, "Zoë")
+    assert path.read_text(encoding="utf-8") == "Zoë"
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "new \ud800")
+    assert path.read_text(encoding="utf-8") == "Zoë"

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fourfold.errors import SaveError
 
-__all__ = ["partial_path", "whole_folder"]
+__all__ = ["clear_leftovers", "partial_path", "whole_folder", "write_whole"]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -53,6 +53,34 @@ def whole_folder(path: Path, *, hint: str = "free some space and run it again") 
                 hint=hint,
             ) from error
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8: whoever reads it, after a crash too, finds the old text or the new one."""
+    partial = partial_path(path)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_entry(path.parent)
+
+
+def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Remove what a writer that was killed left half written in `folder`, and finish a replacement it had begun.
+
+    Args:
+        is_ours: Whether a name is that of a file or folder that is written whole here; others are left alone.
+    """
+    for left in (*folder.glob(".*.old"), *folder.glob(".*.partial")):
+        path = left.with_name(left.stem.removeprefix("."))
+        if not is_ours(path.name):
+            continue
+        _bring_back(path)
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from fourfold.data.overlap import count_rows_in
 from fourfold.data.sources import DataSource
 from fourfold.data.streamed import StreamedData, first_rows, open_stream
 from fourfold.errors import CheckpointError, ConfigError, DataError
+from fourfold.files import clear_leftovers
 from fourfold.models.loading import load_tokenizer
 from fourfold.quantization.swapping import base_state_dict
 from fourfold.training import run_folder
@@ -80,7 +82,14 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
         )
     if config.train_dataset is None:
         raise ConfigError("train_dataset is not given", hint="name a file, a folder, or a data set on the hub")
+    if output.is_dir():
+        clear_leftovers(output, _is_written_whole)
     return output, find_checkpoint(output, config.resume_from_checkpoint)
+
+
+def _is_written_whole(name: str) -> bool:
+    files = (run_folder.CONFIG_FILE, run_folder.METRICS_FILE, BASE_FOLDER, *run_folder.RESULTS, *run_folder.RECORDS)
+    return name in files or re.fullmatch(r"checkpoint-\d+", name) is not None
 
 
 def going_on(config: RunConfig, checkpoint: Path | None) -> RunConfig:
@@ -120,7 +129,7 @@ def clear_former_run(output: Path) -> None:
     for folder in [*list_checkpoints(output), output / BASE_FOLDER, *(output / name for name in run_folder.RESULTS)]:
         if folder.is_dir():
             shutil.rmtree(folder)
-    files = (run_folder.METRICS_FILE, run_folder.SAMPLES_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE)
+    files = (run_folder.METRICS_FILE, run_folder.LOSS_PICTURE, run_folder.CARD_FILE, *run_folder.RECORDS)
     for name in files:
         (output / name).unlink(missing_ok=True)
 

@@ -19,8 +19,9 @@ from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
 from fourfold.memory.planner import Plan
 from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.out_of_memory import by_kind, compare_parts, part_key
+from fourfold.training.run_folder import mean_loss
 
-__all__ = ["account_memory", "measure", "summary"]
+__all__ = ["account_memory", "measure", "planned_memory", "summary"]
 
 
 # Figures of an evaluation that sum a run up.
@@ -108,12 +109,20 @@ def account_memory(
         figures = {"memory_peak_bytes": peak} | {part_key(part): size for part, size in parts.items()}
     if planned is not None and planned.chosen is not None:
         expected = planned.chosen.footprint
-        figures["planned_peak_bytes"] = expected.peak_bytes
-        figures |= {f"planned_{part_key(part)}": size for part, size in by_kind(expected.parts).items()}
+        figures |= planned_memory(planned)
         say(f"peak of memory {peak / 2**30:.2f} GiB, planned {expected.peak_bytes / 2**30:.2f} GiB")
         for line in compare_parts(expected.parts, parts):
             say(line)
     return figures
+
+
+def planned_memory(planned: Plan | None) -> dict[str, int]:
+    """Bytes of a plan, if there is one, by the names of the log: planned_peak_bytes, ...; see `account_memory`."""
+    if planned is None or planned.chosen is None:
+        return {}
+    expected = planned.chosen.footprint
+    parts = {f"planned_{part_key(part)}": size for part, size in by_kind(expected.parts).items()}
+    return {"planned_peak_bytes": expected.peak_bytes} | parts
 
 
 def summary(records: list[dict[str, Any]], sets: Iterable[str] = ("",), step: int | None = None) -> dict[str, Any]:
@@ -125,13 +134,9 @@ def summary(records: list[dict[str, Any]], sets: Iterable[str] = ("",), step: in
         step: That of the evaluation which counts; None: the last one.
     """
     result: dict[str, Any] = {}
-    losses, last_step = 0.0, 0
-    for record in records:
-        if record.get("loss") is not None:
-            # Each logged loss is the mean over the steps since the one before.
-            losses, last_step = losses + record["loss"] * (record["step"] - last_step), record["step"]
-    if last_step:
-        result["train_loss"] = losses / last_step
+    train_loss = mean_loss(records)
+    if train_loss is not None:
+        result["train_loss"] = train_loss
     for name in sets:
         for key in (f"{prefix_of(name)}_{figure}" for figure in _EVALUATED):
             for record in records:

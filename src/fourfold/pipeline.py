@@ -43,7 +43,7 @@ from fourfold.inputs import (
 )
 from fourfold.kernels.host_memory import spare_bytes
 from fourfold.limiting import limit_of, within_limit
-from fourfold.measuring import account_memory, measure, summary
+from fourfold.measuring import account_memory, measure, planned_memory, summary
 from fourfold.memory.gpus import gpu_present
 from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
@@ -56,6 +56,7 @@ from fourfold.models.underlying import underlying
 from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.prompting import add_samples, prompts_of
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
+from fourfold.recording import Recorder
 from fourfold.telling import PROGRESS, Speaker, tracked
 from fourfold.training import run_folder
 from fourfold.training.best import best_of
@@ -137,16 +138,19 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         # A head that gives scores is new: it is drawn now.
         transformers.set_seed(config.seed)
         model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
-        say.result("model", model_size(model))
+        size = model_size(model)
+        say.result("model", size)
         # Here, so that the adapter starts alike however the base was loaded.
         transformers.set_seed(config.seed)
         adapted = adapt(config, model, is_initialised=checkpoint is not None)
     if planned is not None:
         require_planned_shape(config, adapted)
 
+    recorder = Recorder(output)
+
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
         telling = ProgressCallback(PROGRESS[progress])
-        callbacks: list[Any] = [run_folder.MetricsCallback(output), telling]
+        callbacks: list[Any] = [run_folder.MetricsCallback(output), telling, recorder.callback()]
         if config.requantize_every is not None:
             write = partial(write_base, adapted, tokenizer)
             callbacks.append(RequantizeCallback(config.requantize_every, config.calibration, write))
@@ -161,6 +165,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     # Its optimizer is: state of another does not go on.
     started = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "optim": config.optim}
     run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
+    held_out = {f"Held-out rows{f': {name}' if name else ''}": data.report for name, data in eval_data.items()}
+    recorder.begin(checkpoint, {"Training rows": train_data.report, **held_out}, size, planned_memory(planned))
     if isinstance(adapted, PeftModel):
         save_base(config, output, adapted, tokenizer)
     if gpu is not None:
@@ -168,7 +174,8 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         reset_peak(device)
     while True:
         try:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            with recorder.watching():
+                result = trainer.train(resume_from_checkpoint=checkpoint)
             break
         except OutOfMemory as error:
             now = left_for(asked, device, error.standing_bytes)
@@ -180,6 +187,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
             checkpoint = error.checkpoint
         planned, config = smaller, kept_to(asked, smaller)
         say.result("plan", planned)
+        recorder.step_down(checkpoint, planned_memory(planned))
         if config.recompute is None:
             # The next trainer has layers on the generic path checkpoint, if that was planned.
             underlying(adapted).gradient_checkpointing_disable()
@@ -220,6 +228,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     card = model_card(config, output, train_data.report, reports, metrics)
     run_folder.write_model_card(output, card)
     send_final(trainer, step, metrics)
+    recorder.end(step, metrics, samples)
     return Run(output, metrics, samples)
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fourfold.cli import app, environment
-from fourfold.cli.environment import Gpu, gather
+from fourfold import environment
+from fourfold.cli import app
+from fourfold.cli.environment import ALLOCATOR_SETTINGS, let_segments_grow
+from fourfold.environment import Gpu, gather
 
 H200 = "NVIDIA H200, 143771, 9.0, 570.124.06"
 V100 = "Tesla V100-SXM2-16GB, 16384, 7.0, 570.124.06"
@@ -106,12 +108,12 @@ def test_an_environment_is_plain_data():
 def test_the_allocator_grows_its_segments_unless_its_settings_are_given(
     monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:
-    for name in environment.ALLOCATOR_SETTINGS:
+    for name in ALLOCATOR_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv(given, "max_split_size_mb:512")
-    environment.let_segments_grow()
-    found = {name: os.environ[name] for name in environment.ALLOCATOR_SETTINGS if name in os.environ}
+    let_segments_grow()
+    found = {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ}
     expected = {given: "max_split_size_mb:512"} if given else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert found == expected
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)

@@ -17,11 +17,11 @@ from fourfold.training.run_folder import (
     ModelCard,
     append_metrics,
     draw_loss,
-    keep_metrics_until,
     metrics_record,
     read_metrics,
     save_adapter,
     write_config,
+    write_metrics,
     write_model_card,
 )
 
@@ -39,13 +39,26 @@ def test_metrics_file_holds_each_log_once_even_after_a_resume(tmp_path: Path) ->
     assert [r["loss"] for r in second if "loss" in r] == [r["loss"] for r in first if "loss" in r]
 
 
+def test_a_log_is_whole_after_a_resume_whatever_the_steps_of_saving(tmp_path: Path) -> None:
+    options = {"max_steps": 7, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 3}
+    tiny.trainer(tmp_path, callbacks=(MetricsCallback(tmp_path),), **options).train()
+    whole = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    tiny.trainer(tmp_path, callbacks=(MetricsCallback(tmp_path),), **options).train(
+        resume_from_checkpoint=tmp_path / "checkpoint-3"
+    )
+    resumed = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert [(r["step"], r["loss"], r["num_tokens"]) for r in resumed] == [
+        (r["step"], r["loss"], r["num_tokens"]) for r in whole
+    ]
+
+
 def test_metrics_are_json_even_when_a_number_is_not_finite(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append_metrics(path, metrics_record(1, {"loss": 1.5, "grad_norm": math.inf}))
     append_metrics(path, metrics_record(2, {"eval_loss": math.nan}))
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1.5, "grad_norm": None}, {"step": 2, "eval_loss": None}]
-    keep_metrics_until(path, 1)
+    write_metrics(path, lines[:1])
     assert read_metrics(path) == lines[:1]
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fourfold.cli.environment import gather, let_segments_grow, print_environment
+from fourfold.cli.environment import let_segments_grow, print_environment
 from fourfold.cli.terminal import (
     print_json,
     print_result,
@@ -23,6 +23,7 @@ from fourfold.cli.terminal import (
     reporting_errors,
 )
 from fourfold.config import RunConfig, load_config
+from fourfold.environment import gather
 
 __all__ = ["app", "main"]
 
@@ -368,6 +369,26 @@ def bench(
                 steps=steps,
             )
         print_result(report, json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, ended or not.")],
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    json: Json = False,
+) -> None:
+    """Write the page of a run anew from its folder: report.html, which needs no other file and no network."""
+    with reporting_errors(json):
+        quiet_libraries(verbose=False)
+        from fourfold.recording import write_page
+
+        page = write_page(run)
+        if json:
+            print_json({"page": page})
+        else:
+            typer.echo(page)
+        if open_:
+            typer.launch(str(page.resolve()))
 
 
 @app.command()

@@ -4,6 +4,7 @@ config.yaml      the configuration as it was resolved
 metrics.jsonl    one JSON object a line for each log
 samples.jsonl    one JSON object a line for each answer given while it trained: step, prompt, answer, reference
 loss.png         training and validation loss by step
+report.html      the page of the run; events.jsonl, answers.jsonl and samples.jsonl are what else it is made of
 adapter/         PEFT's own format, the tokenizer and its chat template; or, where all of the model was trained,
 model/           Transformers' own format, with the same
 README.md        the model card: how it was made
@@ -38,7 +39,7 @@ from transformers import (
 )
 
 from fourfold.errors import CheckpointError
-from fourfold.files import whole_folder
+from fourfold.files import whole_folder, write_whole
 from fourfold.training.evaluation_sets import loss_names
 
 __all__ = [
@@ -47,23 +48,28 @@ __all__ = [
     "append_metrics",
     "draw_loss",
     "installed_versions",
-    "keep_metrics_until",
+    "mean_loss",
     "metrics_record",
     "read_metrics",
     "result_folder",
     "save_adapter",
     "save_model",
     "write_config",
+    "write_metrics",
     "write_model_card",
 ]
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
 LOSS_PICTURE = "loss.png"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 RESULTS = (ADAPTER_FOLDER, MODEL_FOLDER)
+EVENTS_FILE = "events.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+PAGE_FILE = "report.html"
+RECORDS = (EVENTS_FILE, ANSWERS_FILE, SAMPLES_FILE, PAGE_FILE)
 CARD_FILE = "README.md"
 
 # Of the losses on held-out rows, each set's own.
@@ -81,7 +87,7 @@ def write_config(run_folder: Path, config: str | Mapping[str, Any]) -> Path:
     text = config if isinstance(config, str) else _yaml(config)
     run_folder.mkdir(parents=True, exist_ok=True)
     path = run_folder / CONFIG_FILE
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 
@@ -121,15 +127,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the records after `step`, which a run resumed from there writes again."""
-    if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+def write_metrics(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Put these records in place of all that a metrics file holds, whole or not at all."""
+    write_whole(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes each log into the run folder's metrics file; a run that begins anew begins the file anew."""
+    """Writes each log into the run folder's metrics file.
+
+    A run that goes on from a checkpoint begins with the log that the checkpoint holds: whatever was written after it
+    will be written again.
+    """
 
     def __init__(self, run_folder: Path) -> None:
         self.path = run_folder / METRICS_FILE
@@ -139,10 +147,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if state.global_step:
-                keep_metrics_until(self.path, state.global_step)
-            else:
-                self.path.write_text("", encoding="utf-8")
+            write_metrics(self.path, [metrics_record(logs["step"], logs) for logs in state.log_history])
 
     def on_log(
         self,
@@ -152,8 +157,23 @@ class MetricsCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs is not None:
-            append_metrics(self.path, metrics_record(state.global_step, logs))
+        if not state.is_world_process_zero or logs is None:
+            return
+        record = metrics_record(state.global_step, logs)
+        if "train_loss" in record:
+            # The Trainer's own is of the steps since a resume.
+            record["train_loss"] = mean_loss(state.log_history)
+        append_metrics(self.path, record)
+
+
+def mean_loss(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """The training loss over all steps of a run's log; None where there is none."""
+    total, last_step = 0.0, 0
+    for record in records:
+        if record.get("loss") is not None:
+            # Each logged loss is the mean over the steps since the one before.
+            total, last_step = total + record["loss"] * (record["step"] - last_step), record["step"]
+    return total / last_step if last_step else None
 
 
 def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str = "") -> Path:

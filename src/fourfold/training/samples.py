@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from fourfold.inference import GenerationOptions, Message, generate_replies
-from fourfold.training.run_folder import SAMPLES_FILE, append_metrics, keep_metrics_until
+from fourfold.training.run_folder import SAMPLES_FILE, append_metrics, read_metrics, write_metrics
 
 __all__ = ["Answer", "Prompt", "SampleCallback"]
 
@@ -90,10 +90,8 @@ class SampleCallback(TrainerCallback):
         self._is_training = True
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if state.global_step:
-                keep_metrics_until(self.path, state.global_step)
-            else:
-                self.path.write_text("", encoding="utf-8")
+            former = read_metrics(self.path) if state.global_step and self.path.exists() else []
+            write_metrics(self.path, [answer for answer in former if answer["step"] <= state.global_step])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
