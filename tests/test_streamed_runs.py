@@ -57,8 +57,12 @@ def made(tiny_run: Any, folder: Path, kind: str, **keys: Any) -> RunConfig:
     config: RunConfig = tiny_run(folder, **(STREAMED | KINDS[kind] | keys))
     if "mixture" not in kind:
         return config
-    second = write_rows(folder / "more.jsonl", 10)
-    parts = [{"path": str(folder / "train.jsonl"), "weight": 1.0}, {"path": str(second), "weight": 2.0}]
+    for name, count in (("a", 7), ("b", 5)):
+        write_rows(folder / f"more-{name}.jsonl", count)
+    parts = [
+        {"path": str(folder / "train.jsonl"), "weight": 1.0},
+        {"path": str(folder / "more-*.jsonl"), "weight": 2.0},
+    ]
     return RunConfig(**(config.model_dump() | {"train_dataset": parts, "target_modules": None}))
 
 
