@@ -67,12 +67,11 @@ SETTINGS = {
     "65b-in-48GB": Setting("65b", 48, rank=64),
     "70b-in-24GB-streamed": Setting("70b", 24, streams="host"),
     "8b-longest-in-24GB": Setting("8b", 24, seq=None, rank=32, steps=1),
-    "8b-98304-in-24GB": Setting("8b", 24, seq=98304, rank=32, steps=1),
     "8b-409600-in-80GB": Setting("8b", 80, seq=409600, rank=32, steps=1),
     "unsloth-in-24GB": Setting("8b", 24, rank=32, lengths=(16384, 32768, 49152, 65536, 78848, 90112)),
 }
 # For a look at the command on a CPU, where nothing is capped.
-TINY = {"tiny": Setting("tiny", 1, seq=64), "tiny-longest": Setting("tiny", 0.9, seq=None)}
+TINY = {"tiny": Setting("tiny", 1, seq=64), "tiny-longest": Setting("tiny", 0.7, seq=None)}
 LONGER_BY = 2048
 
 
