@@ -334,4 +334,6 @@ def _method(config: RunConfig) -> str:
         how = f"QLoRA ({bits}, rank {config.lora_r})"
     else:
         how = f"LoRA (rank {config.lora_r})"
-    return how if config.method == "sft" else f"{config.method.upper()} by {how}"
+    if config.method == "sft":
+        return how
+    return f"{'Reward model' if config.method == 'reward' else config.method.upper()} by {how}"

@@ -85,6 +85,7 @@ def train(context: typer.Context, config: ConfigFile, json: Json = False, verbos
             return
         print_result(run.metrics, as_json=False)
         typer.echo(f"\nThe run lies in {run.output_dir}. Talk to it: fourfold chat {run.output_dir}")
+        typer.echo(f"All of it on one page: fourfold report {run.output_dir} --open")
 
 
 @app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)

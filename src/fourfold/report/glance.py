@@ -65,7 +65,7 @@ def _figures(record: RunRecord) -> Iterator[Figure | None]:
         yield Figure("Validation loss", _loss(validation[-1][1]), note if len(validation) > 1 else "")
     training = points_of(metrics, "loss")
     if training:
-        note = f"from {_loss(training[0][1])} at step {number(training[0][0], 7)}" if len(training) > 1 else ""
+        note = f"from {_loss(training[0][1])}" if len(training) > 1 else ""
         yield Figure("Training loss", _loss(training[-1][1]), note)
     yield _share(final or _last(metrics), "exact_match", "Exact match", "exact_match_rows")
     yield _share(_last(metrics), "eval_rewards/accuracies", "Preferred answers")
@@ -76,7 +76,7 @@ def _figures(record: RunRecord) -> Iterator[Figure | None]:
     yield _time(record)
     speeds = [value for _, value in points_of(metrics, "tokens_per_second")]
     if speeds:
-        yield Figure("Speed", number(statistics.median(speeds)), "tokens a second, median")
+        yield Figure("Speed", number(statistics.median(speeds)), "tokens/s, median")
     tokens = points_of(metrics, "num_tokens")
     if tokens:
         yield Figure("Tokens", number(tokens[-1][1], 7), "read in training")
