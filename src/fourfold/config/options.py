@@ -232,4 +232,6 @@ def training_options(config: RunConfig) -> TrainingOptions:
         dataloader_num_workers=config.dataloader_num_workers,
         group_by_length=config.group_by_length,
         use_cpu=device(config).type == "cpu",
+        distributed=config.distributed,
+        ddp_timeout=config.ddp_timeout,
     )

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from fourfold.config.datasets import Datasets, RowFormat
+from fourfold.config.distributed import DistributedKeys, distributed_contradictions
 from fourfold.config.methods import Contradiction, MethodKeys, method_contradictions
 from fourfold.config.precision import precision_contradictions
 from fourfold.config.types import (
@@ -43,7 +44,7 @@ Optimizer = Literal[
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class RunConfig(MethodKeys):
+class RunConfig(DistributedKeys, MethodKeys):
     """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
 
     Raises:
@@ -262,6 +263,7 @@ class RunConfig(MethodKeys):
 # The first key of each group, for the reference page.
 GROUPS: dict[str, str] = {
     "method": "Method",
+    "distributed": "Several GPUs",
     "model_name_or_path": "Model",
     "adapter": "Adapter",
     "train_dataset": "Data",
@@ -323,6 +325,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from (Contradiction(*each) for each in precision_contradictions(config))
     yield from _adapter_contradictions(config)
     yield from method_contradictions(config)
+    yield from distributed_contradictions(config)
 
 
 def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:

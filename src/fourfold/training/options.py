@@ -16,6 +16,7 @@ from fourfold.errors import ConfigError
 from fourfold.optimizers import Adafactor, AdamW, Lion
 from fourfold.optimizers.base import OwnOptimizer
 from fourfold.optimizers.moments import MomentOptimizer
+from fourfold.training.distributed import DistributedRow, distributed_row, processes
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -102,6 +103,8 @@ class TrainingOptions:
         group_by_length: Batches hold rows of like length; less padding, less randomness.
         report_to: Trackers by the Trainer's names, such as "tensorboard"; none by default.
         use_cpu: None takes an accelerator where there is one.
+        distributed: "auto" or a key of `fourfold.training.distributed.DISTRIBUTED`.
+        ddp_timeout: Seconds that a process waits for the others.
 
     Raises:
         ConfigError: A value is out of its range or not in its table.
@@ -133,6 +136,13 @@ class TrainingOptions:
     dataloader_num_workers: int = 0
     group_by_length: bool = False
     use_cpu: bool | None = None
+    distributed: str = "auto"
+    ddp_timeout: int = 600
+
+    @property
+    def row(self) -> DistributedRow:
+        """How this run's processes share it."""
+        return distributed_row(self.distributed, processes().count)
 
     def __post_init__(self) -> None:
         _require_known("optim", self.optim, OPTIMIZERS)
@@ -222,7 +232,8 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         use_cpu=use_cpu,
         average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
+        ddp_timeout=options.ddp_timeout,
+        **options.row.arguments,
         disable_tqdm=True,
         remove_unused_columns=False,
         packing=False,
