@@ -12,11 +12,12 @@ from fourfold.config import options as choices
 from fourfold.errors import ConfigError
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
-from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
+from fourfold.memory.planner import OptimizerBytes, Plan, fastest_of, make_plan
 from fourfold.models.families import FAMILIES
 from fourfold.models.followed_layer import followed_shape
 from fourfold.models.loading import read_config
 from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.models.tensor_parts import divided_config, with_divided_head
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
 from fourfold.training.options import OPTIMIZERS, OptimizerRow
@@ -57,19 +58,47 @@ def run_plan(
         policies: Recomputation policies to choose from; None: as the configuration has it, or all.
         most: Rows of a microbatch at most; None: any.
         optimizers: To choose from; None: as the configuration has it, or `PLANNED_OPTIMIZERS`.
-        parallelisms: How GPUs may share the run.
+        parallelisms: How GPUs may share the run. With several strategies, the plan has that of each, and of a strategy
+            that is not possible the reason.
         shape: The model's, where it is known already.
 
     Raises:
         CheckpointError: There is no such model.
         ConfigError: What cannot be planned; see `fourfold.planning.plan`.
     """
-    if shape is None:
-        shape = run_shape(config)
-    each = sequences_of(config)
+    whole = run_shape(config) if shape is None else shape
+    strategies = list(dict.fromkeys(way.strategy for way in parallelisms))
+    made: dict[str, Plan] = {}
+    refused: dict[str, str] = {}
+    for strategy in strategies:
+        ways = [way for way in parallelisms if way.strategy == strategy]
+        try:
+            is_divided = ways[0].shards.divides == "tensors"
+            own = run_shape(config, ways[0].num_gpus) if is_divided else whole
+            made[strategy] = _plan_of(config, gpu, host_bytes, policies, most, optimizers, ways, own)
+        except ConfigError as error:
+            if len(strategies) == 1:
+                raise
+            refused[strategy] = str(error)
+    return made[strategies[0]] if len(strategies) == 1 else fastest_of(made, refused)
+
+
+def _plan_of(
+    config: RunConfig,
+    gpu: Gpu,
+    host_bytes: int | None,
+    policies: Sequence[str] | None,
+    most: int | None,
+    optimizers: Sequence[str] | None,
+    ways: Sequence[Parallelism],
+    shape: ModelShape,
+) -> Plan:
+    """With one strategy. Args are those of `run_plan`."""
+    each, num_gpus = sequences_of(config), ways[0].num_gpus
     # Rows that are paired with one another need company.
     least = 2 if config.method == "kto" else 1
-    most = most or config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    most = most or rows
     batches = range(each * least, each * most + 1, each)
     has_evaluation = config.eval_dataset is not None or config.eval_split_fraction > 0
     wanted = config.recompute
@@ -79,7 +108,7 @@ def run_plan(
     return make_plan(
         shape,
         gpu,
-        rows=each * config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        rows=each * rows * num_gpus,
         seq=config.max_length,
         optimizers=[_optimizer(name, shape) for name in names],
         batches=batches,
@@ -89,22 +118,44 @@ def run_plan(
         # Packed rows run without them: their documents lie differently in each batch.
         cuda_graphs=False if config.packing else config.cuda_graphs,
         streams=config.stream_base,
-        parallelisms=parallelisms,
+        parallelisms=ways,
     )
 
 
-def parallelisms_of(num_gpus: int) -> list[Parallelism]:
-    """Every way in which so many GPUs may share a run."""
-    return [Parallelism(num_gpus, name) for name in STRATEGIES] if num_gpus > 1 else [ONE_GPU]
+def parallelisms_of(num_gpus: int, strategy: str = "auto") -> list[Parallelism]:
+    """The ways in which so many GPUs may share a run.
+
+    Args:
+        strategy: As `distributed` names it; "auto": every one.
+    """
+    if num_gpus == 1:
+        return [ONE_GPU]
+    names = list(STRATEGIES) if strategy == "auto" else [strategy]
+    return [Parallelism(num_gpus, name, offload) for name in names for offload in STRATEGIES[name].offloads]
 
 
-def run_shape(config: RunConfig) -> ModelShape:
-    """The model of a run, with what of it is trained. Raises as `run_plan`."""
+def run_shape(config: RunConfig, degree: int = 1) -> ModelShape:
+    """The model of a run, with what of it is trained; or one GPU's part of it where tensors are divided.
+
+    Args:
+        degree: Among how many GPUs they are.
+
+    Raises:
+        ConfigError: What cannot be planned, or divided.
+        CheckpointError: There is no such model.
+    """
     is_gguf = config.model_name_or_path.endswith(".gguf")
     model = None if is_gguf else read_config(config.model_name_or_path, config.model_revision)
     reason = "a GGUF file, which has no config.json" if is_gguf else _no_formula(config, model)
     if reason is not None:
         raise ConfigError("there is no plan for this run", found=reason, hint="see docs/planning.md")
+    if degree > 1:
+        return with_divided_head(_shape(config, divided_config(model, degree)), degree)
+    return _shape(config, model)
+
+
+def _shape(config: RunConfig, model: Any) -> ModelShape:
+    """As `run_shape`; `model`: its Transformers configuration."""
     dtype, quantization = _DTYPES[config.bnb_4bit_compute_dtype], choices.quantization(config)
     if not _is_generic(config, model):
         return model_shape(model, quantization, config.lora_r, config.target_modules, dtype.itemsize)

@@ -78,7 +78,9 @@ class ModelShape:
         blocks: The decoder layers, first to last.
         layer_bytes: Quantized weights of each decoder layer as they stream, see `models.streaming`; empty where they
             cannot.
-        vocab_size, hidden_size: Of the output head.
+        layer_codes: Of these, bytes of the codes.
+        vocab_size, hidden_size: Of the output head; a vocabulary of 0 where there is none, as on the first stages of a
+            pipeline.
         head_is_quantized: Whether it is dequantized for the loss.
         is_fused: Whether `blocks` are fused blocks.
         element_size: Bytes of a number of the activations.
@@ -98,6 +100,7 @@ class ModelShape:
     gradient_bytes: int
     blocks: tuple[LayerShape, ...]
     layer_bytes: tuple[int, ...]
+    layer_codes: tuple[int, ...]
     vocab_size: int
     hidden_size: int
     head_is_quantized: bool
@@ -124,6 +127,20 @@ class ModelShape:
         if self.layer_bytes:
             return self.layer_bytes
         return tuple(block.weight_bytes for block in self.blocks)
+
+    @property
+    def has_head(self) -> bool:
+        return self.vocab_size > 0
+
+    @cached_property
+    def shardable_bytes(self) -> tuple[int, ...]:
+        """Bytes of each decoder layer's linear weights that are parameters: codes without scales, or as they are."""
+        return self.layer_codes or tuple(block.weight_bytes for block in self.blocks)
+
+    @cached_property
+    def adapters_of_layers(self) -> tuple[int, ...]:
+        """Bytes of what is trained beside the base in each decoder layer."""
+        return tuple(block.gradient_bytes if self.adapter_bytes else 0 for block in self.blocks)
 
     @cached_property
     def num_adapter(self) -> int:
@@ -188,13 +205,17 @@ def model_shape(
         adapter_shapes=shapes,
         adapter_bytes=adapter_bytes,
         gradient_bytes=adapter_bytes,
-        layer_bytes=tuple(_layer_bytes(layer, quantized, quantization) for layer in layers) if quantized else (),
+        layer_bytes=tuple(layer_bytes(_sizes(layer, quantized, quantization)) for layer in layers) if quantized else (),
+        layer_codes=tuple(sum(_sizes(layer, quantized, quantization, of_scales=False)) for layer in layers)
+        if quantized
+        else (),
         blocks=tuple(_block(layer, set(map(id, adapted.values())), rank, element_size) for layer in layers),
         vocab_size=head.weight.shape[0],
         hidden_size=head.weight.shape[1],
         head_is_quantized=any(linear is head for linear in quantized),
         is_fused=is_fused,
         element_size=element_size,
+        is_tied=embedding.weight is head.weight,
     )
 
 
@@ -234,7 +255,10 @@ def _block(layer: Any, adapted: set[int], rank: int, element_size: int) -> Block
     )
 
 
-def _layer_bytes(layer: nn.Module, quantized: Sequence[nn.Module], quantization: FourfoldConfig | None) -> int:
+def _sizes(
+    layer: nn.Module, quantized: Sequence[nn.Module], quantization: FourfoldConfig | None, *, of_scales: bool = True
+) -> list[int]:
+    """Bytes of each tensor of a layer's quantized linears."""
     assert quantization is not None
     known = set(map(id, quantized))
     sizes: list[int] = []
@@ -242,5 +266,6 @@ def _layer_bytes(layer: nn.Module, quantized: Sequence[nn.Module], quantization:
         if id(module) in known:
             count = module.weight.numel()  # type: ignore[operator]
             sizes.append(code_bytes(count, quantization.bnb_4bit_quant_type))
-            sizes += scale_parts(count, quantization.bnb_4bit_blocksize, quantization.bnb_4bit_use_double_quant)
-    return layer_bytes(sizes)
+            if of_scales:
+                sizes += scale_parts(count, quantization.bnb_4bit_blocksize, quantization.bnb_4bit_use_double_quant)
+    return sizes
