@@ -17,7 +17,7 @@ from fourfold.models.families import FAMILIES
 from fourfold.models.followed_layer import followed_shape
 from fourfold.models.loading import read_config
 from fourfold.models.model_shape import ModelShape, model_shape
-from fourfold.models.tensor_parts import divided_config, with_divided_head
+from fourfold.models.tensor_parts import divided_config, with_divided_ends
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
 from fourfold.training.options import OPTIMIZERS, OptimizerRow
@@ -150,7 +150,7 @@ def run_shape(config: RunConfig, degree: int = 1) -> ModelShape:
     if reason is not None:
         raise ConfigError("there is no plan for this run", found=reason, hint="see docs/planning.md")
     if degree > 1:
-        return with_divided_head(_shape(config, divided_config(model, degree)), degree)
+        return with_divided_ends(_shape(config, divided_config(model, degree)), degree)
     return _shape(config, model)
 
 

@@ -63,7 +63,7 @@ def _print_strategies(made: Plan) -> None:
         parallelism = candidate.parallelism
         words = [] if fits else [plan.lacking(candidate)]
         words += [f"{parallelism.offload} in host memory"] if parallelism.offloads_optimizer else []
-        words += [] if parallelism.shards.runs else [FORECAST]
+        words += [] if candidate.runs else [FORECAST]
         table.add_row(
             f"> {name}" if candidate is made.chosen else name,
             f"{candidate.footprint.peak_bytes / GIB:.2f}",

@@ -55,8 +55,6 @@ _KINDS = {
     ),
     **dict.fromkeys(("layers on their way", "buckets of gradients", "between stages"), "communication"),
 }
-# Layers whose weights are gathered from other GPUs at a time: one at work, one on its way.
-NUM_GATHERED = 2
 
 
 @dataclass(frozen=True)
@@ -239,27 +237,22 @@ def _standing(shape: ModelShape, step: Step) -> Tensors:
         # What streams is aligned, codes and scales in one; what else is quantized, such as the head, stays.
         on_their_way, codes, scales = device_bytes(layers), max(0, codes + scales - sum(layers)), 0
     elif parallelism.shards.weights:
-        # Scales are no parameters, and stay whole.
-        sharded, trained = shape.shardable_bytes, shape.adapters_of_layers
-        on_their_way = NUM_GATHERED * max(map(sum, zip(sharded, trained, strict=True)))
-        gone = sum(sharded) - parallelism.weights_held(sum(sharded))
-        codes, dense = (codes - gone, dense) if codes else (codes, dense - gone)
-        adapters += parallelism.weights_held(sum(trained)) - sum(trained)
-        if parallelism.shards.ends:
-            ends = shape.dense_bytes if codes else shape.dense_bytes - sum(sharded)
-            dense -= ends - parallelism.weights_held(ends)
-    divides = parallelism.shards.divides if parallelism.num_gpus > 1 else "rows"
+        # Scales are no parameters, and stay whole; so do norms, of which there is little.
+        layers = tuple(map(sum, zip(shape.shardable_bytes, shape.adapters_of_layers, strict=True)))
+        on_their_way = parallelism.live_bytes(layers, 1 if codes else shape.element_size)
+        sharded = sum(shape.dense_ends) + (0 if codes else sum(shape.shardable_bytes))
+        dense += parallelism.weights_held(sharded) - sharded
+        codes, adapters = parallelism.weights_held(codes), parallelism.weights_held(adapters)
     largest = max(block.gradient_bytes for block in shape.blocks)
-    element = _FP32 if adapters else shape.element_size
     return {
         "weights, 16 bits" if shape.element_size == 2 else "weights, 32 bits": dense,
         "weights, quantized": codes,
         "layers on their way": on_their_way,
         "quantization state": scales,
         "adapters": adapters,
-        "buckets of gradients": parallelism.bucket_bytes(shape.gradient_bytes, largest, shape.hidden_size, element),
+        "buckets of gradients": parallelism.bucket_bytes(shape.gradient_bytes, largest, shape.trained_element),
         # The activation that comes from the stage before, and its gradient from the one behind.
-        "between stages": 2 * _hidden(shape, step.tokens) if divides == "layers" else 0,
+        "between stages": 2 * _hidden(shape, step.tokens) if parallelism.num_stages > 1 else 0,
         "fp32 copies": 0 if parallelism.offloads_optimizer else parallelism.copy_bytes(shape.num_adapter),
         "optimizer state": step.optimizer_bytes,
         "pages of optimizer state": step.staging_bytes,
@@ -272,8 +265,7 @@ def _in_host_memory(shape: ModelShape, step: Step) -> Tensors:
     parallelism = step.parallelism
     weights = host_bytes(shape.layer_bytes, step.streams) if step.streams else 0
     if parallelism.offloads_weights:
-        every = sum(shape.adapters_of_layers) + sum(shape.shardable_bytes) + shape.dense_bytes
-        weights += parallelism.share(every if shape.code_bytes else every - sum(shape.shardable_bytes))
+        weights += parallelism.share(shape.code_bytes + shape.dense_bytes + shape.adapter_bytes)
     # The fp32 gradients of a share, beside what they update.
     copies = parallelism.copy_bytes(shape.num_adapter) if parallelism.offloads_optimizer else 0
     return {
@@ -285,15 +277,8 @@ def _in_host_memory(shape: ModelShape, step: Step) -> Tensors:
 
 
 def _gradients(shape: ModelShape, step: Step) -> int:
-    """Of all that is trained: those of layers, or one GPU's share of them, and the rest."""
-    layers = sum(block.gradient_bytes for block in shape.blocks)
-    return step.parallelism.gradients_held(layers) + _of_ends(step, shape.gradient_bytes - layers)
-
-
-def _of_ends(step: Step, gradients: int) -> int:
-    """What a GPU holds of gradients of embeddings and head; FSDP2 leaves them whole, with what they are of."""
-    shards = step.parallelism.shards
-    return gradients if shards.weights and not shards.ends else step.parallelism.gradients_held(gradients)
+    """Of all that is trained, or one GPU's share of them."""
+    return step.parallelism.gradients_held(shape.gradient_bytes)
 
 
 def _gradients_before(shape: ModelShape, step: Step) -> int:
@@ -381,8 +366,7 @@ def _forward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment
 def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     kept = _on_gpu(layers) + _in_flight(layers) + _around(shape, step)
     tail: Tensors = {"last layer's output": _hidden(shape, step.tokens)}
-    head = shape.vocab_size * shape.hidden_size * shape.element_size
-    gathered = {"head, gathered": head if step.parallelism.shards.ends and not shape.head_is_quantized else 0}
+    gathered = {"head, gathered": _head_gathered(shape, step)}
     gradients = _gradients_before(shape, step)
     moments = []
     if shape.ends is not None:
@@ -399,13 +383,22 @@ def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     return _highest(moments)
 
 
+def _head_gathered(shape: ModelShape, step: Step) -> int:
+    """Of a sharded head all, while it is at work."""
+    return (sum(shape.dense_ends) if shape.is_tied else shape.dense_ends[1]) if step.parallelism.shards.weights else 0
+
+
 def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     """From the last layer to the first, what is kept grows less and the gradients more."""
     kept = list(itertools.accumulate((layer.kept for layer in layers), initial=_around(shape, step)))
     # Tensors that wait in host memory, of each layer before this one that has such.
     waiting = [layer.offloaded for layer in layers if layer.offloaded]
     last = max((index for index, layer in enumerate(layers) if layer.offloaded), default=-1)
-    gradients = _gradients_before(shape, step) or _of_ends(step, shape.head_gradient_bytes)
+    # The whole gradient of a sharded head that is trained waits with it for the pass's end.
+    gradients = _gradients_before(shape, step)
+    if not gradients or step.parallelism.shards.weights:
+        gradients += shape.head_gradient_bytes
+    head = _head_gathered(shape, step) if shape.head_gradient_bytes else 0
     moments = []
     for index in reversed(range(len(layers))):
         layer = layers[index]
@@ -415,7 +408,7 @@ def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Momen
         parts = {"activations kept": kept[index] + sum(waiting[-count:]), GRADIENTS: gradients + layer.gradients}
         if step.accumulation == 1:
             gradients += step.parallelism.gradients_held(shape.blocks[index].gradient_bytes)
-        working = layer.backward
+        working = {**layer.backward, "head, gathered": head} if head else layer.backward
         if index == len(layers) - 1 and shape.is_fused and shape.has_head:
             # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
             working = {**working, "gradient of the last norm's input": _hidden(shape, step.tokens)}
@@ -426,9 +419,11 @@ def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Momen
 def _embedding(shape: ModelShape, step: Step) -> _Moment:
     """The end of the backward pass: the gradient of the embedding is made, and added to what there is of it."""
     # Of one that is sharded, the whole gradient is made beside the share.
-    is_there = shape.is_tied or step.accumulation > 1 or step.parallelism.shards.ends
-    again = shape.embedding_gradient_bytes if is_there else 0
+    shards, own = step.parallelism.shards, shape.embedding_gradient_bytes
+    again = own if shape.is_tied or step.accumulation > 1 or shards.gradients else 0
     working = {"gradient of the embedding": again, "gradient of its output": _hidden(shape, step.tokens)}
+    if shards.weights and not shards.has_copies:
+        working["gradient of it as it passes"] = step.parallelism.summed_bytes(own, shape.trained_element)
     return _Moment({"activations kept": _around(shape, step), GRADIENTS: _gradients(shape, step)}, working)
 
 

@@ -13,13 +13,18 @@ strategy holds and passes:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 __all__ = ["OFFLOADS", "ONE_GPU", "STRATEGIES", "Parallelism", "Shards"]
 
 # What of ZeRO's is in host memory, from the least to the most.
 OFFLOADS = ("none", "optimizer", "all")
 _FP32 = 4
+# DeepSpeed's defaults of `reduce_bucket_size` and `stage3_max_live_parameters`, numbers of their parameters' dtypes.
+BUCKET_NUMBERS, LIVE_NUMBERS = 500_000_000, 1_000_000_000
+# Layers that FSDP2 has gathered at a time: one at work, one on its way.
+GATHERED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -29,34 +34,46 @@ class Shards:
     Args:
         divides: "rows" of a step, for which each GPU has the whole computation; "tensors", each layer's heads and
             columns; or "layers".
-        weights: Those of decoder layers, the base's and the trained ones; gathered layer by layer in each pass.
-        ends: Embeddings, head and last norm, gathered when they are at work; else they are whole everywhere.
+        weights: The base's and the trained ones; those of decoder layers are gathered layer by layer in each pass,
+            embedding and head when they are at work. Scales of quantized ones are no parameters, and whole.
         gradients: Those of trained weights.
         optimizer: Its state; each GPU updates what it has the state of.
+        sums_in_fp32: Whether gradients are summed in fp32, whatever they are kept in.
         has_copies: Whether the optimizer updates fp32 copies of what is trained, a share on each GPU.
         offloads: What may be in host memory, of `OFFLOADS`.
-        runs: Whether `fourfold train` runs it; else it is a forecast only.
+        optimizers: That there are for it; None: every one.
+        trains: Bytes of a trained number that `fourfold train` has it for: 4 of adapters, 2 of full fine-tuning in 16
+            bits; none where it is a forecast only.
     """
 
     divides: str = "rows"
     weights: bool = False
-    ends: bool = False
     gradients: bool = False
     optimizer: bool = False
+    sums_in_fp32: bool = False
     has_copies: bool = False
     offloads: tuple[str, ...] = ("none",)
-    runs: bool = True
+    optimizers: tuple[str, ...] | None = None
+    trains: tuple[int, ...] = (2, 4)
 
 
+# DeepSpeed gives an optimizer flat fp32 tensors, of which 8-bit blocks and factors cannot be told again.
+_ZERO = Shards(
+    optimizer=True,
+    has_copies=True,
+    offloads=OFFLOADS[:2],
+    optimizers=("adamw", "adamw_torch", "adamw_torch_fused"),
+    trains=(4,),
+)
 # As `distributed` names those that run; of equally fast ones the first is taken.
 STRATEGIES: dict[str, Shards] = {
     "ddp": Shards(),
-    "fsdp2": Shards(weights=True, gradients=True, optimizer=True),
-    "zero1": Shards(optimizer=True, has_copies=True, offloads=OFFLOADS[:2]),
-    "zero2": Shards(gradients=True, optimizer=True, has_copies=True, offloads=OFFLOADS[:2]),
-    "zero3": Shards(weights=True, ends=True, gradients=True, optimizer=True, has_copies=True, offloads=OFFLOADS),
-    "tensor parallel": Shards(divides="tensors", runs=False),
-    "pipeline parallel": Shards(divides="layers", runs=False),
+    "fsdp2": Shards(weights=True, gradients=True, optimizer=True, sums_in_fp32=True),
+    "zero1": _ZERO,
+    "zero2": replace(_ZERO, gradients=True),
+    "zero3": replace(_ZERO, weights=True, gradients=True, offloads=OFFLOADS),
+    "tensor parallel": Shards(divides="tensors", trains=()),
+    "pipeline parallel": Shards(divides="layers", trains=()),
 }
 
 
@@ -120,34 +137,49 @@ class Parallelism:
         """A GPU's share of fp32 copies of what is trained."""
         return self.share(_FP32 * num_trained) if self.shards.has_copies else 0
 
-    def bucket_bytes(self, gradients: int, largest_layer: int, hidden: int, element: int) -> int:
+    def bucket_bytes(self, gradients: int, largest_layer: int, element: int) -> int:
         """What gradients are reduced in.
 
         DDP copies them into flat buckets, as many bytes again: Accelerate and the Trainer leave
         `gradient_as_bucket_view`, which saves that, off, as torch does. FSDP2 copies those of a layer before it
-        scatters them. DeepSpeed has a bucket of hidden² numbers, as Transformers sets it; ZeRO-3 fills one while
-        another is on its way.
+        scatters them. DeepSpeed has a bucket of `BUCKET_NUMBERS`, however few there are.
 
         Args:
             gradients: Of all that is trained.
             largest_layer: Of a layer.
-            hidden: Width of the residual stream.
             element: Bytes of a gradient's number.
         """
         shards = self.shards
         if self.num_gpus == 1 or shards.divides != "rows":
             return 0
         if shards.has_copies:
-            return (2 if shards.weights else 1) * hidden * hidden * element
-        return largest_layer if shards.gradients else gradients
+            return BUCKET_NUMBERS * element
+        return self.summed_bytes(largest_layer, element) if shards.gradients else gradients
+
+    def live_bytes(self, layers: Sequence[int], element: int) -> int:
+        """What a GPU holds of gathered weights beside its shares: FSDP2 a number of layers, ZeRO-3 as many numbers as
+        are soon wanted again.
+
+        Args:
+            layers: Bytes of each layer's sharded weights.
+            element: Bytes of a number of the base's, 1 of codes.
+        """
+        if not self.shards.weights:
+            return 0
+        few = GATHERED_LAYERS * max(layers)
+        return max(few, min(sum(layers), LIVE_NUMBERS * element)) if self.shards.has_copies else few
+
+    def summed_bytes(self, gradients: int, element: int) -> int:
+        """Gradients as they pass."""
+        return gradients * _FP32 // element if self.shards.sums_in_fp32 else gradients
 
     def gathered_bytes(self, num_bytes: int) -> int:
         """What a GPU receives of sharded weights in one pass."""
         return self.passed(num_bytes) if self.shards.weights else 0
 
-    def scattered_bytes(self, gradients: int) -> int:
+    def scattered_bytes(self, gradients: int, element: int) -> int:
         """What a GPU receives of gradients in a backward pass of each microbatch."""
-        return self.passed(gradients) if self.shards.gradients else 0
+        return self.passed(self.summed_bytes(gradients, element)) if self.shards.gradients else 0
 
     def reduced_bytes(self, gradients: int) -> int:
         """What a GPU receives of whole gradients with the last microbatch: all of the sums, or its share of them."""

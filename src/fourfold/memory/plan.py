@@ -51,6 +51,7 @@ class Candidate:
         parallelism: How GPUs share the run.
         traffic: Bytes that pass from and to each GPU in a step, by kind.
         stage: Of a pipeline, the stage whose footprint it is, the largest.
+        runs: Whether `fourfold train` runs it; else it is a forecast only.
     """
 
     batch: int
@@ -64,6 +65,7 @@ class Candidate:
     parallelism: Parallelism = ONE_GPU
     traffic: Mapping[str, int] = field(default_factory=dict)
     stage: int | None = None
+    runs: bool = True
 
     @property
     def traffic_bytes(self) -> int:
@@ -113,6 +115,12 @@ class Plan:
     by_strategy: Mapping[str, Plan] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def runs(self) -> bool:
+        """Whether `fourfold train` runs what was looked at."""
+        one = self.chosen or self.smallest
+        return one is not None and one.runs
+
     def shortage(self, candidate: Candidate) -> int:
         """Bytes by which it does not fit the GPU."""
         return max(0, candidate.footprint.peak_bytes - self.gpu.usable_bytes)
@@ -147,7 +155,7 @@ class Plan:
         num_gpus = best.parallelism.num_gpus
         count, each = (f"{num_gpus} x ", " each") if num_gpus > 1 else ("", "")
         lines = [f"plan for {count}{self.gpu.name}: {usable}{each}"]
-        if num_gpus > 1 and not best.parallelism.shards.runs:
+        if num_gpus > 1 and not best.runs:
             lines.append(f"  {FORECAST}: fourfold train does not run it")
         if self.chosen is None:
             needed = best.footprint.peak_bytes / GIB
@@ -190,7 +198,7 @@ class Plan:
             "num_gpus": candidate.parallelism.num_gpus,
             "strategy": candidate.parallelism.strategy if candidate.parallelism.num_gpus > 1 else None,
             "offload": candidate.parallelism.offload,
-            "runs": candidate.parallelism.shards.runs,
+            "runs": candidate.runs,
             "stage": candidate.stage,
             "per_device_train_batch_size": candidate.batch,
             "gradient_accumulation_steps": candidate.accumulation,

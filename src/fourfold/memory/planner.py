@@ -11,7 +11,7 @@ from typing import Any
 from fourfold.errors import ConfigError
 from fourfold.memory.footprint import Footprint, Step, footprint
 from fourfold.memory.gpus import Gpu
-from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
+from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.memory.plan import Candidate, OptimizerBytes, Plan
 from fourfold.memory.speed import (
     host_update_seconds,
@@ -77,8 +77,14 @@ def make_plan(
         _Way(shape, gpu, rows, step, optimizer, parallelism, known)
         for optimizer in optimizers
         for parallelism in (stay_whole if streams else parallelisms)
-        if _suits(optimizer, parallelism, optimizers)
+        if _suits(optimizer, parallelism)
     ]
+    if not ways:
+        raise ConfigError(
+            "this optimizer's state cannot be shared so",
+            found=", ".join(optimizer.name for optimizer in optimizers),
+            allowed=sorted({name for way in parallelisms for name in way.shards.optimizers or ()}),
+        )
     uniform = {
         (way, batch): [way.candidate(batch, [name] * len(shape.blocks)) for name in policies or shape.policies]
         for way in ways
@@ -134,7 +140,7 @@ def fastest_of(plans: Mapping[str, Plan], refused: Mapping[str, str]) -> Plan:
             others.
         refused: Why there is no plan of a strategy.
     """
-    run = {name: plan for name, plan in plans.items() if STRATEGIES[name].runs} or dict(plans)
+    run = {name: plan for name, plan in plans.items() if plan.runs} or dict(plans)
     fitting = [plan for plan in run.values() if plan.chosen is not None]
     top = max((plan.chosen.tokens_per_second for plan in fitting if plan.chosen), default=0.0)
     best = next((one for one in fitting if one.chosen and one.chosen.tokens_per_second >= top * (1 - TIE)), None)
@@ -154,12 +160,9 @@ def _shortage(plan: Plan, candidate: Candidate | None) -> tuple[int, int, int]:
     return plan.shortage(candidate), plan.host_shortage(candidate), candidate.footprint.peak_bytes
 
 
-def _suits(optimizer: OptimizerBytes, parallelism: Parallelism, optimizers: Sequence[OptimizerBytes]) -> bool:
-    """ZeRO has a way of its own to host memory, where state is not rounded, and pages nothing."""
-    if not parallelism.shards.has_copies:
-        return True
-    resident = [one for one in optimizers if not one.host]
-    return optimizer in (resident[:1] if parallelism.offloads_optimizer else resident) or not resident
+def _suits(optimizer: OptimizerBytes, parallelism: Parallelism) -> bool:
+    known = parallelism.shards.optimizers
+    return known is None or optimizer.name in known
 
 
 def _mixes(slow: Candidate, fast: Candidate) -> bool:
@@ -231,6 +234,7 @@ class _Way:
             parallelism=parallelism,
             traffic=traffic(shape, parallelism, batch, step.seq, policies, accumulation),
             stage=stage if parallelism.num_stages > 1 else None,
+            runs=shape.trained_element in parallelism.shards.trains,
         )
 
     def _largest(self, step: Step) -> tuple[int, Footprint]:

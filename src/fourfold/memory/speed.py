@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import ONE_GPU, Parallelism
-from fourfold.memory.traffic import end_bytes, head_reductions, layer_reductions
+from fourfold.memory.traffic import end_bytes, end_reductions, layer_reductions
 from fourfold.models.block_memory import BlockMemory, BlockShape
 from fourfold.models.followed_layer import FollowedLayer
 from fourfold.models.model_shape import LayerShape, ModelShape
@@ -37,9 +37,8 @@ START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
 BLOCK_LAUNCH_SECONDS, PART_LAUNCH_SECONDS, OPERATOR_LAUNCH_SECONDS = 4e-3, 1.2e-3, 1e-5
 # Products in fp32 are that much slower (an H200's data sheet: 989 and 67 TFLOPS).
 WIDE = 15
-# AdamW of a number in host memory, by all CPUs of a server with two: of the order that ZeRO-Offload reports
-# (https://arxiv.org/abs/2101.06840, section 5). Never measured here.
-HOST_UPDATE_SECONDS = 2.5e-10
+# Bytes a second that a server's CPUs read and write their memory with. An assumption.
+HOST_MEMORY_RATE = 100e9
 
 
 def step_seconds(
@@ -60,12 +59,11 @@ def step_seconds(
     # The head, forward and back, and its logits: written, read twice, written, read. A trained one has a gradient, too.
     passes = 6 if shape.head_gradient_bytes else 4
     divides_tensors = parallelism.shards.divides == "tensors"
-    logits = tokens * shape.vocab_size / (parallelism.num_gpus if divides_tensors and not shape.is_tied else 1)
+    logits = tokens * shape.vocab_size / (parallelism.num_gpus if divides_tensors and any(shape.dense_ends) else 1)
     seconds += passes * logits * shape.hidden_size / matmul + 5 * logits * shape.element_size / memory
     # What is summed or gathered between a layer's products is waited for, and so are embeddings and head.
-    waited = sum(head_reductions(shape, parallelism, tokens)) if divides_tensors else 0
-    if parallelism.shards.ends:
-        waited += 2 * parallelism.gathered_bytes(end_bytes(shape))
+    waited = sum(end_reductions(shape, parallelism, tokens)) if divides_tensors else 0
+    waited += parallelism.gathered_bytes(end_bytes(shape))
     layers = (shape.blocks, policies, shape.weights_of_layers, shape.shardable_bytes, shape.adapters_of_layers)
     for block, name, weight, shardable, adapter in zip(*layers, strict=True):
         work, launches, moved = _layer(block, batch, seq, name, gpu)
@@ -74,7 +72,8 @@ def step_seconds(
         host = 2 * (moved + (weight if streams else 0))
         if parallelism.offloads_weights:
             host += 2 * parallelism.share(shardable + adapter)
-        peers = 2 * parallelism.gathered_bytes(shardable + adapter) + parallelism.scattered_bytes(block.gradient_bytes)
+        peers = 2 * parallelism.gathered_bytes(shardable + adapter)
+        peers += parallelism.scattered_bytes(block.gradient_bytes, shape.trained_element)
         launched = 0.0 if by_graphs else launches
         seconds += max(work, launched, _transfer_seconds(gpu, host, peers)) + LAYER_SECONDS
         waited += layer_reductions(shape, parallelism, tokens, name) if divides_tensors else 0
@@ -102,15 +101,16 @@ def reduction_seconds(gpu: Gpu, gradients: int, parallelism: Parallelism, microb
 
 
 def host_update_seconds(gpu: Gpu, num_trained: int, trained: int, num_gpus: int) -> float:
-    """Seconds of an update in host memory: a GPU's share of gradients goes there, the weights come back, neither beside
-    anything else; the processes of all GPUs share the host.
+    """Seconds of AdamW's update in host memory: of each number two moments and the fp32 copy are read and written, and
+    the gradient read. A GPU's share of gradients goes there, the weights come back, neither beside anything else. The
+    processes of all GPUs share the host.
 
     Args:
         num_trained: Trained numbers of all GPUs.
         trained: Bytes of trained weights.
         num_gpus: How many GPUs each have a share.
     """
-    return num_trained * HOST_UPDATE_SECONDS + 2 * trained / num_gpus / gpu.link_rate
+    return 28 * num_trained / HOST_MEMORY_RATE + 2 * trained / num_gpus / gpu.link_rate
 
 
 def pipeline_seconds(gpu: Gpu, slowest_stage: float, passed: int, num_stages: int, microbatches: int) -> float:

@@ -15,8 +15,6 @@ from fourfold.models.model_shape import ModelShape
 
 __all__ = ["first_layers", "in_flight", "stages"]
 
-_FP32 = 4
-
 
 def first_layers(num_layers: int, num_stages: int) -> list[int]:
     """The first layer of each stage, and behind it the number of all.
@@ -47,35 +45,30 @@ def stages(shape: ModelShape, num_stages: int) -> list[ModelShape]:
     bounds = list(pairwise(first_layers(len(shape.blocks), num_stages)))
     linears = shape.shardable_bytes
     in_codes = bool(shape.layer_codes)
-    # Beside the layers' linears: two matrices of one form each, or one that both ends have; and norms, alike in all
-    # layers.
-    matrix = shape.vocab_size * shape.hidden_size * shape.element_size
-    dense = shape.dense_bytes - (0 if in_codes else sum(linears))
-    has_dense_head = not shape.head_is_quantized
-    has_dense_embedding = has_dense_head if shape.is_tied else dense >= matrix * (1 + has_dense_head)
-    num_dense = int(has_dense_head) if shape.is_tied else has_dense_head + has_dense_embedding
-    norms = dense - num_dense * matrix
+    # Beside the layers' linears: embedding and head, and norms, alike in all layers.
+    embedding, head = shape.dense_ends
+    norms = shape.dense_bytes - embedding - head - (0 if in_codes else sum(linears))
+    if shape.is_tied:
+        head = embedding
+    num_quantized = (not embedding) + (not head)
     codes = shape.code_bytes - sum(shape.layer_codes)
-    num_quantized = (1 if shape.is_tied else 2) - num_dense
     layers_scales = shape.scale_bytes * sum(shape.layer_codes) // max(1, shape.code_bytes)
 
     def stage(index: int, first: int, last: int) -> ModelShape:
         is_first, is_last = index == 0, index == num_stages - 1
         share = (last - first) / len(shape.blocks)
-        num_matrices = is_first * has_dense_embedding + is_last * has_dense_head
-        of_codes = (is_first * (not has_dense_embedding) + is_last * (not has_dense_head)) / max(1, num_quantized)
+        of_codes = (is_first * (not embedding) + is_last * (not head)) / (1 if shape.is_tied else max(1, num_quantized))
         layers = sum(linears[first:last])
         gradients = sum(block.gradient_bytes for block in shape.blocks[first:last])
         gradients += is_first * shape.embedding_gradient_bytes + is_last * shape.head_gradient_bytes
-        element = _FP32 if shape.adapter_bytes else shape.element_size
         return replace(
             shape,
             num_parameters=int(shape.num_parameters * share),
             num_quantized=int(shape.num_quantized * share),
             code_bytes=(layers if in_codes else 0) + int(codes * of_codes),
             scale_bytes=int(layers_scales * share + (shape.scale_bytes - layers_scales) * of_codes),
-            dense_bytes=(0 if in_codes else layers) + num_matrices * matrix + int(norms * share),
-            adapter_shapes=((gradients // element,),),
+            dense_bytes=(0 if in_codes else layers) + is_first * embedding + is_last * head + int(norms * share),
+            adapter_shapes=((gradients // shape.trained_element,),),
             adapter_bytes=gradients if shape.adapter_bytes else 0,
             gradient_bytes=gradients,
             blocks=shape.blocks[first:last],

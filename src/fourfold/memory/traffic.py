@@ -9,7 +9,7 @@ from fourfold.memory.parallel import Parallelism
 from fourfold.models.model_shape import ModelShape
 from fourfold.models.recomputation import POLICIES
 
-__all__ = ["between_stages", "end_bytes", "head_reductions", "layer_reductions", "traffic"]
+__all__ = ["between_stages", "end_bytes", "end_reductions", "layer_reductions", "traffic"]
 
 
 def traffic(
@@ -35,18 +35,17 @@ def traffic(
     elif shards.divides == "tensors":
         tokens = batch * seq
         layers = sum(layer_reductions(shape, parallelism, tokens, policy) for policy in policies)
-        logits, head = head_reductions(shape, parallelism, tokens)
+        logits, ends = end_reductions(shape, parallelism, tokens)
         kinds = {
-            "activations reduced": accumulation * (layers + head),
+            "activations reduced": accumulation * (layers + ends),
             "logits gathered": accumulation * logits,
             "gradients reduced": 2 * parallelism.passed(_partial_gradients(shape)),
         }
     else:
-        weights = sum(shape.shardable_bytes) + sum(shape.adapters_of_layers)
-        weights += end_bytes(shape) if shards.ends else 0
+        weights = 2 * (sum(shape.shardable_bytes) + sum(shape.adapters_of_layers)) + end_bytes(shape)
         kinds = {
-            "weights gathered": 2 * accumulation * parallelism.gathered_bytes(weights),
-            "gradients scattered": accumulation * parallelism.scattered_bytes(gradients),
+            "weights gathered": accumulation * parallelism.gathered_bytes(weights),
+            "gradients scattered": accumulation * parallelism.scattered_bytes(gradients, shape.trained_element),
             "gradients reduced": parallelism.reduced_bytes(gradients),
             "updated weights gathered": parallelism.renewed_bytes(gradients),
         }
@@ -54,8 +53,9 @@ def traffic(
 
 
 def end_bytes(shape: ModelShape) -> int:
-    """Of embeddings, head and norms that are not quantized."""
-    return shape.dense_bytes - (0 if shape.layer_codes else sum(shape.shardable_bytes))
+    """Of embedding and head, gathered in a microbatch: each once, and an embedding that is trained once more."""
+    codes = shape.code_bytes - sum(shape.layer_codes)
+    return sum(shape.dense_ends) + codes + shape.embedding_gradient_bytes
 
 
 def layer_reductions(shape: ModelShape, parallelism: Parallelism, tokens: int, policy: str) -> int:
@@ -65,12 +65,14 @@ def layer_reductions(shape: ModelShape, parallelism: Parallelism, tokens: int, p
     return (4 + again) * 2 * parallelism.passed(_hidden(shape, tokens))
 
 
-def head_reductions(shape: ModelShape, parallelism: Parallelism, tokens: int) -> tuple[int, int]:
-    """Logits, gathered, and the gradient of what they come from, summed: of a head that is divided."""
-    if shape.is_tied:
-        return 0, 0
+def end_reductions(shape: ModelShape, parallelism: Parallelism, tokens: int) -> tuple[int, int]:
+    """Of embedding and head that are divided by the vocabulary: logits, gathered; and what the embedding gives, and the
+    gradient of what the head takes, summed. Where they are quantized they are whole."""
+    embedding, head = shape.dense_ends
+    has_head = head > 0 or (shape.is_tied and embedding > 0)
     logits = tokens * shape.vocab_size * shape.element_size
-    return parallelism.passed(logits), 2 * parallelism.passed(_hidden(shape, tokens))
+    summed = (bool(embedding) + has_head) * 2 * parallelism.passed(_hidden(shape, tokens))
+    return parallelism.passed(logits) if has_head else 0, summed
 
 
 def between_stages(shape: ModelShape, parallelism: Parallelism, tokens: int) -> int:

@@ -143,6 +143,21 @@ class ModelShape:
         return tuple(block.gradient_bytes if self.adapter_bytes else 0 for block in self.blocks)
 
     @cached_property
+    def dense_ends(self) -> tuple[int, int]:
+        """Bytes of the embedding and of the head where they are not quantized; of a matrix that both are, once."""
+        matrix = self.vocab_size * self.hidden_size * self.element_size
+        dense = self.dense_bytes - (0 if self.layer_codes else sum(self.shardable_bytes))
+        head = 0 if self.head_is_quantized else matrix
+        if self.is_tied:
+            return head, 0
+        return matrix if dense >= matrix + head else 0, head
+
+    @property
+    def trained_element(self) -> int:
+        """Bytes of a number that is trained."""
+        return _FP32 if self.adapter_bytes else self.element_size
+
+    @cached_property
     def num_adapter(self) -> int:
         """Trained weights."""
         return sum(math.prod(shape) for shape in self.adapter_shapes)

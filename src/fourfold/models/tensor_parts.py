@@ -2,7 +2,7 @@
 
 Its `base_model_tp_plan` names linear layers that are divided by their outputs ("colwise") and by their inputs
 ("rowwise"): then each GPU has some of the attention's heads and of the MLP's columns, and a smaller model has the
-shapes of its part. Of the ends, the head is divided by its outputs, unless it is quantized or the embedding's.
+shapes of its part. Embedding and head are divided by the vocabulary, unless they are quantized.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fourfold.errors import ConfigError
 from fourfold.models.model_shape import ModelShape
 
-__all__ = ["divided_config", "with_divided_head"]
+__all__ = ["divided_config", "with_divided_ends"]
 
 _STYLES = {"colwise", "rowwise", "replicated_with_grad_allreduce"}
 _WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -57,16 +57,21 @@ def divided_config(config: Any, degree: int) -> Any:
     return divided
 
 
-def with_divided_head(shape: ModelShape, degree: int) -> ModelShape:
-    """The part's shape, with as much of the head as one GPU has."""
-    if shape.is_tied or shape.head_is_quantized:
-        return shape
-    head = shape.vocab_size * shape.hidden_size * shape.element_size
-    gone = head - -(-head // degree)
-    gradients = shape.head_gradient_bytes - -(-shape.head_gradient_bytes // degree)
+def with_divided_ends(shape: ModelShape, degree: int) -> ModelShape:
+    """The part's shape, with as much of embedding and head as one GPU has."""
+    rows = -(-shape.vocab_size // degree)
+    matrix = (shape.vocab_size, shape.hidden_size)
+    gone = sum(size - size * rows // shape.vocab_size for size in shape.dense_ends)
+    shapes = tuple((rows, shape.hidden_size) if one == matrix else one for one in shape.adapter_shapes)
+    trained = sum(map(math.prod, shapes)) * shape.trained_element
+    ends = shape.embedding_gradient_bytes, shape.head_gradient_bytes
+    embedding, head = (size * rows // shape.vocab_size for size in ends)
     return replace(
         shape,
         dense_bytes=shape.dense_bytes - gone,
-        gradient_bytes=shape.gradient_bytes - gradients,
-        head_gradient_bytes=shape.head_gradient_bytes - gradients,
+        adapter_shapes=shapes,
+        adapter_bytes=trained if shape.adapter_bytes else 0,
+        gradient_bytes=trained,
+        head_gradient_bytes=head,
+        embedding_gradient_bytes=embedding,
     )
