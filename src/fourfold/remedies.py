@@ -147,8 +147,9 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus
         shape = run_shape(changed)
         if num_gpus > 1:
             ways = parallelisms_of(num_gpus, config.distributed)
-            together = run_plan(changed, gpu, host_bytes, parallelisms=ways, shape=shape)
-            made = list((together.by_strategy or {ways[0].strategy: together}).items())
+            ways = [way for way in ways if way.keeps_weights or not streams]
+            together = run_plan(changed, gpu, host_bytes, parallelisms=ways, shape=shape) if ways else None
+            made = [] if together is None else list((together.by_strategy or {ways[0].strategy: together}).items())
         else:
             # A base streams where there is no memory to keep much else.
             names = [name for name in shape.policies if POLICIES[name].offload or not streams] or ["full"]

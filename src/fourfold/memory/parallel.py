@@ -102,6 +102,11 @@ class Parallelism:
         return self.strategy if self.offload == "none" else f"{self.strategy}, {self.offload} in host memory"
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether each GPU has all of them."""
+        return self.shards.divides == "rows" and not self.shards.weights
+
+    @property
     def row_groups(self) -> int:
         """Among how many the rows of a step are parted."""
         return self.num_gpus if self.shards.divides == "rows" else 1

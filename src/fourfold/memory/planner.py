@@ -69,15 +69,14 @@ def make_plan(
     plan = Plan(gpu, seq, None, None, None, 0, host_bytes)
     graphs = cuda_graphs if shape.is_fused else False
     step = Step(0, seq, (), cuda_graphs=graphs, streams=streams, eval_batch=eval_batch)
-    stay_whole = [way for way in parallelisms if way.shards.divides == "rows" and not way.shards.weights]
-    if streams and not stay_whole:
+    if streams and not any(way.keeps_weights for way in parallelisms):
         raise ConfigError("a base that is parted among GPUs does not stream", hint="leave stream_base out")
     known: dict[Any, float] = {}
     ways = [
         _Way(shape, gpu, rows, step, optimizer, parallelism, known)
         for optimizer in optimizers
-        for parallelism in (stay_whole if streams else parallelisms)
-        if _suits(optimizer, parallelism)
+        for parallelism in parallelisms
+        if _suits(optimizer, parallelism) and (parallelism.keeps_weights or streams is None)
     ]
     if not ways:
         raise ConfigError(

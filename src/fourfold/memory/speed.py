@@ -59,7 +59,7 @@ def step_seconds(
     # The head, forward and back, and its logits: written, read twice, written, read. A trained one has a gradient, too.
     passes = 6 if shape.head_gradient_bytes else 4
     divides_tensors = parallelism.shards.divides == "tensors"
-    logits = tokens * shape.vocab_size / (parallelism.num_gpus if divides_tensors and any(shape.dense_ends) else 1)
+    logits = tokens * shape.vocab_size / (shape.vocab_parts if any(shape.dense_ends) else 1)
     seconds += passes * logits * shape.hidden_size / matmul + 5 * logits * shape.element_size / memory
     # What is summed or gathered between a layer's products is waited for, and so are embeddings and head.
     waited = sum(end_reductions(shape, parallelism, tokens)) if divides_tensors else 0

@@ -87,6 +87,7 @@ class ModelShape:
         head_gradient_bytes: Of the output head and what else is trained behind the layers.
         embedding_gradient_bytes: Of the input embedding.
         is_tied: Whether these two are one.
+        vocab_parts: Among how many GPUs their rows are divided.
         ends: What is before and behind layers that are followed; None for fused blocks.
     """
 
@@ -109,6 +110,7 @@ class ModelShape:
     head_gradient_bytes: int = 0
     embedding_gradient_bytes: int = 0
     is_tied: bool = False
+    vocab_parts: int = 1
     ends: Ends | None = None
 
     @property
@@ -145,7 +147,7 @@ class ModelShape:
     @cached_property
     def dense_ends(self) -> tuple[int, int]:
         """Bytes of the embedding and of the head where they are not quantized; of a matrix that both are, once."""
-        matrix = self.vocab_size * self.hidden_size * self.element_size
+        matrix = -(-self.vocab_size // self.vocab_parts) * self.hidden_size * self.element_size
         dense = self.dense_bytes - (0 if self.layer_codes else sum(self.shardable_bytes))
         head = 0 if self.head_is_quantized else matrix
         if self.is_tied:

@@ -74,4 +74,5 @@ def with_divided_ends(shape: ModelShape, degree: int) -> ModelShape:
         gradient_bytes=trained,
         head_gradient_bytes=head,
         embedding_gradient_bytes=embedding,
+        vocab_parts=degree,
     )
