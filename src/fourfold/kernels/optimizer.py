@@ -32,10 +32,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fourfold.kernels.availability import say_once, triton_refuses
 from fourfold.kernels.optimizer_state import BLOCK_SIZE, MOMENTS, SMALLEST_ABSMAX, Hyperparameters, OptimizerState
+from fourfold.kernels.shards import sum_over
 
 __all__ = ["measure", "optimizer_step", "optimizer_step_reference"]
 
@@ -48,6 +49,7 @@ def optimizer_step(
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Update `state.params` and their state; sets `state.norm` and `state.scale`.
 
@@ -57,18 +59,19 @@ def optimizer_step(
         groups: Hyperparameters of each group.
         max_grad_norm: Gradients are clipped to this norm, all together; None or 0: never.
         loss: fp32 scalar on the device; where it is not finite the step changes nothing.
+        group: The processes that hold a part each of the parameters; None: they are whole. The norm is that of all.
     """
     if state.steps.device.type != "cpu":
         refusal = triton_refuses(state.steps)
         if refusal is None:
             from fourfold.kernels.optimizer_triton import optimizer_step_triton
 
-            optimizer_step_triton(state, grads, groups, max_grad_norm, loss)
+            optimizer_step_triton(state, grads, groups, max_grad_norm, loss, group)
             return
         say_once(
             logger, f"The optimizer runs in PyTorch, one parameter at a time, slower than by its kernel: {refusal}"
         )
-    optimizer_step_reference(state, grads, groups, max_grad_norm, loss)
+    optimizer_step_reference(state, grads, groups, max_grad_norm, loss, group)
 
 
 def optimizer_step_reference(
@@ -77,25 +80,33 @@ def optimizer_step_reference(
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """`optimizer_step` in PyTorch. It reads the scale, so on a GPU it waits for the device."""
-    measure(state.norm, state.scale, grads, max_grad_norm, loss)
+    measure(state.norm, state.scale, grads, max_grad_norm, loss, group)
     if state.scale.item() < 0:
         return
     steps = state.steps.tolist()
     for index, grad in enumerate(grads):
         if grad is not None:
             state.steps[index] += 1
-            group = groups[state.group_of[index]]
-            _update(state.params[index], grad.float() * state.scale, state, index, group, steps[index] + 1)
+            own = groups[state.group_of[index]]
+            _update(state.params[index], grad.float() * state.scale, state, index, own, steps[index] + 1)
 
 
 def measure(
-    norm: Tensor, scale: Tensor, grads: Sequence[Tensor | None], max_grad_norm: float | None, loss: Tensor | None
+    norm: Tensor,
+    scale: Tensor,
+    grads: Sequence[Tensor | None],
+    max_grad_norm: float | None,
+    loss: Tensor | None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Set `norm` to that of all gradients, and `scale` to what they are to be multiplied by, or -1: change nothing."""
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads if grad is not None]
     norm.copy_(torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(()))
+    if group is not None:
+        norm.copy_(sum_over(group, norm.double().square()).sqrt())
     finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     scale.copy_(torch.where(finite, ((max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0), -1.0))
 
