@@ -11,7 +11,7 @@ from typing import Any
 
 from fourfold.errors import ConfigError
 
-__all__ = ["OFFLOADS", "ZERO_OPTIMIZERS", "ZeroOptions", "deepspeed_config", "read_deepspeed_file"]
+__all__ = ["OFFLOADS", "ZERO_OPTIMIZERS", "ZeroOptions", "deepspeed_config", "read_deepspeed_file", "stage_of_file"]
 
 # `distributed_offload` -> the parts of ZeRO's configuration that wait in host memory
 OFFLOADS: dict[str, tuple[str, ...]] = {
@@ -23,7 +23,7 @@ OFFLOADS: dict[str, tuple[str, ...]] = {
 # `optim` -> what the Trainer makes of it. DeepSpeed gives an optimizer one flat fp32 tensor, a share of all parameters:
 # AdamW's state of it can be told by parameter again, factors and blocks of 8 bits cannot.
 ZERO_OPTIMIZERS: dict[str, str] = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",
     "adamw_torch": "adamw_torch",
     "adamw_torch_fused": "adamw_torch_fused",
 }
@@ -83,7 +83,8 @@ def deepspeed_config(options: ZeroOptions) -> dict[str, Any]:
         ConfigError: DeepSpeed is not installed.
     """
     require_deepspeed()
-    zero: dict[str, Any] = {"stage": options.stage}
+    # DeepSpeed's own bucket is 2 GB of the GPU's memory, and adapters' gradients are few.
+    zero: dict[str, Any] = {"stage": options.stage, "reduce_bucket_size": "auto"}
     for part in OFFLOADS[options.offload]:
         zero[part] = {"device": "cpu", "pin_memory": options.on_gpu}
     if options.stage == 3:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,6 +87,10 @@ class WholeState:
         """Give the optimizer what `optimizer` returned, tensors on the CPU."""
         optimizer.load_state_dict(state)
 
+    def head(self, lm_head: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The output layer, whole within: what the loss multiplies with."""
+        return nullcontext(lm_head)
+
 
 class DistributedRow(NamedTuple):
     """A way in which processes share a run.
@@ -96,6 +101,7 @@ class DistributedRow(NamedTuple):
         loads_on: Where the base is loaded to before that; None: the process's device.
         state: See `WholeState`.
         is_sharded: Whether a process has but a part of the weights, so that none computes alone.
+        zero_stage: Of DeepSpeed, which prepares the model, steps and clips then; None: it does not.
     """
 
     arguments: Mapping[str, Any] = {}
@@ -103,16 +109,47 @@ class DistributedRow(NamedTuple):
     loads_on: str | None = None
     state: Callable[[], WholeState] = WholeState
     is_sharded: bool = False
+    zero_stage: int | None = None
 
 
 # Each process has the whole model; gradients are averaged. Adapters' gradients are few: they go in one bucket, and no
 # buffer of a model of Transformers changes.
 _DDP = DistributedRow(arguments={"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False})
 
+
+
+# DeepSpeed is imported by its rows alone, where one is used.
+def _zero_state() -> WholeState:
+    from fourfold.training.zero import ZeroState
+
+    return ZeroState()
+
+
+def _prepare_for_zero(model: nn.Module, device: torch.device) -> None:
+    from fourfold.training.zero import prepare_for_zero
+
+    prepare_for_zero(model)
+
+
+def _prepare_for_zero2(model: nn.Module, device: torch.device) -> None:
+    from fourfold.training.zero import prepare_for_zero2
+
+    prepare_for_zero2(model)
+
+
+def _prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
+    from fourfold.training.zero import prepare_for_zero3
+
+    prepare_for_zero3(model)
+
+
 # `distributed` -> how. "auto" is the first.
 DISTRIBUTED: dict[str, DistributedRow] = {
     "ddp": _DDP,
     "fsdp2": DistributedRow(loads_on="cpu", is_sharded=True),
+    "zero1": DistributedRow(shard=_prepare_for_zero, state=_zero_state, zero_stage=1),
+    "zero2": DistributedRow(shard=_prepare_for_zero2, state=_zero_state, zero_stage=2),
+    "zero3": DistributedRow(shard=_prepare_for_zero3, state=_zero_state, is_sharded=True, zero_stage=3),
 }
 
 

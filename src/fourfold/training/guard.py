@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,18 @@ class StepGuard(TrainerCallback):
 
     Args:
         scaler: What scales the loss; None: nothing does.
+        total_norm: The norm of a model's gradients, where the optimizer is not ours.
 
     Attributes:
         skipped: Steps that were left out since the run began, or went on.
         seconds: Spent in optimizer steps, without evaluation and saving, since it was last set to 0.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler | None, total_norm: Callable[[nn.Module], Tensor]) -> None:
         self.seconds = 0.0
         self.skipped = 0
         self._scaler = scaler
+        self._total_norm = total_norm
         self._scale = 0.0
         self._began = 0.0
         self._losses: list[Tensor] = []
@@ -133,8 +135,7 @@ class StepGuard(TrainerCallback):
             own.watched_loss = losses.sum()
             return
         assert model is not None
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        self._report = self._send(losses, nn.utils.get_total_norm(grads), args, state)
+        self._report = self._send(losses, self._total_norm(model), args, state)
         self.check()
 
     def on_optimizer_step(

@@ -44,6 +44,7 @@ from fourfold.training.checkpoint import (
     shared_checkpoint,
     write_manifest,
 )
+from fourfold.training.distributed import WholeState
 from fourfold.training.guard import StepGuard, own_optimizer
 from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
 from fourfold.training.interrupt import (
@@ -89,17 +90,16 @@ class FourfoldTrainer(SFTTrainer):
     - A loss or gradient that is not finite raises TrainingError and never reaches the weights.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, whole_state: WholeState | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError(
-                "Sharded training is not supported", found="DeepSpeed or FSDP", allowed="one process or DDP"
-            )
+        self._whole = whole_state or WholeState()
+        if self.is_fsdp_enabled:
+            raise ConfigError("accelerate's FSDP is not supported", allowed="distributed: fsdp2")
         # compute_loss divides by the tokens of the whole step, so the Trainer has to count them and must
         # not divide by the number of microbatches.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # disable_tqdm chose it; progress is told by our own callback
-        self._guard = StepGuard(self.accelerator.scaler)
+        self._guard = StepGuard(self.accelerator.scaler, self._total_norm)
         self._interrupt = InterruptCallback()
         self.add_callback(self._guard)
         self.add_callback(self._interrupt)
@@ -146,7 +146,7 @@ class FourfoldTrainer(SFTTrainer):
         if hidden_states is None:
             return None
         lm_head = underlying(self.model).get_output_embeddings()
-        with self.accelerator.autocast():
+        with self._whole.head(lm_head) as lm_head, self.accelerator.autocast():
             return supervised_cross_entropy(
                 hidden_states, inputs["labels"], lm_head, inputs.get("supervised_positions")
             )
@@ -156,8 +156,8 @@ class FourfoldTrainer(SFTTrainer):
         base = underlying(self.model)
         hidden_states, logits = last_hidden_states(model, base, inputs)
         if self._head_is_plain is None:
-            with self.accelerator.autocast():
-                head = base.get_output_embeddings()(hidden_states[:, -1:].detach()).detach()
+            with self._whole.head(base.get_output_embeddings()) as lm_head, self.accelerator.autocast():
+                head = lm_head(hidden_states[:, -1:].detach()).detach()
             self._head_is_plain = logits_agree(logits.detach(), head)
             if not self._head_is_plain:
                 logger.info("%s scales or caps its logits; its own forward pass gives them", type(base).__name__)
@@ -178,6 +178,20 @@ class FourfoldTrainer(SFTTrainer):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._guard.begin([batch.pop(ROW_NUMBERS, []) for batch in batches])
         return batches, num_items
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        # The Trainer makes two groups, with and without weight decay, and adapters are all in one. DeepSpeed drops an
+        # empty group, so nobody has one: a checkpoint's groups are the same however the run is shared.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _total_norm(self, model: nn.Module) -> torch.Tensor:
+        """Norm of the step's gradients, where the optimizer is not ours."""
+        if self.deepspeed is not None:
+            # DeepSpeed has made the step by now, or left it out: then this is infinite.
+            return torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32, device=self.args.device)
+        return nn.utils.get_total_norm([value.grad for value in model.parameters() if value.grad is not None])
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
         # Ours clips within its step.
@@ -294,11 +308,13 @@ class FourfoldTrainer(SFTTrainer):
         self.store_flos()
         with shared_checkpoint(folder, self.accelerator, is_main=self.args.should_save) as partial:
             save_rng_state(partial, self.args.process_index)
+            weights = self._whole.weights(self.model)
+            optimizer_state = self._whole.optimizer(self.optimizer, self.model)
             if self.args.should_save:
                 save_changed_base(self.callback_handler.callbacks, partial)
-                self.model.save_pretrained(partial)
+                self.model.save_pretrained(partial, state_dict=weights)
                 self.processing_class.save_pretrained(partial)
-                states = (self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable())
+                states = (optimizer_state, self.lr_scheduler.state_dict(), self._whole.shapes(self.model))
                 save_optimizer_state(partial, *states, self.accelerator.scaler)
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
@@ -308,13 +324,20 @@ class FourfoldTrainer(SFTTrainer):
         if self.args.should_save and self.args.save_total_limit is not None:
             prune_checkpoints(folder.parent, keep=self.args.save_total_limit)
 
-    def _trainable(self) -> dict[str, torch.Size]:
-        return {name: value.shape for name, value in self.model.named_parameters() if value.requires_grad}
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The Trainer would look for DeepSpeed's own checkpoint, which is a pickle. Weights go into the model before
+        # DeepSpeed parts it, optimizer state into its parts afterwards.
+        self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
         path = Path(resume_from_checkpoint)
-        self._restored = load_optimizer_state(path, self._trainable(), self.accelerator.scaler)
+        self._restored = load_optimizer_state(path, self._whole.shapes(self.model), self.accelerator.scaler)
         if isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -324,7 +347,7 @@ class FourfoldTrainer(SFTTrainer):
         if checkpoint is None or self._restored is None:
             return
         optimizer_state, scheduler_state = self._restored
-        self.optimizer.load_state_dict(optimizer_state)
+        self._whole.load_optimizer(self.optimizer, self.model, optimizer_state)
         self.lr_scheduler.load_state_dict(scheduler_state)
         self._restored = None
         self._resuming = False
@@ -381,9 +404,13 @@ def trainer_arguments(
             hint="give an evaluation data set, or set eval_strategy: no",
         )
     keep_in_fp32(model, COMPUTE_DTYPES[options.compute_dtype])
+    arguments, row = to_sft_config(options), options.row
+    if row.shard is not None:
+        row.shard(model, arguments.device)
     return {
         "model": model,
-        "args": to_sft_config(options),
+        "args": arguments,
+        "whole_state": row.state(),
         "data_collator": NumberedCollator(collator),
         "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
         "eval_dataset": eval_dataset,

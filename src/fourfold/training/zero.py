@@ -10,22 +10,23 @@ import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fourfold.errors import CheckpointError, ConfigError
-from fourfold.models.block import FusedDecoderLayer
+from fourfold.models.block import keep_order
+from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.training.distributed import WholeState
 
-__all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero3", "whole_head"]
+__all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero2", "prepare_for_zero3", "whole_head"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def prepare_for_zero(model: nn.Module, device: torch.device) -> None:
+def prepare_for_zero(model: nn.Module) -> None:
     """Make sure that DeepSpeed can train what is trained of `model`.
 
     Raises:
@@ -40,7 +41,16 @@ def prepare_for_zero(model: nn.Module, device: torch.device) -> None:
             )
 
 
-def prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
+def prepare_for_zero2(model: nn.Module) -> None:
+    """`prepare_for_zero`; DeepSpeed then sums gradients over the processes in the order in which they arrive.
+
+    In another order on one of them, it would add those of different parameters.
+    """
+    prepare_for_zero(model)
+    keep_order(model)
+
+
+def prepare_for_zero3(model: nn.Module) -> None:
     """`prepare_for_zero`, and each decoder layer as one module whose parameters are gathered together.
 
     A fused block, and an adapter over a quantized layer, read parameters of modules that they do not call, so hooks on
@@ -48,22 +58,24 @@ def prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
     layer's input must have one.
 
     Raises:
-        ConfigError: A trained parameter is not fp32, or is the output layer's.
+        ConfigError: A trained parameter is not fp32, or is the output layer's; or there are no decoder layers.
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    prepare_for_zero(model, device)
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    prepare_for_zero(model)
+    base = underlying(model)  # type: ignore[arg-type]
+    head = base.get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
         raise ConfigError(
             "ZeRO-3 does not train the output layer, which the loss multiplies with in pieces",
             hint="leave it out of target_modules and modules_to_save, or give distributed: zero2",
         )
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    for module in model.modules():
-        if isinstance(module, FusedDecoderLayer) or type(module).__name__ in names:
-            set_z3_leaf_module(module, True)
-    model.enable_input_require_grads()  # type: ignore[operator]
+    layers = decoder_layers(base)
+    if layers is None:
+        raise ConfigError("no decoder layers to gather were found", found=type(base).__name__)
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    base.enable_input_require_grads()
 
 
 @contextmanager
@@ -100,6 +112,9 @@ class ZeroState(WholeState):
             if value.requires_grad
         }
 
+    def head(self, lm_head: nn.Module) -> AbstractContextManager[nn.Module]:
+        return whole_head(lm_head)
+
     def optimizer(self, optimizer: Any, model: nn.Module) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -109,7 +124,7 @@ class ZeroState(WholeState):
         moments = [name for name, value in kept.items() if value.dim()]
         groups = _groups(zero)
         state = {
-            index: {"step": kept["step"].detach().cpu()}
+            index: {"step": kept["step"].detach().cpu().clone()}
             | {name: safe_get_full_optimizer_state(param, name).cpu().contiguous() for name in moments}
             for index, param in enumerate(itertools.chain.from_iterable(groups))
         }
@@ -182,11 +197,10 @@ def _set_moment(param: nn.Parameter, value: Tensor, name: str) -> None:
     if not hasattr(param, "ds_id"):
         safe_set_full_optimizer_state(param, value.to(param.device), name)
         return
-    # The last partition is filled up, and DeepSpeed's own way of cutting does not see to it.
-    size = param.ds_tensor.ds_numel
-    parts = torch.zeros(param.ds_process_group.size() * size, dtype=value.dtype)
+    # The last partition is filled up, and `safe_set_full_optimizer_state` does not see to it.
+    size, rank = param.ds_tensor.ds_numel, param.ds_zero_partition_rank
+    parts = torch.zeros(param.ds_zero_partition_world_size * size, dtype=value.dtype)
     parts[: value.numel()] = value.flatten()
-    rank = param.ds_process_group.rank()
     safe_set_local_optimizer_state(param, parts[rank * size : (rank + 1) * size], name)
 
 
