@@ -63,9 +63,7 @@ def train(out: Path, name: str, distributed: str, resume: str | None = None, **k
     if "deepspeed" in options:
         options["deepspeed"] = Path(options["deepspeed"])
     adapted = model(fused)
-    trainer = tiny.trainer(
-        out / name, adapted, dataset=tiny.rows(40), eval_dataset=tiny.rows(6, seed=9), **options
-    )
+    trainer = tiny.trainer(out / name, adapted, dataset=tiny.rows(40), eval_dataset=tiny.rows(6, seed=9), **options)
     trainer.train(resume_from_checkpoint=resume)
     log = trainer.state.log_history
     held = {path: _held(value) for path, value in adapted.named_parameters() if ".layers.0.self_attn.q_proj" in path}

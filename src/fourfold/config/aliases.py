@@ -285,7 +285,6 @@ UNSUPPORTED: dict[str, str] = {
     "unfrozen_parameters": "name layers to train in full in modules_to_save",
     "tokens": "new tokens are not added: use a tokenizer that has them",
     "plugins": "there are no plugins: leave it out",
-    "deepspeed": _ONE_DEVICE,
     "fsdp": _ONE_DEVICE,
     "fsdp_config": _ONE_DEVICE,
     "device_map": "give device",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from fourfold.config.distributed import distributed_contradictions
 from fourfold.config.run import RunConfig
 from fourfold.data import DataOptions
 from fourfold.data.mixture import check_weights
@@ -19,6 +20,7 @@ from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
+from fourfold.training.deepspeed_config import stage_of_file
 from fourfold.training.methods import MethodOptions
 from fourfold.training.options import TrainingOptions
 
@@ -187,6 +189,29 @@ def method_options(config: RunConfig) -> MethodOptions:
     return MethodOptions(method=config.method, **chosen)
 
 
+def _distributed(config: RunConfig) -> str:
+    """How the run is shared: of a file of DeepSpeed's, by its stage. Raises ConfigError where that is another one."""
+    if config.deepspeed is None:
+        return config.distributed
+    of_file = f"zero{stage_of_file(Path(config.deepspeed))}"
+    if config.distributed not in ("auto", of_file):
+        raise ConfigError(
+            f"{config.deepspeed} is of another stage",
+            found=f"{of_file}, distributed: {config.distributed}",
+            hint="leave distributed out",
+        )
+    # What contradicts this stage is told as if the key had been given.
+    found = [f"{each.what}; {each.hint}" for each in distributed_contradictions(_with(config, distributed=of_file))]
+    if found:
+        raise ConfigError(f"{config.deepspeed} does not fit this run", found="\n".join(found))
+    return of_file
+
+
+def _with(config: RunConfig, **keys: Any) -> RunConfig:
+    copy: RunConfig = config.model_copy(update=keys)
+    return copy
+
+
 def training_options(config: RunConfig) -> TrainingOptions:
     """Raises ConfigError for a tracker in report_to that is not installed."""
     missing = [name for name in config.report_to if find_spec(name) is None]
@@ -232,6 +257,9 @@ def training_options(config: RunConfig) -> TrainingOptions:
         dataloader_num_workers=config.dataloader_num_workers,
         group_by_length=config.group_by_length,
         use_cpu=device(config).type == "cpu",
-        distributed=config.distributed,
+        distributed=_distributed(config),
         ddp_timeout=config.ddp_timeout,
+        distributed_offload=config.distributed_offload,
+        deepspeed=None if config.deepspeed is None else Path(config.deepspeed),
+        model_dtype=str(compute_dtype(config)).removeprefix("torch."),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def fused_block(x: Tensor, block: Block, in_order: bool = False) -> Tensor:
             and not in one that autograd's queue happens to make of gradients that are there at once.
     """
     if block.needs_gradients(x):
-        parameters = block.parameters()
+        parameters: Sequence[Tensor] = block.parameters()
         if in_order:
             # A node each, later ones first: as those of the layers' own products.
             parameters = [parameter.view_as(parameter) for parameter in parameters]

@@ -117,7 +117,6 @@ class DistributedRow(NamedTuple):
 _DDP = DistributedRow(arguments={"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False})
 
 
-
 # DeepSpeed is imported by its rows alone, where one is used.
 def _zero_state() -> WholeState:
     from fourfold.training.zero import ZeroState
@@ -131,12 +130,6 @@ def _prepare_for_zero(model: nn.Module, device: torch.device) -> None:
     prepare_for_zero(model)
 
 
-def _prepare_for_zero2(model: nn.Module, device: torch.device) -> None:
-    from fourfold.training.zero import prepare_for_zero2
-
-    prepare_for_zero2(model)
-
-
 def _prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
     from fourfold.training.zero import prepare_for_zero3
 
@@ -148,7 +141,7 @@ DISTRIBUTED: dict[str, DistributedRow] = {
     "ddp": _DDP,
     "fsdp2": DistributedRow(loads_on="cpu", is_sharded=True),
     "zero1": DistributedRow(shard=_prepare_for_zero, state=_zero_state, zero_stage=1),
-    "zero2": DistributedRow(shard=_prepare_for_zero2, state=_zero_state, zero_stage=2),
+    "zero2": DistributedRow(shard=_prepare_for_zero, state=_zero_state, zero_stage=2),
     "zero3": DistributedRow(shard=_prepare_for_zero3, state=_zero_state, is_sharded=True, zero_stage=3),
 }
 

@@ -21,13 +21,16 @@ from fourfold.models.block import keep_order
 from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.training.distributed import WholeState
 
-__all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero2", "prepare_for_zero3", "whole_head"]
+__all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero3", "whole_head"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def prepare_for_zero(model: nn.Module) -> None:
     """Make sure that DeepSpeed can train what is trained of `model`.
+
+    DeepSpeed sums gradients over the processes in the order in which they arrive. In another order on one of them it
+    would add those of different parameters, so fused blocks keep to one.
 
     Raises:
         ConfigError: A trained parameter is not fp32: DeepSpeed joins all of them to one tensor.
@@ -39,14 +42,6 @@ def prepare_for_zero(model: nn.Module) -> None:
                 found=f"{name}: {parameter.dtype}",
                 hint="leave modules_to_save out, or give distributed: ddp",
             )
-
-
-def prepare_for_zero2(model: nn.Module) -> None:
-    """`prepare_for_zero`; DeepSpeed then sums gradients over the processes in the order in which they arrive.
-
-    In another order on one of them, it would add those of different parameters.
-    """
-    prepare_for_zero(model)
     keep_order(model)
 
 
@@ -63,7 +58,7 @@ def prepare_for_zero3(model: nn.Module) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     prepare_for_zero(model)
-    base = underlying(model)  # type: ignore[arg-type]
+    base = underlying(model)
     head = base.get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
         raise ConfigError(
@@ -130,7 +125,8 @@ class ZeroState(WholeState):
         }
         numbers = itertools.count()
         param_groups = [
-            {key: value for key, value in group.items() if key != "params"} | {"params": [next(numbers) for _ in params]}
+            {key: value for key, value in group.items() if key != "params"}
+            | {"params": [next(numbers) for _ in params]}
             for group, params in zip(client.param_groups, groups, strict=True)
         ]
         return {"state": state, "param_groups": param_groups}
@@ -180,7 +176,7 @@ def _fitting(number: int, param: nn.Parameter, saved: Mapping[str, Any] | None) 
         return {}
     shape = list(getattr(param, "ds_shape", param.shape))
     found = {name: list(torch.as_tensor(value).shape) for name, value in saved.items()}
-    wanted = {"step": []} | {name: shape for name in _MOMENTS}
+    wanted = {"step": []} | dict.fromkeys(_MOMENTS, shape)
     if found != wanted:
         raise CheckpointError(
             f"The optimizer's state of parameter {number} does not fit",
@@ -191,7 +187,7 @@ def _fitting(number: int, param: nn.Parameter, saved: Mapping[str, Any] | None) 
     return saved
 
 
-def _set_moment(param: nn.Parameter, value: Tensor, name: str) -> None:
+def _set_moment(param: Any, value: Tensor, name: str) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if not hasattr(param, "ds_id"):
