@@ -19,6 +19,7 @@ from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
+from fourfold.training.distributed import distributed_row, processes
 from fourfold.training.methods import MethodOptions
 from fourfold.training.options import TrainingOptions
 
@@ -97,13 +98,22 @@ def quantization(config: RunConfig) -> FourfoldConfig | None:
     )
 
 
-def load_options(config: RunConfig, *, for_training: bool = False, streams: bool = False) -> dict[str, Any]:
-    """The keyword arguments of `load_model`; `streams`: what is loaded is given to `stream_options` then."""
+def load_options(
+    config: RunConfig, *, for_training: bool = False, streams: bool = False, is_shared: bool = False
+) -> dict[str, Any]:
+    """The keyword arguments of `load_model`.
+
+    Args:
+        streams: What is loaded is given to `stream_options` then.
+        is_shared: It is shared by the processes of the run.
+    """
+    row = distributed_row(config.distributed, processes().count)
+    # So that no moment holds on the GPU a base that streams, or one of which a process keeps its share.
+    waits = (streams and config.stream_base) or (is_shared and row.loads_on == "cpu")
     return {
         "quantization": quantization(config),
         "dtype": compute_dtype(config, for_training=for_training),
-        # So that no moment holds a base that streams on the GPU.
-        "device": torch.device("cpu") if streams and config.stream_base else device(config),
+        "device": torch.device("cpu") if waits else device(config),
         "revision": config.model_revision,
         "attn_implementation": config.attn_implementation,
         "num_labels": 1 if config.method == "reward" else None,

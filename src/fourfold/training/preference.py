@@ -31,6 +31,7 @@ from fourfold.data.preference import (
     PairCollator,
 )
 from fourfold.errors import ConfigError
+from fourfold.models.sharding import gathered_head
 from fourfold.models.underlying import underlying
 from fourfold.training.batches import ROW_NUMBERS, Collator
 from fourfold.training.checkpoint import find_checkpoint
@@ -107,7 +108,7 @@ class PreferenceTrainer(FourfoldTrainer):
             labels, positions = batch["labels"], batch.get("supervised_positions")
         base = underlying(self.model)
         hidden = self.hidden_states(model, batch) if takes_logits_to_keep(base) else None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), gathered_head(base):
             if hidden is None:
                 logits = model(**model_inputs(base, batch), use_cache=False).logits
                 return losses_of_logits(logits, labels, positions)
