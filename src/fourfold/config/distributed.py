@@ -81,6 +81,24 @@ def _sharded_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "gives no answers while it is sharded",
             "leave it out, and give it to `fourfold evaluate` when the run has ended",
         ),
+        (
+            "init_lora_weights",
+            isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian",
+            "cannot be written once it is sharded, and this initialisation changes it",
+            "leave init_lora_weights out, or give distributed: ddp",
+        ),
+        (
+            "optim",
+            config.optim in ("adafactor", "adamw_torch", "adamw_torch_fused"),
+            "has optimizers over shards among adamw_... and lion_... alone",
+            "give optim: adamw, or leave it out",
+        ),
+        (
+            "bnb_4bit_compute_dtype",
+            config.bnb_4bit_compute_dtype == "float16",
+            "is not trained with a scaled loss",
+            "give bnb_4bit_compute_dtype: bfloat16",
+        ),
     ):
         if is_set:
             yield Contradiction(

@@ -38,7 +38,7 @@ from fourfold.kernels.availability import say_once, triton_refuses
 from fourfold.kernels.optimizer_state import BLOCK_SIZE, MOMENTS, SMALLEST_ABSMAX, Hyperparameters, OptimizerState
 from fourfold.kernels.shards import sum_over
 
-__all__ = ["measure", "optimizer_step", "optimizer_step_reference"]
+__all__ = ["decode_moment", "encode_moment", "measure", "optimizer_step", "optimizer_step_reference"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _update(
         moments = [views[name] for name in MOMENTS[state.rule]]
     else:
         numbered = [(views[f"state{n}"], views[f"absmax{n}"]) for n in range(1, len(MOMENTS[state.rule]) + 1)]
-        moments = [_decode(*each, points) for each, points in zip(numbered, state.maps, strict=False)]
+        moments = [decode_moment(*each, points) for each, points in zip(numbered, state.maps, strict=False)]
     updated = param.float()  # the parameter itself where it is fp32
     # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
     updated.sub_(updated, alpha=group.lr * group.weight_decay)
@@ -163,9 +163,19 @@ def _blocks(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
 
 
-def _decode(codes: Tensor, absmax: Tensor, points: Tensor) -> Tensor:
+def decode_moment(codes: Tensor, absmax: Tensor, points: Tensor) -> Tensor:
+    """fp32 values, of the shape of `codes`, of an 8-bit moment; `absmax` has one scale a block, `points` its map."""
     values = points[_blocks(codes).int()] * absmax[:, None]
     return values.view(-1)[: codes.numel()].view(codes.shape)
+
+
+def encode_moment(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 of the shape of `values`, and scales, fp32, of a moment: the nearest of `points`, blockwise."""
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    absmax = torch.empty(-(-values.numel() // BLOCK_SIZE), dtype=torch.float32, device=values.device)
+    if values.numel():
+        _encode(values, codes, absmax, torch.cat([(points[1:] + points[:-1]) / 2, points.new_full((1,), -math.inf)]))
+    return codes, absmax
 
 
 def _encode(values: Tensor, codes: Tensor, absmax: Tensor, thresholds: Tensor) -> None:

@@ -52,6 +52,8 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     base = underlying(model)  # type: ignore[arg-type]
+    if _is_root(base):
+        return
     _require_shardable(base)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Frozen vectors are needed by passes in which nothing else of their group is.

@@ -1,9 +1,8 @@
-"""Several processes in one run: who they are, how they share the model, and what each must not do alone.
+"""How several processes share a run, a row for each way.
 
-torchrun, accelerate or SLURM start the processes and name them in the environment; accelerate's `PartialState` joins
-them into one group, and the Trainer finds that. A run of one process is the same code with nothing to share.
-
-How a model is shared is a row of `DISTRIBUTED`. A row says three things:
+torchrun, accelerate or SLURM start the processes and name them in the environment (`processes`); accelerate's
+`PartialState` joins them into one group, and the Trainer finds that. A run of one process is the same code with nothing
+to share. A row of `DISTRIBUTED` says three things:
 
 - `arguments`: fields of the Trainer's arguments (`ddp_...`, `deepspeed`), for what the Trainer and accelerate do by
   themselves when they prepare the model.
@@ -14,82 +13,19 @@ How a model is shared is a row of `DISTRIBUTED`. A row says three things:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fourfold.errors import ConfigError
+from fourfold.models.sharding import shard_model
+from fourfold.training.fsdp import ShardedState
+from fourfold.training.processes import Processes, processes
+from fourfold.training.whole_state import WholeState
 
 __all__ = ["DISTRIBUTED", "DistributedRow", "Processes", "WholeState", "distributed_row", "processes"]
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of the run.
-
-    Attributes:
-        rank: Its number; 0 is the main process, the only one that writes and tells.
-        local_rank: Its number on this machine, and that of its GPU.
-        count: How many there are.
-        local_count: How many of them are on this machine.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    count: int = 1
-    local_count: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def are_several(self) -> bool:
-        return self.count > 1
-
-
-def processes() -> Processes:
-    """What the environment says, by torchrun's names; one process where it says nothing."""
-    names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "count": "WORLD_SIZE", "local_count": "LOCAL_WORLD_SIZE"}
-    try:
-        return Processes(**{key: int(os.environ[name]) for key, name in names.items() if name in os.environ})
-    except ValueError as error:
-        raise ConfigError(
-            "the environment does not say which process this is", found=error, hint="start the run with torchrun"
-        ) from error
-
-
-class WholeState:
-    """Weights and optimizer state as a checkpoint holds them, where each process has them whole: one, and DDP.
-
-    All processes call each method, together. What is returned counts on the main process alone.
-    """
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
-        """The `state_dict` for `model.save_pretrained`; None: the model's own."""
-        return None
-
-    def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
-        """Name and shape of each trained parameter, in the optimizer's order."""
-        return {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
-
-    def optimizer(self, optimizer: Any, model: nn.Module) -> dict[str, Any]:
-        """The optimizer's `state_dict`, with the state of whole parameters."""
-        state: dict[str, Any] = optimizer.state_dict()
-        return state
-
-    def load_optimizer(self, optimizer: Any, model: nn.Module, state: dict[str, Any]) -> None:
-        """Give the optimizer what `optimizer` returned, tensors on the CPU."""
-        optimizer.load_state_dict(state)
-
-    def head(self, lm_head: nn.Module) -> AbstractContextManager[nn.Module]:
-        """The output layer, whole within: what the loss multiplies with."""
-        return nullcontext(lm_head)
 
 
 class DistributedRow(NamedTuple):
@@ -98,10 +34,11 @@ class DistributedRow(NamedTuple):
     Attributes:
         arguments: Fields of TRL's SFTConfig.
         shard: What is done to the model, adapters on it, on the device given: in place, before the trainer is made.
+            accelerate is told that the model is prepared then, unless DeepSpeed is to do it.
         loads_on: Where the base is loaded to before that; None: the process's device.
         state: See `WholeState`.
         is_sharded: Whether a process has but a part of the weights, so that none computes alone.
-        zero_stage: Of DeepSpeed, which prepares the model, steps and clips then; None: it does not.
+        zero_stage: Of DeepSpeed, which prepares the model after that, clips and steps; None: it does not.
     """
 
     arguments: Mapping[str, Any] = {}
@@ -117,7 +54,7 @@ class DistributedRow(NamedTuple):
 _DDP = DistributedRow(arguments={"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False})
 
 
-# DeepSpeed is imported by its rows alone, where one is used.
+# DeepSpeed is imported where its rows are used, and nowhere else.
 def _zero_state() -> WholeState:
     from fourfold.training.zero import ZeroState
 
@@ -139,7 +76,7 @@ def _prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
 # `distributed` -> how. "auto" is the first.
 DISTRIBUTED: dict[str, DistributedRow] = {
     "ddp": _DDP,
-    "fsdp2": DistributedRow(loads_on="cpu", is_sharded=True),
+    "fsdp2": DistributedRow(shard=shard_model, loads_on="cpu", state=ShardedState, is_sharded=True),
     "zero1": DistributedRow(shard=_prepare_for_zero, state=_zero_state, zero_stage=1),
     "zero2": DistributedRow(shard=_prepare_for_zero, state=_zero_state, zero_stage=2),
     "zero3": DistributedRow(shard=_prepare_for_zero3, state=_zero_state, is_sharded=True, zero_stage=3),

@@ -8,7 +8,8 @@ decoded, joined and encoded anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,15 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel
 
 from fourfold.errors import CheckpointError
-from fourfold.kernels.blockwise_state import decode_state, encode_state
+from fourfold.kernels.optimizer import decode_moment, encode_moment
 from fourfold.kernels.optimizer_state import BLOCK_SIZE
 from fourfold.kernels.shards import is_sharded, local_part
+from fourfold.models.sharding import gathered_head
 from fourfold.optimizers.maps import state_maps
-from fourfold.training.distributed import WholeState
+from fourfold.training.whole_state import WholeState
 
 __all__ = ["ShardedState", "gather_rows", "own_rows"]
 
@@ -78,11 +81,21 @@ class ShardedState(WholeState):
     elsewhere."""
 
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
-        wanted = model.named_parameters() if isinstance(model, PeftModel) else model.state_dict().items()
-        named = [(name, value) for name, value in wanted if value.requires_grad or not isinstance(model, PeftModel)]
-        return _on_main((name, _whole(value)) for name, value in named)
+        if isinstance(model, PeftModel):
+            trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+            return _on_main((name, _whole(value)) for name, value in trained)
+        # A tensor that has two names is gathered once, and stays one.
+        named = model.state_dict()
+        first = {local_part(value).data_ptr(): name for name, value in reversed(named.items())}
+        whole = _on_main((name, _whole(named[name])) for name in dict.fromkeys(first.values()))
+        return {name: whole[first[local_part(value).data_ptr()]] for name, value in named.items()} if whole else whole
 
-    def load_weights(self, model: nn.Module, folder: Path) -> None:
+    @contextlib.contextmanager
+    def head(self, base: PreTrainedModel) -> Iterator[nn.Module]:
+        with gathered_head(base):
+            yield base.get_output_embeddings()
+
+    def load_weights(self, model: nn.Module, folder: Path) -> bool:
         """Give an adapted model the adapter of a checkpoint.
 
         Raises:
@@ -110,6 +123,7 @@ class ShardedState(WholeState):
                 rows = Rows.of(target) if is_sharded(target) else None
                 part = source if rows is None else own_rows(source, rows.counts, rows.rank)
                 local_part(target).copy_(part)
+        return True
 
     def optimizer(self, optimizer: Any, model: nn.Module) -> dict[str, Any]:
         saved: dict[str, Any] = optimizer.state_dict()
@@ -164,9 +178,11 @@ def _whole_state(parameter: Tensor, state: Mapping[str, Tensor]) -> dict[str, Te
         if name == "step":
             whole[name] = state.get(name, torch.zeros((), device=part.device)).clone()
         elif name.startswith("absmax"):
-            whole[name] = gather_rows(state.get(name, part.new_empty(0, dtype=dtype)), rows.blocks())
+            own = state.get(name, part.new_empty(0, dtype=dtype))
+            whole[name] = gather_rows(own.to(part.device), rows.blocks())
         else:
-            whole[name] = gather_rows(state.get(name, part.new_empty(part.shape, dtype=dtype)), rows.counts)
+            own = state.get(name, part.new_empty(part.shape, dtype=dtype))
+            whole[name] = gather_rows(own.to(part.device), rows.counts)
     if rows.end_with_blocks:
         return whole
     return _converted(whole, rows, of_parts=True)
@@ -201,8 +217,8 @@ def _converted(state: Mapping[str, Tensor], rows: Rows, *, of_parts: bool) -> di
         points = state_maps(codes.device)[number - 1]
         counts, blocks = (rows.counts, rows.blocks()) if of_parts else ([len(codes)], [len(absmax)])
         parts = zip(codes.split(counts), absmax.split(blocks), strict=True)
-        values = torch.cat([decode_state(*each, points) for each in parts])
-        encoded = [encode_state(part, points) for part in ([values] if of_parts else values.split(rows.counts))]
+        values = torch.cat([decode_moment(*each, points) for each in parts])
+        encoded = [encode_moment(part, points) for part in ([values] if of_parts else values.split(rows.counts))]
         converted[f"state{number}"] = torch.cat([each for each, _ in encoded])
         converted[f"absmax{number}"] = torch.cat([each for _, each in encoded])
     return converted

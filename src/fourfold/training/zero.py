@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.block import keep_order
 from fourfold.models.underlying import decoder_layers, underlying
-from fourfold.training.distributed import WholeState
+from fourfold.training.whole_state import WholeState
 
 __all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero3", "whole_head"]
 
@@ -107,8 +108,8 @@ class ZeroState(WholeState):
             if value.requires_grad
         }
 
-    def head(self, lm_head: nn.Module) -> AbstractContextManager[nn.Module]:
-        return whole_head(lm_head)
+    def head(self, base: PreTrainedModel) -> AbstractContextManager[nn.Module]:
+        return whole_head(base.get_output_embeddings())
 
     def optimizer(self, optimizer: Any, model: nn.Module) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
