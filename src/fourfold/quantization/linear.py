@@ -67,6 +67,11 @@ class QuantizedWeight:
         self._rest = replace(value, codes=value.codes[:0])
         self.number_format = value.format
 
+    def move_scales(self, device: torch.device) -> None:
+        """Bring everything but the codes to `device`, where whoever shards the codes brings them."""
+        if self._rest is not None:
+            self._rest = self._rest.to(device)
+
     def stream_from(self, streamed: Streamed) -> None:
         """From here on, compute with what `streamed` gives: the same weight as this module's, which stays."""
         self.streamed, self._computes_on = streamed, streamed.device

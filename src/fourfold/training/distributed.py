@@ -1,9 +1,8 @@
-"""Several processes in one run: who they are, how they share the model, and what each must not do alone.
+"""How several processes share a run, a row for each way.
 
-torchrun, accelerate or SLURM start the processes and name them in the environment; accelerate's `PartialState` joins
-them into one group, and the Trainer finds that. A run of one process is the same code with nothing to share.
-
-How a model is shared is a row of `DISTRIBUTED`. A row says three things:
+torchrun, accelerate or SLURM start the processes and name them in the environment (`processes`); accelerate's
+`PartialState` joins them into one group, and the Trainer finds that. A run of one process is the same code with nothing
+to share. A row of `DISTRIBUTED` says three things:
 
 - `arguments`: fields of the Trainer's arguments (`ddp_...`, `deepspeed`), for what the Trainer and accelerate do by
   themselves when they prepare the model.
@@ -14,77 +13,19 @@ How a model is shared is a row of `DISTRIBUTED`. A row says three things:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fourfold.errors import ConfigError
+from fourfold.models.sharding import shard_model
+from fourfold.training.fsdp import ShardedState
+from fourfold.training.processes import Processes, processes
+from fourfold.training.whole_state import WholeState
 
 __all__ = ["DISTRIBUTED", "DistributedRow", "Processes", "WholeState", "distributed_row", "processes"]
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of the run.
-
-    Attributes:
-        rank: Its number; 0 is the main process, the only one that writes and tells.
-        local_rank: Its number on this machine, and that of its GPU.
-        count: How many there are.
-        local_count: How many of them are on this machine.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    count: int = 1
-    local_count: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def are_several(self) -> bool:
-        return self.count > 1
-
-
-def processes() -> Processes:
-    """What the environment says, by torchrun's names; one process where it says nothing."""
-    names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "count": "WORLD_SIZE", "local_count": "LOCAL_WORLD_SIZE"}
-    try:
-        return Processes(**{key: int(os.environ[name]) for key, name in names.items() if name in os.environ})
-    except ValueError as error:
-        raise ConfigError(
-            "the environment does not say which process this is", found=error, hint="start the run with torchrun"
-        ) from error
-
-
-class WholeState:
-    """Weights and optimizer state as a checkpoint holds them, where each process has them whole: one, and DDP.
-
-    All processes call each method, together. What is returned counts on the main process alone.
-    """
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
-        """The `state_dict` for `model.save_pretrained`; None: the model's own."""
-        return None
-
-    def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
-        """Name and shape of each trained parameter, in the optimizer's order."""
-        return {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
-
-    def optimizer(self, optimizer: Any, model: nn.Module) -> dict[str, Any]:
-        """The optimizer's `state_dict`, with the state of whole parameters."""
-        state: dict[str, Any] = optimizer.state_dict()
-        return state
-
-    def load_optimizer(self, optimizer: Any, model: nn.Module, state: dict[str, Any]) -> None:
-        """Give the optimizer what `optimizer` returned, tensors on the CPU."""
-        optimizer.load_state_dict(state)
 
 
 class DistributedRow(NamedTuple):
@@ -93,9 +34,11 @@ class DistributedRow(NamedTuple):
     Attributes:
         arguments: Fields of TRL's SFTConfig.
         shard: What is done to the model, adapters on it, on the device given: in place, before the trainer is made.
+            accelerate is told that the model is prepared then, unless DeepSpeed is to do it.
         loads_on: Where the base is loaded to before that; None: the process's device.
         state: See `WholeState`.
         is_sharded: Whether a process has but a part of the weights, so that none computes alone.
+        zero_stage: Of DeepSpeed, which prepares the model after that, clips and steps; None: it does not.
     """
 
     arguments: Mapping[str, Any] = {}
@@ -103,16 +46,40 @@ class DistributedRow(NamedTuple):
     loads_on: str | None = None
     state: Callable[[], WholeState] = WholeState
     is_sharded: bool = False
+    zero_stage: int | None = None
 
 
 # Each process has the whole model; gradients are averaged. Adapters' gradients are few: they go in one bucket, and no
 # buffer of a model of Transformers changes.
 _DDP = DistributedRow(arguments={"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False})
 
+
+# DeepSpeed is imported where its rows are used, and nowhere else.
+def _zero_state() -> WholeState:
+    from fourfold.training.zero import ZeroState
+
+    return ZeroState()
+
+
+def _prepare_for_zero(model: nn.Module, device: torch.device) -> None:
+    from fourfold.training.zero import prepare_for_zero
+
+    prepare_for_zero(model)
+
+
+def _prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
+    from fourfold.training.zero import prepare_for_zero3
+
+    prepare_for_zero3(model)
+
+
 # `distributed` -> how. "auto" is the first.
 DISTRIBUTED: dict[str, DistributedRow] = {
     "ddp": _DDP,
-    "fsdp2": DistributedRow(loads_on="cpu", is_sharded=True),
+    "fsdp2": DistributedRow(shard=shard_model, loads_on="cpu", state=ShardedState, is_sharded=True),
+    "zero1": DistributedRow(shard=_prepare_for_zero, state=_zero_state, zero_stage=1),
+    "zero2": DistributedRow(shard=_prepare_for_zero, state=_zero_state, zero_stage=2),
+    "zero3": DistributedRow(shard=_prepare_for_zero3, state=_zero_state, is_sharded=True, zero_stage=3),
 }
 
 

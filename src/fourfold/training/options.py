@@ -16,6 +16,13 @@ from fourfold.errors import ConfigError
 from fourfold.optimizers import Adafactor, AdamW, Lion
 from fourfold.optimizers.base import OwnOptimizer
 from fourfold.optimizers.moments import MomentOptimizer
+from fourfold.training.deepspeed_config import (
+    OFFLOADS,
+    ZERO_OPTIMIZERS,
+    ZeroOptions,
+    deepspeed_config,
+    read_deepspeed_file,
+)
 from fourfold.training.distributed import DistributedRow, distributed_row, processes
 
 __all__ = [
@@ -105,6 +112,9 @@ class TrainingOptions:
         use_cpu: None takes an accelerator where there is one.
         distributed: "auto" or a key of `fourfold.training.distributed.DISTRIBUTED`.
         ddp_timeout: Seconds that a process waits for the others.
+        distributed_offload: A key of `OFFLOADS`: what of ZeRO waits in host memory.
+        deepspeed: The user's own configuration of DeepSpeed, JSON; None: it is made from these options.
+        model_dtype: What the model computes in; DeepSpeed's file must not say otherwise.
 
     Raises:
         ConfigError: A value is out of its range or not in its table.
@@ -138,6 +148,9 @@ class TrainingOptions:
     use_cpu: bool | None = None
     distributed: str = "auto"
     ddp_timeout: int = 600
+    distributed_offload: str = "none"
+    deepspeed: Path | None = None
+    model_dtype: str = "bfloat16"
 
     @property
     def row(self) -> DistributedRow:
@@ -150,6 +163,7 @@ class TrainingOptions:
         _require_known("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _require_known("eval_strategy", self.eval_strategy, STRATEGIES)
         _require_known("save_strategy", self.save_strategy, STRATEGIES)
+        _require_known("distributed_offload", self.distributed_offload, OFFLOADS)
         for key in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -210,7 +224,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         # The Trainer knows no name for ours, which `own_optimizer_arguments` hands it as a class.
-        optim="adamw_torch" if OPTIMIZERS[options.optim] else options.optim,
+        optim=_trainer_optimizer(options),
         logging_strategy="steps",
         logging_steps=options.logging_steps,
         logging_first_step=True,
@@ -234,6 +248,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         average_tokens_across_devices=True,
         ddp_timeout=options.ddp_timeout,
         **options.row.arguments,
+        **_deepspeed(options, on_gpu=not use_cpu),
         disable_tqdm=True,
         remove_unused_columns=False,
         packing=False,
@@ -264,9 +279,46 @@ def keep_in_fp32(model: nn.Module, switches: dict[str, bool]) -> None:
 def own_optimizer_arguments(options: TrainingOptions) -> tuple[type[OwnOptimizer], dict[str, Any]] | None:
     """The Trainer's `optimizer_cls_and_kwargs` where the optimizer is ours; None where the Trainer makes it."""
     row = OPTIMIZERS[options.optim]
-    if row is None:
+    if row is None or options.row.zero_stage is not None:
         return None
     return row.optimizer, {"lr": options.learning_rate, "max_grad_norm": options.max_grad_norm, **row.arguments()}
+
+
+def _trainer_optimizer(options: TrainingOptions) -> str:
+    """The Trainer's name of the optimizer; of ours, one that is not asked for.
+
+    Raises:
+        ConfigError: DeepSpeed's ZeRO cannot step it.
+    """
+    if options.row.zero_stage is None:
+        return "adamw_torch" if OPTIMIZERS[options.optim] else options.optim
+    if options.optim not in ZERO_OPTIMIZERS:
+        raise ConfigError(
+            "this optimizer's state cannot be partitioned by ZeRO",
+            found=f"optim: {options.optim}, distributed: {options.distributed}",
+            allowed=ZERO_OPTIMIZERS,
+            hint="its state is divided over the GPUs as it is; distributed_offload: optimizer moves it to host memory",
+        )
+    return ZERO_OPTIMIZERS[options.optim]
+
+
+def _deepspeed(options: TrainingOptions, *, on_gpu: bool) -> dict[str, Any]:
+    """The Trainer's `deepspeed`, where DeepSpeed prepares the model."""
+    stage = options.row.zero_stage
+    if stage is None:
+        return {}
+    zero = ZeroOptions(
+        stage=stage,
+        offload=options.distributed_offload,
+        num_processes=processes().count,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        max_grad_norm=options.max_grad_norm,
+        computes_in_bf16=options.model_dtype == "bfloat16",
+        on_gpu=on_gpu,
+    )
+    path = options.deepspeed
+    return {"deepspeed": deepspeed_config(zero) if path is None else read_deepspeed_file(path, zero)}
 
 
 def _recomputation(on: bool) -> dict[str, Any]:
