@@ -24,6 +24,7 @@ from fourfold.planning import (
     find_gpus,
     find_host,
     kept_to,
+    parallelism_in_force,
     plan,
     plan_for_training,
     step_down,
@@ -247,7 +248,7 @@ def test_several_gpus_are_told_as_one_with_every_strategy_beside_the_chosen_one(
         assert "> ddp" in told.stdout
         for name in STRATEGIES:
             assert f"\n{name}" in told.stdout or f"> {name}" in told.stdout
-        assert told.stdout.count("a forecast only") == 2
+        assert "a forecast only: tensor parallel, pipeline parallel: fourfold train has no such strategy" in told.stdout
     every = json.loads(run_plan(llama, tmp_path, "--gpu", "2 x 24GB", "--json").stdout)
     made = every["chosen"]
     assert made["num_gpus"] == 2
@@ -276,6 +277,24 @@ def test_what_cannot_be_divided_is_said_in_the_table(llama: Path, tmp_path: Path
     assert "heads or columns cannot be divided" in run_plan(llama, tmp_path, "--gpu", "3xH200").stdout
 
 
+def test_a_strategy_that_train_refuses_is_a_forecast_that_says_why(llama: Path) -> None:
+    made = plan(configured(llama, adapter=None, load_in_4bit=False, optim=None), "8xH200")
+    assert made.chosen is not None
+    assert made.by_strategy["zero2"].chosen is not None
+    assert made.by_strategy["zero2"].not_run == "DeepSpeed trains adapters, and adapter is null"
+    assert made.by_strategy["fsdp2"].not_run is None
+    told = plan(configured(llama, optim="adamw_8bit"), "2xH200")
+    assert "adamw_8bit" in told.refused["zero1"]
+
+
+def test_a_file_of_deepspeeds_says_which_strategy(llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    made = plan(configured(llama, deepspeed=str(file), optim=None), "2xH200").chosen
+    assert made is not None
+    assert made.parallelism == Parallelism(2, "zero2")
+
+
 def test_the_rows_of_a_step_are_those_of_each_gpu(llama: Path) -> None:
     config = configured(llama, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     for num_gpus in (1, 4):
@@ -287,11 +306,12 @@ def test_the_rows_of_a_step_are_those_of_each_gpu(llama: Path) -> None:
 
 def test_a_process_of_several_plans_its_share_with_the_strategy_in_force(llama: Path) -> None:
     config, gpu = configured(llama, per_device_train_batch_size=2, optim=None), gpu_by_name("24GB")
-    made = {
-        way: plan_for_training(config, gpu, parallelism=way)
-        for way in (ONE_GPU, Parallelism(2), Parallelism(2, "fsdp2"), Parallelism(2, "zero3"))
-    }
-    for way, one in made.items():
+    offloaded = Parallelism(2, "zero3", "optimizer")
+    for name, way in (("auto", Parallelism(2)), ("fsdp2", Parallelism(2, "fsdp2")), ("zero3", offloaded)):
+        asked = config.model_copy(update={"distributed": name, "distributed_offload": way.offload})
+        assert parallelism_in_force(asked, 1) == ONE_GPU
+        assert parallelism_in_force(asked, 2) == way
+        one = plan_for_training(asked, gpu, parallelism=way)
         assert one is not None
         assert one.chosen is not None
         assert one.chosen.parallelism == way

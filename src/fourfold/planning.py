@@ -22,6 +22,7 @@ from fourfold.remedies import Remedy, Strategy, compare, remedies
 from fourfold.run_plan import (
     PLANNED_OPTIMIZERS,
     optimizers_of_the_same_state,
+    parallelism_in_force,
     parallelisms_of,
     run_plan,
     run_shape,
@@ -39,6 +40,7 @@ __all__ = [
     "find_host",
     "kept_to",
     "left_for",
+    "parallelism_in_force",
     "plan",
     "plan_for_training",
     "remedies",
@@ -108,7 +110,7 @@ def plan(
     card, number = (
         (gpu, num_gpus or 1) if isinstance(gpu, Gpu) else find_gpus(gpu, num_gpus, choices.memory_limit(config))
     )
-    return run_plan(config, card, host_bytes, parallelisms=parallelisms_of(number, config.distributed))
+    return run_plan(config, card, host_bytes, parallelisms=parallelisms_of(config, number))
 
 
 def plan_for_training(
@@ -120,7 +122,7 @@ def plan_for_training(
         config: The run.
         gpu: Where it trains, this process if there are several; None: not on a GPU.
         host_bytes: Host memory that may be used, by all processes; None: any.
-        parallelism: How processes share the run.
+        parallelism: How processes share the run, see `parallelism_in_force`.
 
     Returns:
         None where nothing is planned: off GPUs, with `plan: false`, where `recompute` is given, for models that give

@@ -58,8 +58,8 @@ def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpu
     enough alone, as many of them together as it takes; where all are not, more GPUs."""
 
     def fitting(change: dict[str, Any]) -> Plan | None:
-        ways = parallelisms_of(num_gpus, config.distributed)
-        made = run_plan(config.model_copy(update=change), gpu, host_bytes, parallelisms=ways)
+        changed = config.model_copy(update=change)
+        made = run_plan(changed, gpu, host_bytes, parallelisms=parallelisms_of(changed, num_gpus))
         return made if made.chosen is not None else None
 
     changes = list(_changes(config))
@@ -146,8 +146,7 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus
         changed, streams = config.model_copy(update=update), update["stream_base"] is not None
         shape = run_shape(changed)
         if num_gpus > 1:
-            ways = parallelisms_of(num_gpus, config.distributed)
-            ways = [way for way in ways if way.keeps_weights or not streams]
+            ways = [way for way in parallelisms_of(config, num_gpus) if way.shards.runs_by_graphs or not streams]
             together = run_plan(changed, gpu, host_bytes, parallelisms=ways, shape=shape) if ways else None
             made = [] if together is None else list((together.by_strategy or {ways[0].strategy: together}).items())
         else:

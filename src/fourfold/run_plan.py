@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
+from fourfold.config.distributed import distributed_contradictions
 from fourfold.errors import ConfigError
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
@@ -20,12 +23,14 @@ from fourfold.models.model_shape import ModelShape, model_shape
 from fourfold.models.tensor_parts import divided_config, with_divided_ends
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
+from fourfold.training.deepspeed_config import stage_of_file
 from fourfold.training.options import OPTIMIZERS, OptimizerRow
 
 __all__ = [
     "PLANNED_OPTIMIZERS",
     "optimizer_row",
     "optimizers_of_the_same_state",
+    "parallelism_in_force",
     "parallelisms_of",
     "run_plan",
     "run_shape",
@@ -75,7 +80,8 @@ def run_plan(
         try:
             is_divided = ways[0].shards.divides == "tensors"
             own = run_shape(config, ways[0].num_gpus) if is_divided else whole
-            made[strategy] = _plan_of(config, gpu, host_bytes, policies, most, optimizers, ways, own)
+            plan = _plan_of(config, gpu, host_bytes, policies, most, optimizers, ways, own)
+            made[strategy] = replace(plan, not_run=_not_run(config, ways[0]))
         except ConfigError as error:
             if len(strategies) == 1:
                 raise
@@ -122,16 +128,35 @@ def _plan_of(
     )
 
 
-def parallelisms_of(num_gpus: int, strategy: str = "auto") -> list[Parallelism]:
-    """The ways in which so many GPUs may share a run.
+def parallelism_in_force(config: RunConfig, num_gpus: int) -> Parallelism:
+    """How so many processes of a run share it. What a file of `deepspeed` offloads is not looked at.
 
-    Args:
-        strategy: As `distributed` names it; "auto": every one.
+    Raises:
+        ConfigError: That file cannot be read, or names no stage.
     """
-    if num_gpus == 1:
-        return [ONE_GPU]
-    names = list(STRATEGIES) if strategy == "auto" else [strategy]
-    return [Parallelism(num_gpus, name, offload) for name in names for offload in STRATEGIES[name].offloads]
+    if config.deepspeed is not None:
+        return Parallelism(num_gpus, f"zero{stage_of_file(Path(config.deepspeed))}")
+    strategy = next(iter(STRATEGIES)) if config.distributed == "auto" else config.distributed
+    return Parallelism(num_gpus, strategy, config.distributed_offload) if num_gpus > 1 else ONE_GPU
+
+
+def parallelisms_of(config: RunConfig, num_gpus: int) -> list[Parallelism]:
+    """The ways in which so many GPUs may share a run: every one, or the one that is configured. Raises as
+    `parallelism_in_force`."""
+    if num_gpus == 1 or config.distributed != "auto" or config.deepspeed is not None:
+        return [parallelism_in_force(config, num_gpus)]
+    return [Parallelism(num_gpus, name, offload) for name, row in STRATEGIES.items() for offload in row.offloads]
+
+
+def _not_run(config: RunConfig, parallelism: Parallelism) -> str | None:
+    """Why `fourfold train` does not share the run so; None where it does."""
+    if parallelism.num_gpus == 1:
+        return None
+    if not parallelism.shards.runs:
+        return "fourfold train has no such strategy"
+    asked = config.model_copy(update={"distributed": parallelism.strategy})
+    fault = next(iter(distributed_contradictions(asked)), None)
+    return None if fault is None else fault.what
 
 
 def run_shape(config: RunConfig, degree: int = 1) -> ModelShape:

@@ -63,7 +63,7 @@ def _print_strategies(made: Plan) -> None:
         parallelism = candidate.parallelism
         words = [] if fits else [plan.lacking(candidate)]
         words += [f"{parallelism.offload} in host memory"] if parallelism.offloads_optimizer else []
-        words += [] if candidate.runs else [FORECAST]
+        words += [] if plan.not_run is None else [FORECAST]
         table.add_row(
             f"> {name}" if candidate is made.chosen else name,
             f"{candidate.footprint.peak_bytes / GIB:.2f}",
@@ -74,9 +74,13 @@ def _print_strategies(made: Plan) -> None:
             "; ".join(words),
             style=None if fits else "dim",
         )
+    console = _console()
+    console.print(table)
     for name, reason in made.refused.items():
-        table.add_row(name, *[""] * 8, reason, style="dim")
-    _console().print(table)
+        console.print(f"{name}: {' '.join(reason.split())}", style="dim", highlight=False)
+    for reason in dict.fromkeys(plan.not_run for plan in made.by_strategy.values() if plan.not_run):
+        names = [name for name, plan in made.by_strategy.items() if plan.not_run == reason]
+        console.print(f"{FORECAST}: {', '.join(names)}: {reason}", style="dim", highlight=False)
 
 
 def print_comparison(strategies: list[Strategy], picture: Path | None, as_json: bool) -> None:

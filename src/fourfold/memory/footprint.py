@@ -98,9 +98,8 @@ class Step:
     @property
     def runs_by_graphs(self) -> bool:
         """Where layers are fused blocks; others never do."""
-        # A graph reads weights, and writes activations, where they were captured; GPUs do not speak within one.
-        shards = self.parallelism.shards
-        if self.streams or shards.weights or shards.divides != "rows":
+        # A graph reads weights where they were captured.
+        if self.streams or not self.parallelism.shards.runs_by_graphs:
             return False
         if any(POLICIES[policy].offload for policy in self.policies):
             return False
@@ -250,7 +249,9 @@ def _standing(shape: ModelShape, step: Step) -> Tensors:
         "layers on their way": on_their_way,
         "quantization state": scales,
         "adapters": adapters,
-        "buckets of gradients": parallelism.bucket_bytes(shape.gradient_bytes, largest, shape.trained_element),
+        "buckets of gradients": parallelism.bucket_bytes(
+            shape.gradient_bytes, largest, shape.hidden_size, shape.trained_element
+        ),
         # The activation that comes from the stage before, and its gradient from the one behind.
         "between stages": 2 * _hidden(shape, step.tokens) if parallelism.num_stages > 1 else 0,
         "fp32 copies": 0 if parallelism.offloads_optimizer else parallelism.copy_bytes(shape.num_adapter),

@@ -21,8 +21,8 @@ __all__ = ["OFFLOADS", "ONE_GPU", "STRATEGIES", "Parallelism", "Shards"]
 # What of ZeRO's is in host memory, from the least to the most.
 OFFLOADS = ("none", "optimizer", "all")
 _FP32 = 4
-# DeepSpeed's defaults of `reduce_bucket_size` and `stage3_max_live_parameters`, numbers of their parameters' dtypes.
-BUCKET_NUMBERS, LIVE_NUMBERS = 500_000_000, 1_000_000_000
+# DeepSpeed's default of `stage3_max_live_parameters`, numbers of their parameters' dtypes.
+LIVE_NUMBERS = 1_000_000_000
 # Layers that FSDP2 has gathered at a time: one at work, one on its way.
 GATHERED_LAYERS = 2
 
@@ -42,8 +42,9 @@ class Shards:
         has_copies: Whether the optimizer updates fp32 copies of what is trained, a share on each GPU.
         offloads: What may be in host memory, of `OFFLOADS`.
         optimizers: That there are for it; None: every one.
-        trains: Bytes of a trained number that `fourfold train` has it for: 4 of adapters, 2 of full fine-tuning in 16
-            bits; none where it is a forecast only.
+        runs_by_graphs: Whether blocks may run by CUDA graphs, and the base may stream: gathered weights lie elsewhere
+            in each pass, GPUs do not speak within a graph, and DeepSpeed wants gradients in an order of its own.
+        runs: Whether `fourfold train` has it; else it is a forecast only.
     """
 
     divides: str = "rows"
@@ -54,26 +55,27 @@ class Shards:
     has_copies: bool = False
     offloads: tuple[str, ...] = ("none",)
     optimizers: tuple[str, ...] | None = None
-    trains: tuple[int, ...] = (2, 4)
+    runs_by_graphs: bool = False
+    runs: bool = True
 
 
+_WHOLE = Shards(runs_by_graphs=True)
 # DeepSpeed gives an optimizer flat fp32 tensors, of which 8-bit blocks and factors cannot be told again.
 _ZERO = Shards(
     optimizer=True,
     has_copies=True,
     offloads=OFFLOADS[:2],
     optimizers=("adamw", "adamw_torch", "adamw_torch_fused"),
-    trains=(4,),
 )
 # As `distributed` names those that run; of equally fast ones the first is taken.
 STRATEGIES: dict[str, Shards] = {
-    "ddp": Shards(),
+    "ddp": _WHOLE,
     "fsdp2": Shards(weights=True, gradients=True, optimizer=True, sums_in_fp32=True),
     "zero1": _ZERO,
     "zero2": replace(_ZERO, gradients=True),
     "zero3": replace(_ZERO, weights=True, gradients=True, offloads=OFFLOADS),
-    "tensor parallel": Shards(divides="tensors", trains=()),
-    "pipeline parallel": Shards(divides="layers", trains=()),
+    "tensor parallel": Shards(divides="tensors", runs=False),
+    "pipeline parallel": Shards(divides="layers", runs=False),
 }
 
 
@@ -94,17 +96,12 @@ class Parallelism:
 
     @property
     def shards(self) -> Shards:
-        return STRATEGIES[self.strategy] if self.num_gpus > 1 else Shards()
+        return STRATEGIES[self.strategy] if self.num_gpus > 1 else _WHOLE
 
     @property
     def name(self) -> str:
         """For people."""
         return self.strategy if self.offload == "none" else f"{self.strategy}, {self.offload} in host memory"
-
-    @property
-    def keeps_weights(self) -> bool:
-        """Whether each GPU has all of them."""
-        return self.shards.divides == "rows" and not self.shards.weights
 
     @property
     def row_groups(self) -> int:
@@ -142,23 +139,24 @@ class Parallelism:
         """A GPU's share of fp32 copies of what is trained."""
         return self.share(_FP32 * num_trained) if self.shards.has_copies else 0
 
-    def bucket_bytes(self, gradients: int, largest_layer: int, element: int) -> int:
+    def bucket_bytes(self, gradients: int, largest_layer: int, hidden: int, element: int) -> int:
         """What gradients are reduced in.
 
         DDP copies them into flat buckets, as many bytes again: Accelerate and the Trainer leave
         `gradient_as_bucket_view`, which saves that, off, as torch does. FSDP2 copies those of a layer before it
-        scatters them. DeepSpeed has a bucket of `BUCKET_NUMBERS`, however few there are.
+        scatters them. DeepSpeed has a bucket of hidden² numbers, which Transformers sets, however few there are.
 
         Args:
             gradients: Of all that is trained.
             largest_layer: Of a layer.
+            hidden: Width of the residual stream.
             element: Bytes of a gradient's number.
         """
         shards = self.shards
         if self.num_gpus == 1 or shards.divides != "rows":
             return 0
         if shards.has_copies:
-            return BUCKET_NUMBERS * element
+            return hidden * hidden * element
         return self.summed_bytes(largest_layer, element) if shards.gradients else gradients
 
     def live_bytes(self, layers: Sequence[int], element: int) -> int:

@@ -51,7 +51,6 @@ class Candidate:
         parallelism: How GPUs share the run.
         traffic: Bytes that pass from and to each GPU in a step, by kind.
         stage: Of a pipeline, the stage whose footprint it is, the largest.
-        runs: Whether `fourfold train` runs it; else it is a forecast only.
     """
 
     batch: int
@@ -65,7 +64,6 @@ class Candidate:
     parallelism: Parallelism = ONE_GPU
     traffic: Mapping[str, int] = field(default_factory=dict)
     stage: int | None = None
-    runs: bool = True
 
     @property
     def traffic_bytes(self) -> int:
@@ -103,6 +101,7 @@ class Plan:
         host_bytes: Host memory that may be used; None: any.
         by_strategy: Of several GPUs, the plan of each strategy that was compared.
         refused: Strategies of which there is no plan, and why.
+        not_run: Why `fourfold train` does not run what was planned, which is a forecast only then.
     """
 
     gpu: Gpu
@@ -114,12 +113,7 @@ class Plan:
     host_bytes: int | None = None
     by_strategy: Mapping[str, Plan] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> bool:
-        """Whether `fourfold train` runs what was looked at."""
-        one = self.chosen or self.smallest
-        return one is not None and one.runs
+    not_run: str | None = None
 
     def shortage(self, candidate: Candidate) -> int:
         """Bytes by which it does not fit the GPU."""
@@ -155,8 +149,8 @@ class Plan:
         num_gpus = best.parallelism.num_gpus
         count, each = (f"{num_gpus} x ", " each") if num_gpus > 1 else ("", "")
         lines = [f"plan for {count}{self.gpu.name}: {usable}{each}"]
-        if num_gpus > 1 and not best.runs:
-            lines.append(f"  {FORECAST}: fourfold train does not run it")
+        if self.not_run is not None:
+            lines.append(f"  {FORECAST}: {self.not_run}")
         if self.chosen is None:
             needed = best.footprint.peak_bytes / GIB
             lines.append(
@@ -187,6 +181,7 @@ class Plan:
             "faster": self._entry(self.faster),
             "smallest": self._entry(self.smallest),
             "num_tried": self.num_tried,
+            "not_run": self.not_run,
             "strategies": {name: plan.to_dict() for name, plan in self.by_strategy.items()},
             "refused": dict(self.refused),
         }
@@ -198,7 +193,6 @@ class Plan:
             "num_gpus": candidate.parallelism.num_gpus,
             "strategy": candidate.parallelism.strategy if candidate.parallelism.num_gpus > 1 else None,
             "offload": candidate.parallelism.offload,
-            "runs": candidate.runs,
             "stage": candidate.stage,
             "per_device_train_batch_size": candidate.batch,
             "gradient_accumulation_steps": candidate.accumulation,

@@ -69,14 +69,14 @@ def make_plan(
     plan = Plan(gpu, seq, None, None, None, 0, host_bytes)
     graphs = cuda_graphs if shape.is_fused else False
     step = Step(0, seq, (), cuda_graphs=graphs, streams=streams, eval_batch=eval_batch)
-    if streams and not any(way.keeps_weights for way in parallelisms):
-        raise ConfigError("a base that is parted among GPUs does not stream", hint="leave stream_base out")
+    if streams and not any(way.shards.runs_by_graphs for way in parallelisms):
+        raise ConfigError("a base that GPUs share so does not stream", hint="leave stream_base out")
     known: dict[Any, float] = {}
     ways = [
         _Way(shape, gpu, rows, step, optimizer, parallelism, known)
         for optimizer in optimizers
         for parallelism in parallelisms
-        if _suits(optimizer, parallelism) and (parallelism.keeps_weights or streams is None)
+        if _suits(optimizer, parallelism) and (parallelism.shards.runs_by_graphs or streams is None)
     ]
     if not ways:
         raise ConfigError(
@@ -139,7 +139,7 @@ def fastest_of(plans: Mapping[str, Plan], refused: Mapping[str, str]) -> Plan:
             others.
         refused: Why there is no plan of a strategy.
     """
-    run = {name: plan for name, plan in plans.items() if plan.runs} or dict(plans)
+    run = {name: plan for name, plan in plans.items() if plan.not_run is None} or dict(plans)
     fitting = [plan for plan in run.values() if plan.chosen is not None]
     top = max((plan.chosen.tokens_per_second for plan in fitting if plan.chosen), default=0.0)
     best = next((one for one in fitting if one.chosen and one.chosen.tokens_per_second >= top * (1 - TIE)), None)
@@ -233,7 +233,6 @@ class _Way:
             parallelism=parallelism,
             traffic=traffic(shape, parallelism, batch, step.seq, policies, accumulation),
             stage=stage if parallelism.num_stages > 1 else None,
-            runs=shape.trained_element in parallelism.shards.trains,
         )
 
     def _largest(self, step: Step) -> tuple[int, Footprint]:
