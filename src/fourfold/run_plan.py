@@ -64,7 +64,7 @@ def run_plan(
         most: Rows of a microbatch at most; None: any.
         optimizers: To choose from; None: as the configuration has it, or `PLANNED_OPTIMIZERS`.
         parallelisms: How GPUs may share the run. With several strategies, the plan has that of each, and of a strategy
-            that is not possible the reason.
+            that is not possible the reason. Of one strategy's the first that fits is taken: less waits in host memory.
         shape: The model's, where it is known already.
 
     Raises:
@@ -80,8 +80,11 @@ def run_plan(
         try:
             is_divided = ways[0].shards.divides == "tensors"
             own = run_shape(config, ways[0].num_gpus) if is_divided else whole
-            plan = _plan_of(config, gpu, host_bytes, policies, most, optimizers, ways, own)
-            made[strategy] = replace(plan, not_run=_not_run(config, ways[0]))
+            for way in ways:
+                plan = _plan_of(config, gpu, host_bytes, policies, most, optimizers, way, own)
+                made[strategy] = replace(plan, not_run=_not_run(config, way))
+                if plan.chosen is not None:
+                    break
         except ConfigError as error:
             if len(strategies) == 1:
                 raise
@@ -96,11 +99,11 @@ def _plan_of(
     policies: Sequence[str] | None,
     most: int | None,
     optimizers: Sequence[str] | None,
-    ways: Sequence[Parallelism],
+    parallelism: Parallelism,
     shape: ModelShape,
 ) -> Plan:
-    """With one strategy. Args are those of `run_plan`."""
-    each, num_gpus = sequences_of(config), ways[0].num_gpus
+    """With one way to share the run. Args are those of `run_plan`."""
+    each, num_gpus = sequences_of(config), parallelism.num_gpus
     # Rows that are paired with one another need company.
     least = 2 if config.method == "kto" else 1
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -124,7 +127,7 @@ def _plan_of(
         # Packed rows run without them: their documents lie differently in each batch.
         cuda_graphs=False if config.packing else config.cuda_graphs,
         streams=config.stream_base,
-        parallelisms=ways,
+        parallelisms=[parallelism],
     )
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers.distributed.pipeline_parallel import PipelineStage
 
+import fourfold
 from fourfold.errors import ConfigError
 from fourfold.memory.footprint import Footprint, Step, footprint
 from fourfold.memory.gpus import GPUS
@@ -23,8 +25,10 @@ from fourfold.memory.planner import OptimizerBytes, fastest_of, make_plan
 from fourfold.memory.speed import host_update_seconds, pipeline_seconds
 from fourfold.memory.stages import first_layers, in_flight, stages
 from fourfold.memory.traffic import layer_reductions, traffic
+from fourfold.models.families import default_target_modules
 from fourfold.models.followed_layer import followed_shape
 from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.models.sharding import held_bytes, shard_model
 from fourfold.models.tensor_parts import divided_config, with_divided_ends
 from fourfold.quantization.hf_config import FourfoldConfig
 
@@ -331,3 +335,14 @@ def test_zero_updates_by_adamw_alone(qlora: ModelShape) -> None:
         else:
             with pytest.raises(ConfigError, match="paged_adamw_8bit"):
                 make_plan(qlora, GPUS["h200"], **options)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_quantized_model_that_is_sharded_holds_what_is_foretold(qlora: ModelShape, tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = fourfold.load_model(str(tmp_path), quantization=FourfoldConfig(), dtype=torch.bfloat16)
+    adapted = fourfold.prepare(model, LoraConfig(r=16, target_modules=list(default_target_modules("llama"))))
+    shard_model(adapted, torch.device("cpu"))
+    parts = held(qlora, Parallelism(2, "fsdp2")).parts
+    names = ("weights, 16 bits", "weights, quantized", "quantization state", "adapters")
+    assert held_bytes(adapted) == pytest.approx(sum(parts[name] for name in names), rel=1e-3)
