@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from fourfold.adapters.lora import register
 from fourfold.models.block import fuse_blocks
 from fourfold.quantization.linear import QuantizedLinear
+from fourfold.training.processes import join
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Uneven, so that a partition has to be filled up.
@@ -82,6 +84,7 @@ def _held(parameter: torch.Tensor) -> list[Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    own = join("cpu", timeout=120)
     results = {}
     for case in sys.argv[2:]:
         name, _, rest = case.partition("=")
@@ -91,9 +94,8 @@ def main() -> None:
         # Each run is a process of its own elsewhere.
         AcceleratorState._reset_state(False)
         GradientState._reset_state()
-        __import__("os").environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    rank = int(__import__("os").environ.get("RANK", 0))
-    (out / f"results-{rank}.json").write_text(json.dumps(results))
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    (out / f"results-{own.rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
