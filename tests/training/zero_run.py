@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ ON_GPU = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 
 
 def launch(out: Path, *cases: str, processes: int = 2, device: str = "cpu") -> dict[str, Any]:
     """Run the cases in processes of their own, and give what the main one found."""
+    out.mkdir(exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ZERO_RUN_DEVICE": device}
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
@@ -101,6 +101,8 @@ def train(out: Path, name: str, distributed: str, device: str = "cpu", **keys: s
         "losses": [entry["loss"] for entry in log if "loss" in entry],
         "norms": [float(entry["grad_norm"]) for entry in log if "loss" in entry],
         "eval_losses": [entry["eval_loss"] for entry in log if "eval_loss" in entry],
+        "allocated": torch.cuda.memory_allocated() if device != "cpu" else 0,
+        "imported": "deepspeed" in sys.modules,
         "held": {path.partition("q_proj.")[2]: _held(value) for path, value in first.items()},
     }
 
@@ -114,15 +116,15 @@ def _held(parameter: Any) -> int:
 def main() -> None:
     out, device = Path(sys.argv[1]), os.environ["ZERO_RUN_DEVICE"]
     own = join("cpu" if device == "cpu" else "auto", timeout=120)
-    if find_spec("deepspeed") is not None and device == "cpu":
-        import deepspeed.ops
-
-        # gloo serves as well, and need not be compiled first.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     results = {}
     for case in sys.argv[2:]:
         name, _, rest = case.partition("=")
         distributed, *pairs = rest.split(",")
+        if distributed.startswith("zero") and device == "cpu":
+            import deepspeed.ops
+
+            # gloo serves as well, and need not be compiled first.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         results[name] = train(out, name, distributed, device, **dict(pair.split("=", 1) for pair in pairs))
         gc.collect()
         # Each run has processes of its own elsewhere.
