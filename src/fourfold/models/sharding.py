@@ -74,6 +74,9 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied and not any(True for _ in embedding.children()):
         shard(embedding, reshard_after_forward=True)
+        if not any(parameter.requires_grad for parameter in embedding.parameters()):
+            # Else it would be gathered ahead for a pass that has no use for it.
+            embedding.set_unshard_in_backward(False)
     layers = decoder_layers(base)
     if layers is None:
         raise ConfigError("no decoder layers to shard were found", found=type(base).__name__)
