@@ -8,7 +8,8 @@ parameters, on the device that the model was loaded to.
 - Of a decoder layer, codes (uint8) and adapters (fp32) are one group: FSDP2 gathers mixed dtypes as bytes. The fused
   block reads its weights anew in each pass; what it holds between the passes are the gathered parameters' own tensors,
   whose memory FSDP2 empties and fills.
-- Scales are small (a thirtieth of the codes) and stay whole, and so do frozen vectors, such as norms.
+- Scales stand behind their codes in one parameter (`QuantizedWeight.join_scales`). What is one in ten thousand, nested
+  scales and frozen vectors, such as norms, stays whole.
 - The input embedding is a group, which is needed in the forward pass alone; with a weight that is tied it belongs to
   the root.
 - The root group holds what remains: the output head. FSDP2 leaves it gathered after the forward pass, for the loss;
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ __all__ = ["gathered_head", "held_bytes", "shard_model"]
 logger = logging.getLogger(__name__)
 
 
-def shard_model(model: nn.Module, device: torch.device) -> None:
+def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Module], None] | None = None) -> None:
     """Give each process of the default group its share of a model, in place.
 
     At no moment is more than one layer whole on the device, beside what is this process's.
@@ -44,6 +45,8 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
     Args:
         model: A causal LM of Transformers, adapters on it or not, on `device` or on the CPU. The same everywhere.
         device: Where this process computes.
+        fill: Called with each part of the model, in the order of the forward pass, before it is sharded: to give it
+            weights that were not there before, on `device`. The output head and the rest come last, as the whole model.
 
     Raises:
         ConfigError: Quantized experts, a base that streams, weights trained in fp16, or no decoder layers.
@@ -56,28 +59,32 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
         return
     _require_shardable(base)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    # Frozen vectors are needed by passes in which nothing else of their group is.
-    whole = {parameter for parameter in base.parameters() if parameter.dim() < 2 and not parameter.requires_grad}
     # Gradients are summed in fp32, whatever their parameters are.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
+
+    def shard(part: nn.Module, **options: bool) -> None:
+        if fill is not None:
+            fill(part)
+        whole = _bring(part, device)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole, **options)
+
     drop_graphs(base)
     embedding = base.get_input_embeddings()
     head = base.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied and not any(True for _ in embedding.children()):
-        _move_rest(embedding, device)
-        fully_shard(embedding, reshard_after_forward=True, **options)
+        shard(embedding, reshard_after_forward=True)
+        if not any(parameter.requires_grad for parameter in embedding.parameters()):
+            # Else it would be gathered ahead for a pass that has no use for it.
+            embedding.set_unshard_in_backward(False)
     layers = decoder_layers(base)
     if layers is None:
         raise ConfigError("no decoder layers to shard were found", found=type(base).__name__)
     for layer in layers:
         if isinstance(layer, FusedDecoderLayer):
             layer._graphs = None  # the weights' memory comes and goes
-        _move_rest(layer, device)
-        fully_shard(layer, reshard_after_forward=True, **options)
-    _move_rest(base, device)
-    fully_shard(base, **options)
+        shard(layer, reshard_after_forward=True)
+    shard(base)
     if "hf_device_map" in vars(base):
         vars(base)["hf_device_map"] = {"": device}
     logger.info("The model is sharded over %d processes; CUDA graphs are off, since weights move", mesh.size())
@@ -95,14 +102,18 @@ def _require_shardable(base: nn.Module) -> None:
             raise ConfigError("a base that streams cannot be sharded", hint="leave stream_base out")
 
 
-def _move_rest(module: nn.Module, device: torch.device) -> None:
-    """What `fully_shard` does not bring to the device: scales, and what is not sharded."""
+def _bring(module: nn.Module, device: torch.device) -> set[nn.Parameter]:
+    """Bring to the device what `fully_shard` does not, and give the parameters that are not to be sharded."""
+    whole = set[nn.Parameter]()
     for part in module.modules():
         if isinstance(part, QuantizedWeight):
-            part.move_scales(device)
+            part.join_scales(device)
         for parameter in part.parameters(recurse=False):
+            # Needed by passes in which nothing else of their group is.
             if parameter.dim() < 2 and not parameter.requires_grad and not is_sharded(parameter):
                 parameter.data = parameter.data.to(device)
+                whole.add(parameter)
+    return whole
 
 
 @contextlib.contextmanager

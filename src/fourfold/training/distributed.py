@@ -70,7 +70,7 @@ def _prepare_for_zero(model: nn.Module, device: torch.device) -> None:
 def _prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
     from fourfold.training.zero import prepare_for_zero3
 
-    prepare_for_zero3(model)
+    prepare_for_zero3(model, device)
 
 
 # `distributed` -> how. "auto" is the first.

@@ -32,8 +32,9 @@ __all__ = ["Lifeline"]
 BEAT_SECONDS = 2.0
 # Longer than anything keeps a thread from running.
 SILENCE_SECONDS = 30.0
-# What a process that fails waits for the main one to fail alike, and the main one for another that failed before.
-GRACE_SECONDS = 4.0
+# What a process that fails waits for the main one to fail alike; three times as long, where its error may follow from
+# another's.
+GRACE_SECONDS = 3.0
 
 
 class Lifeline:
@@ -94,7 +95,7 @@ class Lifeline:
             return None
         with contextlib.suppress(RuntimeError):
             if not isinstance(error, FourfoldError):
-                first = self._found("failed", GRACE_SECONDS)
+                first = self._found("failed", 3 * GRACE_SECONDS)
                 if first is not None and first["rank"] != self.own.rank:
                     self._stop.set()
                     return _of_another(first, error)

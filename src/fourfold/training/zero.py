@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: what it must know of our layers, and its partitioned state as a checkpoint holds it.
 
-Stages 1 and 2 leave the parameters whole on each process; stage 3 partitions each of them, the uint8 codes of the
-quantized base too, and gathers them module by module. The scales beside the codes are no parameters and stay whole.
+Stages 1 and 2 leave the parameters whole on each process; stage 3 partitions each of them, the bytes of a quantized
+weight too, its codes and scales, and gathers them layer by layer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.block import keep_order
 from fourfold.models.underlying import decoder_layers, underlying
+from fourfold.quantization.linear import QuantizedWeight
 from fourfold.training.whole_state import WholeState
 
 __all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero3", "whole_head"]
@@ -46,7 +47,7 @@ def prepare_for_zero(model: nn.Module) -> None:
     keep_order(model)
 
 
-def prepare_for_zero3(model: nn.Module) -> None:
+def prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
     """`prepare_for_zero`, and each decoder layer as one module whose parameters are gathered together.
 
     A fused block, and an adapter over a quantized layer, read parameters of modules that they do not call, so hooks on
@@ -66,6 +67,9 @@ def prepare_for_zero3(model: nn.Module) -> None:
             "ZeRO-3 does not train the output layer, which the loss multiplies with in pieces",
             hint="leave it out of target_modules and modules_to_save, or give distributed: zero2",
         )
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            module.join_scales(device)
     layers = decoder_layers(base)
     if layers is None:
         raise ConfigError("no decoder layers to gather were found", found=type(base).__name__)
