@@ -211,14 +211,14 @@ def test_sharded_gpus_hold_their_share_and_the_layers_at_work() -> None:
 
     one, two, sharded = held(ONE_GPU), held(Parallelism(2)), held(Parallelism(2, "fsdp2"))
     assert two.peak_bytes - one.peak_bytes == 4 * shape.num_adapter
-    layer = shape.layer_codes[0] + 4 * shape.blocks[0].adapter_parameters
+    layer = shape.shardable_bytes[0] + 4 * shape.blocks[0].adapter_parameters
     assert sharded.parts["layers on their way"] == 2 * layer
     assert sharded.parts["adapters"] == 2 * shape.num_adapter
-    # Norms and scales stay whole.
+    # Norms stay whole.
     ends = 2 * 2 * 128256 * 4096
     assert sharded.parts["weights, 16 bits"] == one.parts["weights, 16 bits"] - ends / 2
     assert sharded.parts["weights, quantized"] == one.parts["weights, quantized"] / 2
-    assert sharded.parts["quantization state"] == one.parts["quantization state"]
+    assert sharded.parts["quantization state"] == one.parts["quantization state"] / 2
 
 
 def test_sharded_weights_of_16_bits_are_parted_but_for_norms() -> None:

@@ -146,7 +146,7 @@ def test_of_a_frozen_base_zero_1_and_2_save_no_more_than_adapters_have(qlora: Mo
         assert 0 < saved < (1 + 2) * trained
     # The base is gathered in its 4 bits: half a byte a weight, in each pass.
     gathered = traffic(qlora, Parallelism(8, "fsdp2"), 1, 64, ["none"] * 5, 1)["weights gathered"]
-    assert gathered * 8 / 7 == 2 * (sum(qlora.layer_codes) + trained) + 2 * 2 * 1024 * 256
+    assert gathered * 8 / 7 == 2 * (sum(qlora.shardable_bytes) + trained) + 2 * 2 * 1024 * 256
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def test_several_gpus_part_rows_and_state_and_say_what_passes_between_them(shape
     assert sharded.footprint.parts["buckets of gradients"] == 4 * shape.blocks[0].gradient_bytes // 4
     assert whole.traffic == {"gradients reduced": 2 * gradients * 3 // 4}
     # The codes and adapters of layers twice, embedding and head once.
-    passed = 2 * (sum(shape.layer_codes) + gradients) + 2 * 2 * 128256 * 4096
+    passed = 2 * (sum(shape.shardable_bytes) + gradients) + 2 * 2 * 128256 * 4096
     assert sharded.traffic == {"weights gathered": passed * 3 // 4, "gradients scattered": gradients * 3 // 4}
     both = planned(shape, GPUS["h200"], optimizers=state, parallelisms=four)
     told = "\n".join(both.lines())
@@ -293,7 +293,7 @@ def test_gathered_layers_are_waited_for_over_a_slow_link(shape: ModelShape) -> N
     waited = ends / 2 / GPUS["h200"].peer_rate
     assert seconds(GPUS["h200"], sharded) - seconds(GPUS["h200"], ONE_GPU) == pytest.approx(waited)
     slow = replace(GPUS["h200"], peer_rate=2e9)
-    passed = (2 * sum(shape.layer_codes) + 3 * 4 * shape.num_adapter + ends) / 2
+    passed = (2 * sum(shape.shardable_bytes) + 3 * 4 * shape.num_adapter + ends) / 2
     assert seconds(slow, sharded) == pytest.approx(passed / 2e9, rel=0.01)
     # Without a link of their own, GPUs speak over that to the host.
     assert seconds(replace(slow, peer_rate=None, link_rate=2e9), sharded) == seconds(slow, sharded)

@@ -21,12 +21,13 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from fourfold.memory.head import evaluation_chunk, loss_moments
 from fourfold.memory.parallel import ONE_GPU, Parallelism
+from fourfold.memory.parts import Footprint
 from fourfold.models.block_memory import Tensors
 from fourfold.models.following import GRADIENTS, INPUT
 from fourfold.models.graphs import AUTO_TOKENS
@@ -44,17 +45,6 @@ GRAPH_LIBRARY_BYTES = 2**25
 # the forward pass, which none after them pushed out, and the one before a layer that had its own brought back.
 IN_FLIGHT_FORWARD, IN_FLIGHT_BACKWARD = 2, 1
 _FP32 = 4
-# Of parts that are no activations, which kind of memory they are.
-_KINDS = {
-    **dict.fromkeys(
-        ("weights, 16 bits", "weights, 32 bits", "weights, quantized", "quantization state", "adapters"), "weights"
-    ),
-    **dict.fromkeys(
-        (GRADIENTS, "gradients in graphs", "fp32 copies", "optimizer state", "pages of optimizer state"),
-        "gradients and optimizer",
-    ),
-    **dict.fromkeys(("layers on their way", "buckets of gradients", "between stages"), "communication"),
-}
 
 
 @dataclass(frozen=True)
@@ -104,42 +94,6 @@ class Step:
         if any(POLICIES[policy].offload for policy in self.policies):
             return False
         return self.tokens <= AUTO_TOKENS if self.cuda_graphs is None else self.cuda_graphs
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a training step.
-
-    Args:
-        parts: On the GPU at the peak, by name; they add up to it.
-        moment: When the peak is.
-        moments: The height of each moment.
-        host: Bytes in host memory, by name.
-        detail: Of the part "working memory", every tensor.
-    """
-
-    parts: dict[str, int]
-    moment: str
-    moments: dict[str, int]
-    host: dict[str, int] = field(default_factory=dict)
-    detail: Tensors = field(default_factory=dict)
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host.values())
-
-    @property
-    def kinds(self) -> dict[str, int]:
-        """The parts in four: what is stored, what training it takes, activations and what is worked on, and what GPUs
-        receive and send in."""
-        kinds = dict.fromkeys(("weights", "gradients and optimizer", "activations", "communication"), 0)
-        for part, size in self.parts.items():
-            kinds[_KINDS.get(part, "activations")] += size
-        return kinds
 
 
 def footprint(shape: ModelShape, step: Step) -> Footprint:
@@ -236,12 +190,13 @@ def _standing(shape: ModelShape, step: Step) -> Tensors:
         # What streams is aligned, codes and scales in one; what else is quantized, such as the head, stays.
         on_their_way, codes, scales = device_bytes(layers), max(0, codes + scales - sum(layers)), 0
     elif parallelism.shards.weights:
-        # Scales are no parameters, and stay whole; so do norms, of which there is little.
+        # Norms, of which there is little, stay whole.
         layers = tuple(map(sum, zip(shape.shardable_bytes, shape.adapters_of_layers, strict=True)))
         on_their_way = parallelism.live_bytes(layers, 1 if codes else shape.element_size)
         sharded = sum(shape.dense_ends) + (0 if codes else sum(shape.shardable_bytes))
         dense += parallelism.weights_held(sharded) - sharded
-        codes, adapters = parallelism.weights_held(codes), parallelism.weights_held(adapters)
+        codes, scales = parallelism.weights_held(codes), parallelism.weights_held(scales)
+        adapters = parallelism.weights_held(adapters)
     largest = max(block.gradient_bytes for block in shape.blocks)
     return {
         "weights, 16 bits" if shape.element_size == 2 else "weights, 32 bits": dense,
@@ -266,7 +221,7 @@ def _in_host_memory(shape: ModelShape, step: Step) -> Tensors:
     parallelism = step.parallelism
     weights = host_bytes(shape.layer_bytes, step.streams) if step.streams else 0
     if parallelism.offloads_weights:
-        weights += parallelism.share(shape.code_bytes + shape.dense_bytes + shape.adapter_bytes)
+        weights += parallelism.share(shape.code_bytes + shape.scale_bytes + shape.dense_bytes + shape.adapter_bytes)
     # The fp32 gradients of a share, beside what they update.
     copies = parallelism.copy_bytes(shape.num_adapter) if parallelism.offloads_optimizer else 0
     return {

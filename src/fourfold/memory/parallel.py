@@ -35,7 +35,7 @@ class Shards:
         divides: "rows" of a step, for which each GPU has the whole computation; "tensors", each layer's heads and
             columns; or "layers".
         weights: The base's and the trained ones; those of decoder layers are gathered layer by layer in each pass,
-            embedding and head when they are at work. Scales of quantized ones are no parameters, and whole.
+            embedding and head when they are at work. Norms are whole.
         gradients: Those of trained weights.
         optimizer: Its state; each GPU updates what it has the state of.
         sums_in_fp32: Whether gradients are summed in fp32, whatever they are kept in.

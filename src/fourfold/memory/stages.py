@@ -43,7 +43,7 @@ def stages(shape: ModelShape, num_stages: int) -> list[ModelShape]:
     if num_stages == 1:
         return [shape]
     bounds = list(pairwise(first_layers(len(shape.blocks), num_stages)))
-    linears = shape.shardable_bytes
+    linears = shape.layer_codes or shape.shardable_bytes
     in_codes = bool(shape.layer_codes)
     # Beside the layers' linears: embedding and head, and norms, alike in all layers.
     embedding, head = shape.dense_ends

@@ -54,8 +54,8 @@ def traffic(
 
 def end_bytes(shape: ModelShape) -> int:
     """Of embedding and head, gathered in a microbatch: each once, and an embedding that is trained once more."""
-    codes = shape.code_bytes - sum(shape.layer_codes)
-    return sum(shape.dense_ends) + codes + shape.embedding_gradient_bytes
+    quantized = shape.code_bytes + shape.scale_bytes - sum(shape.shardable_bytes) if shape.layer_codes else 0
+    return sum(shape.dense_ends) + quantized + shape.embedding_gradient_bytes
 
 
 def layer_reductions(shape: ModelShape, parallelism: Parallelism, tokens: int, policy: str) -> int:

@@ -136,8 +136,11 @@ class ModelShape:
 
     @cached_property
     def shardable_bytes(self) -> tuple[int, ...]:
-        """Bytes of each decoder layer's linear weights that are parameters: codes without scales, or as they are."""
-        return self.layer_codes or tuple(block.weight_bytes for block in self.blocks)
+        """Bytes of each decoder layer's linear weights: codes with their scales, all of which are in one format, or as
+        they are."""
+        if not self.layer_codes:
+            return tuple(block.weight_bytes for block in self.blocks)
+        return tuple(size + size * self.scale_bytes // self.code_bytes for size in self.layer_codes)
 
     @cached_property
     def adapters_of_layers(self) -> tuple[int, ...]:
