@@ -17,12 +17,14 @@ from fourfold.cli import app
 from fourfold.config import RunConfig
 from fourfold.errors import CheckpointError, ConfigError, TrainingError
 from fourfold.memory.gpus import Gpu, gpu_by_name
+from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
 from fourfold.memory.planner import Plan
 from fourfold.planning import (
     PLANNED_OPTIMIZERS,
     find_gpus,
     find_host,
     kept_to,
+    parallelism_in_force,
     plan,
     plan_for_training,
     step_down,
@@ -238,19 +240,90 @@ def test_strategies_are_printed_and_drawn(llama: Path, tmp_path: Path) -> None:
     assert len(rows) == 17
 
 
-def test_several_gpus_are_a_forecast_and_told_as_one(llama: Path, tmp_path: Path) -> None:
+def test_several_gpus_are_told_as_one_with_every_strategy_beside_the_chosen_one(llama: Path, tmp_path: Path) -> None:
     for words in (("--gpu", "2xH200"), ("--gpu", "H200", "--gpus", "2")):
         told = run_plan(llama, tmp_path, *words)
         assert told.exit_code == 0, told.output
         assert "plan for 2 x H200" in told.stdout
-        assert "a forecast: fourfold trains on one GPU so far" in told.stdout
-    made = json.loads(run_plan(llama, tmp_path, "--gpu", "2 x 24GB", "--json").stdout)["chosen"]
+        assert "> ddp" in told.stdout
+        for name in STRATEGIES:
+            assert f"\n{name}" in told.stdout or f"> {name}" in told.stdout
+        assert "a forecast only: tensor parallel, pipeline parallel: fourfold train has no such strategy" in told.stdout
+    every = json.loads(run_plan(llama, tmp_path, "--gpu", "2 x 24GB", "--json").stdout)
+    made = every["chosen"]
     assert made["num_gpus"] == 2
-    assert made["strategy"] in ("data parallel", "sharded")
-    assert made["traffic_bytes"] > 0
-    told = run_plan(llama, tmp_path, "--gpu", "2xH200", "--compare")
-    assert "QLoRA, sharded" in told.stdout
-    assert "forecast" in told.stdout
+    assert made["strategy"] in STRATEGIES
+    assert made["traffic_bytes"] == sum(made["traffic"].values()) > 0
+    assert sum(made["kinds"].values()) == made["peak_bytes"]
+    assert list(every["strategies"]) == list(STRATEGIES)
+    told = run_plan(llama, tmp_path, "--gpu", "2xH200", "--compare", "--picture", str(tmp_path / "bars.png"))
+    assert "QLoRA, fsdp2" in told.stdout
+    assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_strategy_that_is_given_is_planned_alone(llama: Path, tmp_path: Path) -> None:
+    told = run_plan(llama, tmp_path, "--gpu", "2xH200", "--distributed", "fsdp2").stdout
+    assert "fsdp2: " in told
+    assert "ddp" not in told
+    made = json.loads(run_plan(llama, tmp_path, "--gpu", "2xH200", "--distributed", "fsdp2", "--json").stdout)
+    assert made["chosen"]["strategy"] == "fsdp2"
+    assert made["strategies"] == {}
+
+
+def test_what_cannot_be_divided_is_said_in_the_table(llama: Path, tmp_path: Path) -> None:
+    made = json.loads(run_plan(llama, tmp_path, "--gpu", "3xH200", "--json").stdout)
+    assert made["chosen"] is not None
+    assert "num_key_value_heads: 8" in made["refused"]["tensor parallel"]
+    assert "heads or columns cannot be divided" in run_plan(llama, tmp_path, "--gpu", "3xH200").stdout
+
+
+def test_a_strategy_that_train_refuses_is_a_forecast_that_says_why(llama: Path) -> None:
+    made = plan(configured(llama, adapter=None, load_in_4bit=False, optim=None), "8xH200")
+    assert made.chosen is not None
+    assert made.by_strategy["zero2"].chosen is not None
+    assert made.by_strategy["zero2"].not_run == "DeepSpeed trains adapters, and adapter is null"
+    assert made.by_strategy["fsdp2"].not_run is None
+    told = plan(configured(llama, optim="adamw_8bit"), "2xH200")
+    assert "adamw_8bit" in told.refused["zero1"]
+
+
+def test_a_file_of_deepspeeds_says_which_strategy(llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    made = plan(configured(llama, deepspeed=str(file), optim=None), "2xH200").chosen
+    assert made is not None
+    assert made.parallelism == Parallelism(2, "zero2")
+
+
+def test_the_rows_of_a_step_are_those_of_each_gpu(llama: Path) -> None:
+    config = configured(llama, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    for num_gpus in (1, 4):
+        made = plan(config, "H200", num_gpus=num_gpus).chosen
+        assert made is not None
+        assert made.batch * made.accumulation == 8
+        assert made.tokens_per_second * made.seconds == pytest.approx(num_gpus * 8 * 2048)
+
+
+def test_a_process_of_several_plans_its_share_with_the_strategy_in_force(llama: Path) -> None:
+    config, gpu = configured(llama, per_device_train_batch_size=2, optim=None), gpu_by_name("24GB")
+    offloaded = Parallelism(2, "zero3", "optimizer")
+    for name, way in (("auto", Parallelism(2)), ("fsdp2", Parallelism(2, "fsdp2")), ("zero3", offloaded)):
+        asked = config.model_copy(update={"distributed": name, "distributed_offload": way.offload})
+        assert parallelism_in_force(asked, 1) == ONE_GPU
+        assert parallelism_in_force(asked, 2) == way
+        one = plan_for_training(asked, gpu, parallelism=way)
+        assert one is not None
+        assert one.chosen is not None
+        assert one.chosen.parallelism == way
+        assert one.chosen.batch <= 2
+        kept = kept_to(config, one)
+        assert kept.per_device_train_batch_size * kept.gradient_accumulation_steps == 2 * 4
+    with pytest.raises(TrainingError, match="nothing fits"):
+        plan_for_training(config, gpu_by_name("6GB"), parallelism=Parallelism(2))
+    sharded = plan_for_training(config, gpu_by_name("6GB"), parallelism=Parallelism(4, "fsdp2"))
+    assert sharded is not None
+    lower = step_down(config, sharded)
+    assert lower is None or (lower.chosen is not None and lower.chosen.parallelism == Parallelism(4, "fsdp2"))
 
 
 @pytest.mark.parametrize("words", [("2xH200", 4), ("0xH200", None), ("H200", 0)])

@@ -9,6 +9,7 @@ import pytest
 
 from fourfold.config import RunConfig
 from fourfold.memory.gpus import gpu_by_name
+from fourfold.memory.parallel import STRATEGIES
 from fourfold.planning import plan
 from fourfold.remedies import compare, remedies
 
@@ -61,28 +62,27 @@ def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path
     assert len(found) == 1
     number = found[0].num_gpus
     assert number is not None
-    assert f"--gpus {number}" in str(found[0])
-    assert "forecast" in str(found[0])
-    stays = config.model_copy(update={"stream_base": None})
+    assert f"--gpus {number} --distributed fsdp2" in str(found[0])
+    stays = config.model_copy(update={"stream_base": None, "distributed": "fsdp2"})
     for fewer in range(1, number):
-        if 16 % fewer == 0:
-            assert plan(stays, gpu, GIB, fewer).chosen is None
+        assert plan(stays, gpu, GIB, fewer).chosen is None
     assert plan(stays, gpu, GIB, number).chosen is not None
 
 
 def test_of_several_gpus_ways_to_share_the_run_are_compared(llama: Path) -> None:
-    rows = compare(configured(llama), gpu_by_name("24GB"), num_gpus=2)
-    assert [row.name for row in rows] == [
-        "LoRA, data parallel",
-        "LoRA, sharded",
-        "QLoRA, data parallel",
-        "QLoRA, sharded",
-        "QLoRA, streaming, data parallel",
-    ]
+    config = configured(llama, optim=None)
+    rows = {row.name: row.plan.chosen or row.plan.smallest for row in compare(config, gpu_by_name("24GB"), num_gpus=2)}
+    every = [f"{base}, {name}" for base in ("LoRA", "QLoRA") for name in STRATEGIES]
+    assert list(rows) == [*every, "QLoRA, streaming, ddp"]
     # 16 GB of weights are half as many on each of two.
-    candidates = [row.plan.chosen or row.plan.smallest for row in rows]
-    weights = [one.footprint.parts["weights, 16 bits"] for one in candidates if one]
-    assert weights[1] < 0.6 * weights[0]
+    weights = [rows[f"LoRA, {name}"] for name in ("ddp", "fsdp2")]
+    sizes = [one.footprint.parts["weights, 16 bits"] for one in weights if one]
+    assert sizes[1] < 0.51 * sizes[0]
+
+
+def test_one_strategy_that_is_given_is_compared_alone(llama: Path) -> None:
+    rows = compare(configured(llama, distributed="fsdp2"), gpu_by_name("24GB"), num_gpus=2)
+    assert [row.name for row in rows] == ["LoRA, fsdp2", "QLoRA, fsdp2"]
 
 
 def test_strategies_are_compared_side_by_side(llama: Path) -> None:
@@ -108,15 +108,16 @@ def test_where_full_fine_tuning_does_not_fit_an_adapter_is_named_before_quantizi
 def test_full_fine_tuning_is_shared_by_gpus_with_its_weights_gradients_and_state(llama: Path) -> None:
     config = configured(llama, adapter=None, load_in_4bit=False)
     rows = {row.name: row.plan.chosen or row.plan.smallest for row in compare(config, gpu_by_name("H200"), num_gpus=4)}
-    whole, sharded = rows["full fine-tuning, data parallel"], rows["full fine-tuning, sharded"]
+    whole, sharded = rows["full fine-tuning, ddp"], rows["full fine-tuning, fsdp2"]
     assert whole is not None
     assert sharded is not None
-    embeddings, every = 2 * 2 * 128256 * 4096, 2 * 8_030_261_248
+    every = 2 * 8_030_261_248
     assert whole.footprint.parts["weights, 16 bits"] == whole.footprint.parts["buckets of gradients"] == every
-    share = embeddings + (every - embeddings) / 4
-    assert sharded.footprint.parts["weights, 16 bits"] == pytest.approx(share, rel=1e-3)
-    assert whole.traffic_bytes == 2 * every * 3 // 4
-    assert "QLoRA, sharded" in rows
+    assert sharded.footprint.parts["weights, 16 bits"] == pytest.approx(every / 4, rel=1e-5)
+    assert whole.traffic == {"gradients reduced": 2 * every * 3 // 4}
+    # Summed in fp32.
+    assert sharded.traffic["gradients scattered"] == sharded.accumulation * 2 * every * 3 // 4
+    assert "QLoRA, fsdp2" in rows
 
 
 def test_full_fine_tuning_is_compared_with_its_two_ways(llama: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.adapters.initialisation import changes_base
@@ -14,8 +15,9 @@ from fourfold.errors import ConfigError
 from fourfold.files import whole_folder
 from fourfold.inputs import BASE_FOLDER, original_checkpoint, write_base
 from fourfold.models.preparing import prepare
+from fourfold.training import run_folder
 
-__all__ = ["adapt", "save_base", "write_own_base"]
+__all__ = ["adapt", "save_base", "save_result"]
 
 
 def adapt(config: RunConfig, model: PreTrainedModel, *, is_initialised: bool) -> PreTrainedModel | PeftModel:
@@ -52,11 +54,31 @@ def save_base(config: RunConfig, output: Path, model: PeftModel, tokenizer: PreT
     if (output / BASE_FOLDER).is_dir():
         model.peft_config["default"].base_model_name_or_path = str(output / BASE_FOLDER)
     else:
-        write_own_base(output, model, tokenizer)
+        _write_own_base(output, model, tokenizer)
 
 
-def write_own_base(output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_own_base(output: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the base as it is now into the run folder, and name it in the adapter's configuration."""
     with whole_folder(output / BASE_FOLDER) as folder:
         write_base(model, tokenizer, folder)
     model.peft_config["default"].base_model_name_or_path = str(output / BASE_FOLDER)
+
+
+def save_result(
+    config: RunConfig,
+    output: Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None,
+) -> None:
+    """Write what was trained into the run folder: the adapter, with its base where the run changed that, or the model.
+
+    Args:
+        weights: What is trained, whole, where the model holds but a part of it; None: the model's own.
+    """
+    if not isinstance(model, PeftModel):
+        run_folder.save_model(output, model, tokenizer, weights)
+        return
+    if config.requantize_every is not None:
+        _write_own_base(output, model, tokenizer)
+    run_folder.save_adapter(output, model, tokenizer, weights)

@@ -39,9 +39,11 @@ class FourfoldError(Exception):
 
     Attributes:
         exit_code: What a command that ends by this error leaves with.
+        is_told: Whether another process of the run tells it.
     """
 
     exit_code = 1
+    is_told = False
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ from fourfold.models.loading import load_tokenizer
 from fourfold.quantization.swapping import base_state_dict
 from fourfold.training import run_folder
 from fourfold.training.checkpoint import find_checkpoint, list_checkpoints
+from fourfold.training.processes import processes
 from fourfold.training.streamed import place_in_stream
 
 __all__ = [
@@ -82,7 +83,7 @@ def claim_output_dir(config: RunConfig) -> tuple[Path, Path | None]:
         )
     if config.train_dataset is None:
         raise ConfigError("train_dataset is not given", hint="name a file, a folder, or a data set on the hub")
-    if output.is_dir():
+    if output.is_dir() and processes().is_main:
         clear_leftovers(output, _is_written_whole)
     return output, find_checkpoint(output, config.resume_from_checkpoint)
 

@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold.adapting import adapt, save_base, write_own_base
+from fourfold.adapting import adapt, save_base, save_result
 from fourfold.comparing import compare_answers, preferences_of, trainer_for
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
@@ -41,10 +41,8 @@ from fourfold.inputs import (
     resumption,
     write_base,
 )
-from fourfold.kernels.host_memory import spare_bytes
 from fourfold.limiting import limit_of, within_limit
 from fourfold.measuring import account_memory, measure, planned_memory, summary
-from fourfold.memory.gpus import gpu_present
 from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
@@ -53,14 +51,16 @@ from fourfold.models.preparing import load_adapter
 from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
 from fourfold.models.underlying import underlying
-from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
+from fourfold.planning import kept_to, left_for, require_planned_shape, step_down
 from fourfold.prompting import add_samples, prompts_of
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.recording import Recorder
 from fourfold.telling import PROGRESS, Speaker, tracked
+from fourfold.together import planned_together, require_alike, together
 from fourfold.training import run_folder
 from fourfold.training.best import best_of
 from fourfold.training.evaluation_sets import prefix_of
+from fourfold.training.lifeline import Lifeline
 from fourfold.training.options import TrainingOptions
 from fourfold.training.out_of_memory import (
     OutOfMemory,
@@ -102,9 +102,10 @@ class Run:
 
 
 @tracked
-@within_limit
 def train(config: RunConfig, progress: str = "plain") -> Run:
     """Fine-tune a model as the configuration says, and leave a run folder.
+
+    Started by torchrun or accelerate, all processes call this, and the main one alone writes and tells.
 
     Args:
         config: The run.
@@ -114,18 +115,28 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         FourfoldError: Whatever does not fit, found as early as it can be; a run that was there before is untouched.
         TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
+    config = choices.with_deepspeed(config)
+    with together(config) as lifeline:
+        return _train(config, progress, lifeline)
+
+
+@within_limit
+def _train(config: RunConfig, progress: str, lifeline: Lifeline) -> Run:
+    own = lifeline.own
+    progress = progress if own.is_main else "silent"
     say = Speaker(progress)
     device = choices.device(config)
-    gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
     output, checkpoint = claim_output_dir(config)
+    require_alike("the checkpoint to go on from", checkpoint)
     asked = going_on(config, checkpoint)
     say.result("resume", resumption(asked, checkpoint))
-    planned = plan_for_training(asked, gpu, spare_bytes())
+    gpu, planned = planned_together(asked, device, own)
     config = kept_to(asked, planned)
     options = choices.training_options(config)
     say.result("plan", planned)
     tokenizer = read_tokenizer(config)
-    train_data, eval_data = read_data(config, tokenizer)
+    with lifeline.main_first():
+        train_data, eval_data = read_data(config, tokenizer)
     prompts = prompts_of(config, tokenizer, eval_data)
     for data in (train_data, *eval_data.values()):
         say.result("data", data.report)
@@ -137,7 +148,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     with reporting_out_of_memory("the model was loaded", "4 bits (load_in_4bit), or a base that streams (stream_base)"):
         # A head that gives scores is new: it is drawn now.
         transformers.set_seed(config.seed)
-        model = load_model(base, **choices.load_options(config, for_training=True, streams=True))
+        model = load_model(base, **choices.load_options(config, for_training=True, streams=True, is_shared=True))
         size = model_size(model)
         say.result("model", size)
         # Here, so that the adapter starts alike however the base was loaded.
@@ -146,7 +157,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     if planned is not None:
         require_planned_shape(config, adapted)
 
-    recorder = Recorder(output)
+    recorder = Recorder(output, is_main=own.is_main)
 
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
         telling = ProgressCallback(PROGRESS[progress])
@@ -159,15 +170,16 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         return made
 
     trainer = trainer_of(options)
-    if checkpoint is None:
+    if checkpoint is None and own.is_main:
         clear_former_run(output)
     # How this run was started is no part of what it is: made again from its folder, it starts like any other.
     # Its optimizer is: state of another does not go on.
     started = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "optim": config.optim}
-    run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
+    if own.is_main:
+        run_folder.write_config(output, asked.model_copy(update=started).to_yaml())
     held_out = {f"Held-out rows{f': {name}' if name else ''}": data.report for name, data in eval_data.items()}
     recorder.begin(checkpoint, {"Training rows": train_data.report, **held_out}, size, planned_memory(planned))
-    if isinstance(adapted, PeftModel):
+    if isinstance(adapted, PeftModel) and own.is_main:
         save_base(config, output, adapted, tokenizer)
     if gpu is not None:
         # The peak of loading is another matter.
@@ -180,7 +192,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         except OutOfMemory as error:
             now = left_for(asked, device, error.standing_bytes)
             smaller = step_down(asked, planned, now) if planned and asked.on_out_of_memory == "step_down" else None
-            if planned is None or planned.chosen is None or smaller is None:
+            if planned is None or planned.chosen is None or smaller is None or own.are_several:
                 raise
             for line in (str(error), *compare_parts(planned.chosen.footprint.parts, error.parts)):
                 say.line(line)
@@ -200,24 +212,22 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
         trainer = trainer_of(choices.training_options(config))
     parts = parts_in_use(adapted, trainer.optimizer, memory_used(device).peak_bytes)
     memory = account_memory(planned, parts, say.line, is_sum=device.type == "cuda")
-    if isinstance(adapted, PeftModel):
-        if config.requantize_every is not None:
-            write_own_base(output, adapted, tokenizer)
-        run_folder.save_adapter(output, adapted, tokenizer)
-    else:
-        run_folder.save_model(output, adapted, tokenizer)
+    weights = trainer.whole_weights()
+    if own.is_main:
+        save_result(config, output, adapted, tokenizer, weights)
     best = best_of(trainer)
     # What is left is the model as it was after this step.
     step, metrics_file = best.get("best_step", trainer.state.global_step), output / run_folder.METRICS_FILE
-    logged = run_folder.read_metrics(metrics_file)
     lost = {f"{prefix_of(name)}_loss" for name in eval_data}
-    is_evaluated = lost <= {key for record in logged if record["step"] == step for key in record}
+    is_evaluated = lost <= {key for record in trainer.state.log_history if record["step"] == step for key in record}
     # Evaluation every so many steps may have ended before the last one.
     hint = f"what was trained is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
     with reporting_out_of_memory("the trained model was measured", hint):
         measured, samples = measure(config, adapted, tokenizer, eval_data, say.line, with_loss=not is_evaluated)
         if not is_evaluated and eval_data:
             measured |= preferences_of(trainer)
+    if not own.is_main:
+        return Run(output, measured, samples)
     if measured:
         run_folder.append_metrics(metrics_file, run_folder.metrics_record(step, measured))
     records = run_folder.read_metrics(metrics_file)

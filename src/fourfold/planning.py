@@ -15,12 +15,14 @@ from fourfold.errors import ConfigError, TrainingError
 from fourfold.kernels.host_memory import spare_bytes
 from fourfold.memory.footprint import GRAPH_LIBRARY_BYTES, LIBRARY_BYTES
 from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes, split_count
+from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.memory.planner import Plan
 from fourfold.models.shape_check import shape_differences
 from fourfold.remedies import Remedy, Strategy, compare, remedies
 from fourfold.run_plan import (
     PLANNED_OPTIMIZERS,
     optimizers_of_the_same_state,
+    parallelism_in_force,
     parallelisms_of,
     run_plan,
     run_shape,
@@ -38,6 +40,7 @@ __all__ = [
     "find_host",
     "kept_to",
     "left_for",
+    "parallelism_in_force",
     "plan",
     "plan_for_training",
     "remedies",
@@ -95,29 +98,31 @@ def plan(
         host_bytes: Host memory that may be used; None: any.
         num_gpus: How many of them; None: as `gpu` says, or one.
 
-    The number of rows of an optimizer step is the configuration's, for all GPUs together; how many of them make a
-    microbatch is chosen. So is the optimizer, of `PLANNED_OPTIMIZERS`, where `optim` is null, and how several GPUs
-    share the run.
+    The number of rows of an optimizer step is the configuration's, times the GPUs; how many of them make a microbatch
+    is chosen. So is the optimizer, of `PLANNED_OPTIMIZERS`, where `optim` is null. With several GPUs and
+    `distributed: auto` all strategies are compared, and the plan has that of each.
 
     Raises:
         CheckpointError: There is no such model.
         ConfigError: What cannot be planned: a GGUF file, a checkpoint that is quantized already, layers that do not run
-            without data, `recompute` or `packing` where layers take the generic path; or rows that cannot be parted
-            among the GPUs.
+            without data, `recompute` or `packing` where layers take the generic path.
     """
     card, number = (
         (gpu, num_gpus or 1) if isinstance(gpu, Gpu) else find_gpus(gpu, num_gpus, choices.memory_limit(config))
     )
-    return run_plan(config, card, host_bytes, parallelisms=parallelisms_of(number))
+    return run_plan(config, card, host_bytes, parallelisms=parallelisms_of(config, number))
 
 
-def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None = None) -> Plan | None:
+def plan_for_training(
+    config: RunConfig, gpu: Gpu | None, host_bytes: int | None = None, parallelism: Parallelism = ONE_GPU
+) -> Plan | None:
     """The plan that a run keeps to: microbatches of at most the configuration's rows, as fast as what fits.
 
     Args:
         config: The run.
-        gpu: Where it trains; None: not on a GPU.
-        host_bytes: Host memory that may be used; None: any.
+        gpu: Where it trains, this process if there are several; None: not on a GPU.
+        host_bytes: Host memory that may be used, by all processes; None: any.
+        parallelism: How processes share the run, see `parallelism_in_force`.
 
     Returns:
         None where nothing is planned: off GPUs, with `plan: false`, where `recompute` is given, for models that give
@@ -129,12 +134,13 @@ def plan_for_training(config: RunConfig, gpu: Gpu | None, host_bytes: int | None
     if gpu is None or not config.plan or config.recompute is not None or config.method == "reward":
         return None
     try:
-        made = run_plan(config, gpu, host_bytes, most=config.per_device_train_batch_size)
+        most = config.per_device_train_batch_size
+        made = run_plan(config, gpu, host_bytes, most=most, parallelisms=[parallelism])
     except ConfigError:
         return None
     if made.chosen is not None:
         return made
-    helps = [str(remedy) for remedy in remedies(config, gpu, host_bytes)]
+    helps = [str(remedy) for remedy in remedies(config, gpu, host_bytes, parallelism.num_gpus)]
     raise TrainingError(
         made.lines()[-1],
         found=f"{gpu.usable_bytes / 2**30:.2f} GiB usable on {gpu.name}"
@@ -159,7 +165,9 @@ def step_down(config: RunConfig, failed: Plan, now: Gpu | None = None) -> Plan |
         usable = min(usable, now.usable_bytes)
     optimizers = optimizers_of_the_same_state(failed.chosen.optimizer) if config.optim is None else None
     most = config.per_device_train_batch_size
-    made = run_plan(config, failed.gpu.with_usable(usable), failed.host_bytes, most=most, optimizers=optimizers)
+    ways = [failed.chosen.parallelism]
+    less = failed.gpu.with_usable(usable)
+    made = run_plan(config, less, failed.host_bytes, most=most, optimizers=optimizers, parallelisms=ways)
     return made if made.chosen is not None else None
 
 

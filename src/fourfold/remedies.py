@@ -10,7 +10,7 @@ from typing import Any
 from fourfold.config import RunConfig
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import Parallelism
-from fourfold.memory.plan import FORECAST, Plan
+from fourfold.memory.plan import Plan
 from fourfold.models.recomputation import POLICIES
 from fourfold.run_plan import optimizer_row, parallelisms_of, run_plan, run_shape
 from fourfold.training.options import OPTIMIZERS
@@ -40,11 +40,9 @@ class Remedy:
     num_gpus: int | None = None
 
     def __str__(self) -> str:
-        if self.num_gpus is not None:
-            return f"{self.what} (fourfold plan --gpus {self.num_gpus}, {FORECAST})"
         values = {key: "null" if value is None else str(value).lower() for key, value in self.change.items()}
         keys = " ".join(f"--{key} {value}" for key, value in values.items())
-        return f"{self.what} ({keys})"
+        return f"{self.what} ({keys})" if self.num_gpus is None else f"{self.what} (--gpus {self.num_gpus} {keys})"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,8 @@ def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpu
     enough alone, as many of them together as it takes; where all are not, more GPUs."""
 
     def fitting(change: dict[str, Any]) -> Plan | None:
-        made = run_plan(config.model_copy(update=change), gpu, host_bytes, parallelisms=parallelisms_of(num_gpus))
+        changed = config.model_copy(update=change)
+        made = run_plan(changed, gpu, host_bytes, parallelisms=parallelisms_of(changed, num_gpus))
         return made if made.chosen is not None else None
 
     changes = list(_changes(config))
@@ -79,14 +78,13 @@ def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpu
 
 def _more_gpus(config: RunConfig, gpu: Gpu, host_bytes: int | None, num_gpus: int) -> Iterator[Remedy]:
     """The least number of the same GPUs over which the run fits when the base is sharded."""
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     stays = config.model_copy(update={"stream_base": None})
-    for number in range(num_gpus + 1, min(rows, _MOST_GPUS) + 1):
-        if rows % number == 0:
-            made = run_plan(stays, gpu, host_bytes, parallelisms=[Parallelism(number, "sharded")])
-            if made.chosen is not None:
-                yield Remedy(f"{number} GPUs, the base sharded over them", {}, made, number)
-                return
+    shape = run_shape(stays)
+    for number in range(num_gpus + 1, _MOST_GPUS + 1):
+        made = run_plan(stays, gpu, host_bytes, parallelisms=[Parallelism(number, "fsdp2")], shape=shape)
+        if made.chosen is not None:
+            yield Remedy(f"{number} GPUs, the base sharded over them", {"distributed": "fsdp2"}, made, number)
+            return
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -148,8 +146,9 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus
         changed, streams = config.model_copy(update=update), update["stream_base"] is not None
         shape = run_shape(changed)
         if num_gpus > 1:
-            ways = [way for way in parallelisms_of(num_gpus) if not (streams and way.shards.weights)]
-            made = [(way.strategy, run_plan(changed, gpu, host_bytes, parallelisms=[way], shape=shape)) for way in ways]
+            ways = [way for way in parallelisms_of(config, num_gpus) if way.shards.runs_by_graphs or not streams]
+            together = run_plan(changed, gpu, host_bytes, parallelisms=ways, shape=shape) if ways else None
+            made = [] if together is None else list((together.by_strategy or {ways[0].strategy: together}).items())
         else:
             # A base streams where there is no memory to keep much else.
             names = [name for name in shape.policies if POLICIES[name].offload or not streams] or ["full"]

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
+from fourfold.config.distributed import distributed_contradictions
 from fourfold.errors import ConfigError
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import ONE_GPU, STRATEGIES, Parallelism
-from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
+from fourfold.memory.planner import OptimizerBytes, Plan, fastest_of, make_plan
 from fourfold.models.families import FAMILIES
 from fourfold.models.followed_layer import followed_shape
 from fourfold.models.loading import read_config
 from fourfold.models.model_shape import ModelShape, model_shape
+from fourfold.models.tensor_parts import divided_config, with_divided_ends
 from fourfold.optimizers import AdamW
 from fourfold.optimizers.footprint import staging_bytes, state_bytes, working_bytes
+from fourfold.training.deepspeed_config import stage_of_file
 from fourfold.training.options import OPTIMIZERS, OptimizerRow
 
 __all__ = [
     "PLANNED_OPTIMIZERS",
     "optimizer_row",
     "optimizers_of_the_same_state",
+    "parallelism_in_force",
     "parallelisms_of",
     "run_plan",
     "run_shape",
@@ -57,19 +63,51 @@ def run_plan(
         policies: Recomputation policies to choose from; None: as the configuration has it, or all.
         most: Rows of a microbatch at most; None: any.
         optimizers: To choose from; None: as the configuration has it, or `PLANNED_OPTIMIZERS`.
-        parallelisms: How GPUs may share the run.
+        parallelisms: How GPUs may share the run. With several strategies, the plan has that of each, and of a strategy
+            that is not possible the reason. Of one strategy's the first that fits is taken: less waits in host memory.
         shape: The model's, where it is known already.
 
     Raises:
         CheckpointError: There is no such model.
         ConfigError: What cannot be planned; see `fourfold.planning.plan`.
     """
-    if shape is None:
-        shape = run_shape(config)
-    each = sequences_of(config)
+    whole = run_shape(config) if shape is None else shape
+    strategies = list(dict.fromkeys(way.strategy for way in parallelisms))
+    made: dict[str, Plan] = {}
+    refused: dict[str, str] = {}
+    for strategy in strategies:
+        ways = [way for way in parallelisms if way.strategy == strategy]
+        try:
+            is_divided = ways[0].shards.divides == "tensors"
+            own = run_shape(config, ways[0].num_gpus) if is_divided else whole
+            for way in ways:
+                plan = _plan_of(config, gpu, host_bytes, policies, most, optimizers, way, own)
+                made[strategy] = replace(plan, not_run=_not_run(config, way))
+                if plan.chosen is not None:
+                    break
+        except ConfigError as error:
+            if len(strategies) == 1:
+                raise
+            refused[strategy] = str(error)
+    return made[strategies[0]] if len(strategies) == 1 else fastest_of(made, refused)
+
+
+def _plan_of(
+    config: RunConfig,
+    gpu: Gpu,
+    host_bytes: int | None,
+    policies: Sequence[str] | None,
+    most: int | None,
+    optimizers: Sequence[str] | None,
+    parallelism: Parallelism,
+    shape: ModelShape,
+) -> Plan:
+    """With one way to share the run. Args are those of `run_plan`."""
+    each, num_gpus = sequences_of(config), parallelism.num_gpus
     # Rows that are paired with one another need company.
     least = 2 if config.method == "kto" else 1
-    most = most or config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    most = most or rows
     batches = range(each * least, each * most + 1, each)
     has_evaluation = config.eval_dataset is not None or config.eval_split_fraction > 0
     wanted = config.recompute
@@ -79,7 +117,7 @@ def run_plan(
     return make_plan(
         shape,
         gpu,
-        rows=each * config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        rows=each * rows * num_gpus,
         seq=config.max_length,
         optimizers=[_optimizer(name, shape) for name in names],
         batches=batches,
@@ -89,22 +127,63 @@ def run_plan(
         # Packed rows run without them: their documents lie differently in each batch.
         cuda_graphs=False if config.packing else config.cuda_graphs,
         streams=config.stream_base,
-        parallelisms=parallelisms,
+        parallelisms=[parallelism],
     )
 
 
-def parallelisms_of(num_gpus: int) -> list[Parallelism]:
-    """Every way in which so many GPUs may share a run."""
-    return [Parallelism(num_gpus, name) for name in STRATEGIES] if num_gpus > 1 else [ONE_GPU]
+def parallelism_in_force(config: RunConfig, num_gpus: int) -> Parallelism:
+    """How so many processes of a run share it. What a file of `deepspeed` offloads is not looked at.
+
+    Raises:
+        ConfigError: That file cannot be read, or names no stage.
+    """
+    if config.deepspeed is not None:
+        return Parallelism(num_gpus, f"zero{stage_of_file(Path(config.deepspeed))}")
+    strategy = next(iter(STRATEGIES)) if config.distributed == "auto" else config.distributed
+    return Parallelism(num_gpus, strategy, config.distributed_offload) if num_gpus > 1 else ONE_GPU
 
 
-def run_shape(config: RunConfig) -> ModelShape:
-    """The model of a run, with what of it is trained. Raises as `run_plan`."""
+def parallelisms_of(config: RunConfig, num_gpus: int) -> list[Parallelism]:
+    """The ways in which so many GPUs may share a run: every one, or the one that is configured. Raises as
+    `parallelism_in_force`."""
+    if num_gpus == 1 or config.distributed != "auto" or config.deepspeed is not None:
+        return [parallelism_in_force(config, num_gpus)]
+    return [Parallelism(num_gpus, name, offload) for name, row in STRATEGIES.items() for offload in row.offloads]
+
+
+def _not_run(config: RunConfig, parallelism: Parallelism) -> str | None:
+    """Why `fourfold train` does not share the run so; None where it does."""
+    if parallelism.num_gpus == 1:
+        return None
+    if not parallelism.shards.runs:
+        return "fourfold train has no such strategy"
+    asked = config.model_copy(update={"distributed": parallelism.strategy})
+    fault = next(iter(distributed_contradictions(asked)), None)
+    return None if fault is None else fault.what
+
+
+def run_shape(config: RunConfig, degree: int = 1) -> ModelShape:
+    """The model of a run, with what of it is trained; or one GPU's part of it where tensors are divided.
+
+    Args:
+        degree: Among how many GPUs they are.
+
+    Raises:
+        ConfigError: What cannot be planned, or divided.
+        CheckpointError: There is no such model.
+    """
     is_gguf = config.model_name_or_path.endswith(".gguf")
     model = None if is_gguf else read_config(config.model_name_or_path, config.model_revision)
     reason = "a GGUF file, which has no config.json" if is_gguf else _no_formula(config, model)
     if reason is not None:
         raise ConfigError("there is no plan for this run", found=reason, hint="see docs/planning.md")
+    if degree > 1:
+        return with_divided_ends(_shape(config, divided_config(model, degree)), degree)
+    return _shape(config, model)
+
+
+def _shape(config: RunConfig, model: Any) -> ModelShape:
+    """As `run_shape`; `model`: its Transformers configuration."""
     dtype, quantization = _DTYPES[config.bnb_4bit_compute_dtype], choices.quantization(config)
     if not _is_generic(config, model):
         return model_shape(model, quantization, config.lora_r, config.target_modules, dtype.itemsize)

@@ -128,6 +128,7 @@ def test_a_llama_factory_file_loads_with_its_meaning(tmp_path):
     assert config == RunConfig(
         model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct",
         lora_r=8,
+        ddp_timeout=180_000_000,
         target_modules="all-linear",
         train_dataset="data/train.jsonl",
         max_length=2048,

@@ -22,6 +22,7 @@ def choices(key: str) -> set[str]:
         ("method", "fourfold.training.methods", "METHODS", set()),
         ("report_to", "fourfold.training.trackers", "TRACKERS", set()),
         ("stream_base", "fourfold.models.streaming", "SOURCES", set()),
+        ("distributed", "fourfold.training.distributed", "DISTRIBUTED", {"auto"}),
         ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
         ("overlong", "fourfold.data.overlong", "OVERLONG", set()),
         ("eval_comparison", "fourfold.evaluation.exact_match", "COMPARISONS", set()),

@@ -30,7 +30,7 @@ def test_every_fault_is_reported_at_once_with_its_line(write):
         model_name_or_path: m
         lora_r: sixteen
         lerning_rate: 2.0e-4
-        deepspeed: zero3.json
+        fsdp: full_shard
         max_steps: 5
         num_train_epochs: 3
         """
@@ -39,7 +39,7 @@ def test_every_fault_is_reported_at_once_with_its_line(write):
     assert message.startswith(f"5 faults in {path}")
     assert f'{path}:2  lora_r\n     found:   "sixteen" (text)\n     allowed: a whole number, at least 1' in message
     assert f"{path}:3  lerning_rate is no key\n     to do:   did you mean learning_rate?" in message
-    assert f"{path}:4  deepspeed is known, and not supported" in message
+    assert f"{path}:4  fsdp is known, and not supported" in message
     assert f"found:   {path}:5  max_steps, {path}:6  num_train_epochs" in message
     assert "command line  lora_dropout\n     found:   2 (a whole number)" in message
 

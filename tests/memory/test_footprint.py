@@ -209,21 +209,22 @@ def test_sharded_gpus_hold_their_share_and_the_layers_at_work() -> None:
     def held(parallelism: Parallelism) -> Footprint:
         return footprint(shape, Step(1, 2048, ["full"] * 32, cuda_graphs=False, parallelism=parallelism))
 
-    one, two, sharded = held(ONE_GPU), held(Parallelism(2)), held(Parallelism(2, "sharded"))
+    one, two, sharded = held(ONE_GPU), held(Parallelism(2)), held(Parallelism(2, "fsdp2"))
     assert two.peak_bytes - one.peak_bytes == 4 * shape.num_adapter
-    layer = shape.layer_bytes[0] + 4 * shape.blocks[0].adapter_parameters
+    layer = shape.shardable_bytes[0] + 4 * shape.blocks[0].adapter_parameters
     assert sharded.parts["layers on their way"] == 2 * layer
     assert sharded.parts["adapters"] == 2 * shape.num_adapter
-    assert sharded.parts["weights, 16 bits"] == one.parts["weights, 16 bits"]
-    quantized = one.parts["weights, quantized"] + one.parts["quantization state"]
-    assert sharded.parts["weights, quantized"] == pytest.approx(quantized / 2, rel=1e-3)
+    # Norms stay whole.
+    ends = 2 * 2 * 128256 * 4096
+    assert sharded.parts["weights, 16 bits"] == one.parts["weights, 16 bits"] - ends / 2
+    assert sharded.parts["weights, quantized"] == one.parts["weights, quantized"] / 2
+    assert sharded.parts["quantization state"] == one.parts["quantization state"] / 2
 
 
-def test_sharded_weights_of_16_bits_leave_those_that_are_in_no_layer() -> None:
+def test_sharded_weights_of_16_bits_are_parted_but_for_norms() -> None:
     config = LlamaConfig(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, **SHAPES["8b"])
     shape = model_shape(config, None, 16)
-    held = footprint(shape, Step(1, 2048, ["full"] * 32, parallelism=Parallelism(8, "sharded")))
-    embeddings = 2 * 2 * 128256 * 4096
-    layers = 2 * shape.num_parameters - embeddings
-    assert held.parts["weights, 16 bits"] == pytest.approx(embeddings + layers / 8, rel=1e-3)
+    held = footprint(shape, Step(1, 2048, ["full"] * 32, parallelism=Parallelism(8, "fsdp2")))
+    norms = 65 * 4096
+    assert held.parts["weights, 16 bits"] == 2 * (norms + (shape.num_parameters - norms) / 8)
     assert "weights, quantized" not in held.parts

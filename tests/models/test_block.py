@@ -16,7 +16,7 @@ from fourfold.errors import ConfigError
 from fourfold.models import block_backward, block_function
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import document_mask
-from fourfold.models.block import FusedDecoderLayer, set_recomputation
+from fourfold.models.block import FusedDecoderLayer, keep_order, set_recomputation
 from fourfold.models.block_forward import block_forward, fill_low
 from fourfold.models.linear_group import ExtendedWeight
 from fourfold.models.preparing import prepare
@@ -63,6 +63,27 @@ def test_noise_on_the_embeddings_reaches_the_block_as_the_generic_path() -> None
     (noisy, grads), (expected_noisy, expected) = results
     torch.testing.assert_close(noisy, expected_noisy, rtol=2e-6, atol=0)
     assert distance(grads, expected) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-head-norms"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_with_keep_order_gradients_arrive_as_those_of_the_generic_path(name: str, recompute: str) -> None:
+    def order(model: nn.Module) -> list[str]:
+        arrived: list[str] = []
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, key=key: arrived.append(key))
+        loss_and_grads(model)
+        return arrived
+
+    fused = adapted(decoder(name, torch.float32, quantized=True), fused=True)
+    set_recomputation(fused, recompute)
+    keep_order(fused)
+    generic = adapted(decoder(name, torch.float32, quantized=True), fused=False)
+    wanted = order(generic)
+    assert len(wanted) == 2 * 7 * 2
+    assert order(fused) == wanted
+    assert took_generic_path(fused) == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

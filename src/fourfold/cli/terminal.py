@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from fourfold.errors import FourfoldError
 
-__all__ = ["print_json", "print_result", "progress_style", "quiet_libraries", "reporting_errors"]
+__all__ = ["is_main", "print_json", "print_result", "progress_style", "quiet_libraries", "reporting_errors"]
 
 EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells have it
 
@@ -29,6 +30,11 @@ def progress_style(as_json: bool) -> str:
     return "terminal" if sys.stdout.isatty() else "plain"
 
 
+def is_main() -> bool:
+    """Whether this is the main process of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def set_up_logging(verbose: bool) -> None:
     """Our own messages from INFO on, those of others only when they are errors. All go to stderr."""
     level = logging.INFO if verbose else logging.ERROR
@@ -38,7 +44,9 @@ def set_up_logging(verbose: bool) -> None:
         stream=sys.stderr,
         force=True,
     )
-    logging.getLogger("fourfold").setLevel(logging.DEBUG if verbose else logging.INFO)
+    # Of several processes the main one tells.
+    quiet = logging.INFO if is_main() else logging.ERROR
+    logging.getLogger("fourfold").setLevel(logging.DEBUG if verbose else quiet)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
 
@@ -64,9 +72,10 @@ def reporting_errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except FourfoldError as error:
-        if as_json:
+        if as_json and is_main():
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
-        _print_error(error)
+        if not error.is_told:
+            _print_error(error)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as interrupt:
         typer.echo("Interrupted.", err=True)
@@ -77,7 +86,8 @@ def _print_error(error: FourfoldError) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:
         # In a log a frame is noise, and lines are not to be wrapped.
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        rank = "" if is_main() else f"rank {os.environ['RANK']}: "
+        typer.echo(f"{rank}{type(error).__name__}: {error}", err=True)
         return
     # Text, not markup: messages hold brackets of their own.
     console.print(

@@ -16,6 +16,7 @@ import typer
 
 from fourfold.cli.environment import let_segments_grow, print_environment
 from fourfold.cli.terminal import (
+    is_main,
     print_json,
     print_result,
     progress_style,
@@ -79,6 +80,8 @@ def train(context: typer.Context, config: ConfigFile, json: Json = False, verbos
         from fourfold import pipeline
 
         run = pipeline.train(run_config, progress=progress_style(json))
+        if not is_main():
+            return
         if json:
             # The last of the progress's JSON lines.
             print_json({"event": "result", "output_dir": run.output_dir, "metrics": run.metrics})

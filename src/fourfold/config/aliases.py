@@ -262,14 +262,14 @@ ALIASES: dict[str, Conversion] = {
     "resume_from_checkpoint": _resume,
     "pad_to_multiple_of": _no_effect,
     "tf32": _no_effect,
-    "ddp_timeout": _no_effect,
     "use_peft": _on({"adapter": "lora"}),
     "use_bnb_nested_quant": _same_value("bnb_4bit_use_double_quant"),
     "dataset_name": _same_value("train_dataset"),
     "max_seq_length": _same_value("max_length"),
 }
 
-_ONE_DEVICE = "a run takes one device: leave it out"
+_ONE_DEVICE = "layers are not split among devices: leave it out"
+_SEVERAL = "give distributed, and start with torchrun; see docs/distributed.md"
 _OPTIMIZERS = "see optim for the optimizers there are"
 _OPTIMIZER_DEFAULTS = "the optimizer's defaults are used: leave it out"
 _OWN_KERNELS = "faster layers are chosen without a key: leave it out"
@@ -294,9 +294,8 @@ UNSUPPORTED: dict[str, str] = {
     "unfrozen_parameters": "name layers to train in full in modules_to_save",
     "tokens": "new tokens are not added: use a tokenizer that has them",
     "plugins": "there are no plugins: leave it out",
-    "deepspeed": _ONE_DEVICE,
-    "fsdp": _ONE_DEVICE,
-    "fsdp_config": _ONE_DEVICE,
+    "fsdp": _SEVERAL,
+    "fsdp_config": _SEVERAL,
     "device_map": "give device",
     "tensor_parallel_size": _ONE_DEVICE,
     "context_parallel_size": _ONE_DEVICE,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from fourfold.config.distributed import distributed_contradictions
 from fourfold.config.run import RunConfig
 from fourfold.data import DataOptions
 from fourfold.data.mixture import check_weights
@@ -19,6 +20,8 @@ from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.training.best import BestOptions
+from fourfold.training.deepspeed_config import stage_of_file
+from fourfold.training.distributed import distributed_row, processes
 from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.methods import FIGURES, MethodOptions
 from fourfold.training.options import TrainingOptions
@@ -40,7 +43,34 @@ __all__ = [
     "quantization",
     "stream_options",
     "training_options",
+    "with_deepspeed",
 ]
+
+
+def with_deepspeed(config: RunConfig) -> RunConfig:
+    """The configuration, with `distributed` as its file of DeepSpeed's says, and the optimizer that ZeRO parts.
+
+    Raises:
+        ConfigError: The file cannot be read, is of another stage, or of one that does not fit the other keys.
+    """
+    keys: dict[str, Any] = {}
+    if config.deepspeed is not None:
+        of_file = f"zero{stage_of_file(Path(config.deepspeed))}"
+        if config.distributed not in ("auto", of_file):
+            raise ConfigError(
+                f"{config.deepspeed} is of another stage",
+                found=f"{of_file}, distributed: {config.distributed}",
+                hint="leave distributed out",
+            )
+        keys["distributed"] = of_file
+    if (config.distributed.startswith("zero") or keys) and config.optim is None:
+        keys["optim"] = TrainingOptions.optim
+    resolved: RunConfig = config.model_copy(update=keys)
+    # What contradicts the file's stage is told as if the key had been given.
+    found = [f"{each.what}; {each.hint}" for each in distributed_contradictions(resolved)]
+    if found:
+        raise ConfigError(f"{config.deepspeed} does not fit this run", found="\n".join(found))
+    return resolved
 
 
 def device(config: RunConfig) -> torch.device:
@@ -102,13 +132,22 @@ def quantization(config: RunConfig) -> FourfoldConfig | None:
     )
 
 
-def load_options(config: RunConfig, *, for_training: bool = False, streams: bool = False) -> dict[str, Any]:
-    """The keyword arguments of `load_model`; `streams`: what is loaded is given to `stream_options` then."""
+def load_options(
+    config: RunConfig, *, for_training: bool = False, streams: bool = False, is_shared: bool = False
+) -> dict[str, Any]:
+    """The keyword arguments of `load_model`.
+
+    Args:
+        streams: What is loaded is given to `stream_options` then.
+        is_shared: It is shared by the processes of the run.
+    """
+    row = distributed_row(config.distributed, processes().count)
+    # So that no moment holds on the GPU a base that streams, or one of which a process keeps its share.
+    waits = (streams and config.stream_base) or (is_shared and row.loads_on == "cpu")
     return {
         "quantization": quantization(config),
         "dtype": compute_dtype(config, for_training=for_training),
-        # So that no moment holds a base that streams on the GPU.
-        "device": torch.device("cpu") if streams and config.stream_base else device(config),
+        "device": torch.device("cpu") if waits else device(config),
         "revision": config.model_revision,
         "attn_implementation": config.attn_implementation,
         "num_labels": 1 if config.method == "reward" else None,
@@ -274,4 +313,9 @@ def training_options(config: RunConfig) -> TrainingOptions:
         neftune_noise_alpha=config.neftune_noise_alpha,
         groups=group_options(config),
         best=best_options(config),
+        distributed=config.distributed,
+        ddp_timeout=config.ddp_timeout,
+        distributed_offload=config.distributed_offload,
+        deepspeed=None if config.deepspeed is None else Path(config.deepspeed),
+        model_dtype=str(compute_dtype(config)).removeprefix("torch."),
     )

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from fourfold.config.datasets import Datasets, EvalDatasets, RowFormat
+from fourfold.config.distributed import DistributedKeys, distributed_contradictions
 from fourfold.config.life import LifeKeys, life_contradictions
 from fourfold.config.methods import Contradiction, MethodKeys, method_contradictions
 from fourfold.config.precision import precision_contradictions
@@ -45,7 +46,7 @@ Optimizer = Literal[
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class RunConfig(LifeKeys, MethodKeys):
+class RunConfig(DistributedKeys, LifeKeys, MethodKeys):
     """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
 
     Raises:
@@ -282,6 +283,7 @@ class RunConfig(LifeKeys, MethodKeys):
 GROUPS: dict[str, str] = {
     "method": "Method",
     "load_best_model_at_end": "During training",
+    "distributed": "Several GPUs",
     "model_name_or_path": "Model",
     "adapter": "Adapter",
     "train_dataset": "Data",
@@ -345,6 +347,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
     yield from _adapter_contradictions(config)
     yield from method_contradictions(config)
     yield from life_contradictions(config)
+    yield from distributed_contradictions(config)
 
 
 def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:

@@ -32,12 +32,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fourfold.kernels.availability import say_once, triton_refuses
 from fourfold.kernels.optimizer_state import BLOCK_SIZE, MOMENTS, SMALLEST_ABSMAX, Hyperparameters, OptimizerState
+from fourfold.kernels.shards import sum_over
 
-__all__ = ["measure", "optimizer_step", "optimizer_step_reference"]
+__all__ = ["decode_moment", "encode_moment", "measure", "optimizer_step", "optimizer_step_reference"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def optimizer_step(
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Update `state.params` and their state; sets `state.norm` and `state.scale`.
 
@@ -57,18 +59,19 @@ def optimizer_step(
         groups: Hyperparameters of each group.
         max_grad_norm: Gradients are clipped to this norm, all together; None or 0: never.
         loss: fp32 scalar on the device; where it is not finite the step changes nothing.
+        group: The processes that hold a part each of the parameters; None: they are whole. The norm is that of all.
     """
     if state.steps.device.type != "cpu":
         refusal = triton_refuses(state.steps)
         if refusal is None:
             from fourfold.kernels.optimizer_triton import optimizer_step_triton
 
-            optimizer_step_triton(state, grads, groups, max_grad_norm, loss)
+            optimizer_step_triton(state, grads, groups, max_grad_norm, loss, group)
             return
         say_once(
             logger, f"The optimizer runs in PyTorch, one parameter at a time, slower than by its kernel: {refusal}"
         )
-    optimizer_step_reference(state, grads, groups, max_grad_norm, loss)
+    optimizer_step_reference(state, grads, groups, max_grad_norm, loss, group)
 
 
 def optimizer_step_reference(
@@ -77,25 +80,33 @@ def optimizer_step_reference(
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """`optimizer_step` in PyTorch. It reads the scale, so on a GPU it waits for the device."""
-    measure(state.norm, state.scale, grads, max_grad_norm, loss)
+    measure(state.norm, state.scale, grads, max_grad_norm, loss, group)
     if state.scale.item() < 0:
         return
     steps = state.steps.tolist()
     for index, grad in enumerate(grads):
         if grad is not None:
             state.steps[index] += 1
-            group = groups[state.group_of[index]]
-            _update(state.params[index], grad.float() * state.scale, state, index, group, steps[index] + 1)
+            own = groups[state.group_of[index]]
+            _update(state.params[index], grad.float() * state.scale, state, index, own, steps[index] + 1)
 
 
 def measure(
-    norm: Tensor, scale: Tensor, grads: Sequence[Tensor | None], max_grad_norm: float | None, loss: Tensor | None
+    norm: Tensor,
+    scale: Tensor,
+    grads: Sequence[Tensor | None],
+    max_grad_norm: float | None,
+    loss: Tensor | None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Set `norm` to that of all gradients, and `scale` to what they are to be multiplied by, or -1: change nothing."""
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads if grad is not None]
     norm.copy_(torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(()))
+    if group is not None:
+        norm.copy_(sum_over(group, norm.double().square()).sqrt())
     finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     scale.copy_(torch.where(finite, ((max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0), -1.0))
 
@@ -109,7 +120,7 @@ def _update(
         moments = [views[name] for name in MOMENTS[state.rule]]
     else:
         numbered = [(views[f"state{n}"], views[f"absmax{n}"]) for n in range(1, len(MOMENTS[state.rule]) + 1)]
-        moments = [_decode(*each, points) for each, points in zip(numbered, state.maps, strict=False)]
+        moments = [decode_moment(*each, points) for each, points in zip(numbered, state.maps, strict=False)]
     updated = param.float()  # the parameter itself where it is fp32
     # What is taken away, and not what is left: 1 - lr * weight_decay in fp32 is wrong to one side, at every step.
     updated.sub_(updated, alpha=group.lr * group.weight_decay)
@@ -152,9 +163,19 @@ def _blocks(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
 
 
-def _decode(codes: Tensor, absmax: Tensor, points: Tensor) -> Tensor:
+def decode_moment(codes: Tensor, absmax: Tensor, points: Tensor) -> Tensor:
+    """fp32 values, of the shape of `codes`, of an 8-bit moment; `absmax` has one scale a block, `points` its map."""
     values = points[_blocks(codes).int()] * absmax[:, None]
     return values.view(-1)[: codes.numel()].view(codes.shape)
+
+
+def encode_moment(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 of the shape of `values`, and scales, fp32, of a moment: the nearest of `points`, blockwise."""
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    absmax = torch.empty(-(-values.numel() // BLOCK_SIZE), dtype=torch.float32, device=values.device)
+    if values.numel():
+        _encode(values, codes, absmax, torch.cat([(points[1:] + points[:-1]) / 2, points.new_full((1,), -math.inf)]))
+    return codes, absmax
 
 
 def _encode(values: Tensor, codes: Tensor, absmax: Tensor, thresholds: Tensor) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fourfold.kernels.optimizer_state import (
     BLOCK_SIZE,
@@ -25,6 +25,7 @@ from fourfold.kernels.optimizer_state import (
     OptimizerState,
     Pack,
 )
+from fourfold.kernels.shards import sum_over
 
 __all__ = ["finish_kernel", "nearest_code", "norm_kernel", "optimizer_step_triton", "update_kernel", "update_warps"]
 
@@ -294,14 +295,15 @@ def optimizer_step_triton(
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
     """See `fourfold.kernels.optimizer.optimizer_step`."""
     device = state.steps.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _step(state, grads, groups, max_grad_norm, loss)
+            _step(state, grads, groups, max_grad_norm, loss, group)
     else:
-        _step(state, grads, groups, max_grad_norm, loss)
+        _step(state, grads, groups, max_grad_norm, loss, group)
 
 
 def _step(
@@ -310,6 +312,7 @@ def _step(
     groups: Sequence[Hyperparameters],
     max_grad_norm: float | None,
     loss: Tensor | None,
+    group: distributed.ProcessGroup | None,
 ) -> None:
     device, num_params, num_chunks = state.steps.device, len(state.params), state.chunk_tensor.numel()
     pointers = [0 if grad is None else grad.data_ptr() for grad in grads]
@@ -332,9 +335,11 @@ def _step(
             ALIGNED=aligned,
             num_warps=NUM_WARPS,
         )
+    if group is not None:
+        partials = sum_over(group, partials.sum(dtype=torch.float64).float().view(1))
     finish_kernel[(1,)](
         partials,
-        num_chunks,
+        partials.numel(),
         loss,
         float(max_grad_norm or math.inf),
         addresses,

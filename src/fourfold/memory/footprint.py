@@ -21,12 +21,13 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from fourfold.memory.head import evaluation_chunk, loss_moments
 from fourfold.memory.parallel import ONE_GPU, Parallelism
+from fourfold.memory.parts import Footprint
 from fourfold.models.block_memory import Tensors
 from fourfold.models.following import GRADIENTS, INPUT
 from fourfold.models.graphs import AUTO_TOKENS
@@ -43,8 +44,7 @@ GRAPH_LIBRARY_BYTES = 2**25
 # Of the layers whose tensors wait in host memory, those of so many are still, or again, on the GPU: the last ones of
 # the forward pass, which none after them pushed out, and the one before a layer that had its own brought back.
 IN_FLIGHT_FORWARD, IN_FLIGHT_BACKWARD = 2, 1
-# Layers whose weights are gathered from other GPUs at a time: one at work, one on its way.
-NUM_GATHERED = 2
+_FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Step:
         accumulation: Microbatches of an optimizer step: from the second on, gradients of all that is trained are there.
         update_bytes: What the optimizer works in, once it has all gradients.
         parallelism: How GPUs share the run; batch and bytes are those of one.
+        waiting: Microbatches whose activations wait on a pipeline's stage beside the one at work.
     """
 
     batch: int
@@ -78,6 +79,7 @@ class Step:
     accumulation: int = 1
     update_bytes: int = 0
     parallelism: Parallelism = ONE_GPU
+    waiting: int = 0
 
     @property
     def tokens(self) -> int:
@@ -87,36 +89,11 @@ class Step:
     def runs_by_graphs(self) -> bool:
         """Where layers are fused blocks; others never do."""
         # A graph reads weights where they were captured.
-        if self.streams or self.parallelism.shards.weights or any(POLICIES[policy].offload for policy in self.policies):
+        if self.streams or not self.parallelism.shards.runs_by_graphs:
+            return False
+        if any(POLICIES[policy].offload for policy in self.policies):
             return False
         return self.tokens <= AUTO_TOKENS if self.cuda_graphs is None else self.cuda_graphs
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a training step.
-
-    Args:
-        parts: On the GPU at the peak, by name; they add up to it.
-        moment: When the peak is.
-        moments: The height of each moment.
-        host: Bytes in host memory, by name.
-        detail: Of the part "working memory", every tensor.
-    """
-
-    parts: dict[str, int]
-    moment: str
-    moments: dict[str, int]
-    host: dict[str, int] = field(default_factory=dict)
-    detail: Tensors = field(default_factory=dict)
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host.values())
 
 
 def footprint(shape: ModelShape, step: Step) -> Footprint:
@@ -126,18 +103,44 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         shape: The model, its quantization, and what of it is trained.
         step: Batch, policies, optimizer.
     """
+    standing = _standing(shape, step)
+    bare = replace(step, policies=tuple(step.policies), optimizer_bytes=0, host_optimizer_bytes=0, update_bytes=0)
+    moments, activations = _moments(shape, replace(bare, staging_bytes=0))
+    update = moments["update"]
+    working = {**update.working, "workspace of the optimizer": step.update_bytes}
+    moments = {**moments, "update": _Moment(update.parts, working)}
+    name = max(moments, key=lambda name: moments[name].num_bytes)
+    highest, base = moments[name], sum(standing.values())
+    parts = {**standing, **highest.parts, "working memory": sum(highest.working.values())}
+    host = {"activations": activations, **_in_host_memory(shape, step)}
+    return Footprint(
+        parts={part: size for part, size in parts.items() if size},
+        moment=name,
+        moments={other: base + moment.num_bytes for other, moment in moments.items()},
+        host={part: size for part, size in host.items() if size},
+        detail={tensor: size for tensor, size in highest.working.items() if size},
+    )
+
+
+@lru_cache(maxsize=1024)
+def _moments(shape: ModelShape, step: Step) -> tuple[dict[str, _Moment], int]:
+    """What is the same with every optimizer: each moment, and bytes of activations in host memory."""
     by_graphs = shape.is_fused and step.runs_by_graphs
     pairs = zip(shape.blocks, step.policies, strict=True)
     blocks = [block.memory(step.batch, step.seq, policy) for block, policy in pairs]
     layers = [_layer(block) for block in blocks]
     gradients = _gradients(shape, step)
-    standing = _standing(shape, step)
+    copies = step.parallelism.copy_bytes(shape.num_adapter)
     moments = {
         "forward": _forward(shape, step, layers),
-        "loss": _loss(shape, step, layers),
         "backward": _backward(shape, step, layers),
-        "update": _Moment({GRADIENTS: gradients}, {"workspace of the optimizer": step.update_bytes}),
+        # DeepSpeed lays a share's gradients side by side in fp32, on the host where its copies are there.
+        "update": _Moment(
+            {GRADIENTS: gradients}, {"gradients in fp32": 0 if step.parallelism.offloads_optimizer else copies}
+        ),
     }
+    if shape.has_head:
+        moments["loss"] = _loss(shape, step, layers)
     if shape.embedding_gradient_bytes:
         moments["embedding"] = _embedding(shape, step)
     if by_graphs:
@@ -152,23 +155,15 @@ def footprint(shape: ModelShape, step: Step) -> Footprint:
         moments["capture"] = _Moment({**before, **graphs}, layers[-1].backward)
         moments["loss"] = _Moment({**loss.parts, **graphs}, loss.working)
         moments["update"] = _Moment({"activations kept": _on_gpu(layers), **update.parts, **graphs}, update.working)
+    if step.waiting:
+        waiting = step.waiting * (_on_gpu(layers) + _around(shape, step))
+        for name in moments.keys() - {"update"}:
+            moments[name] = _Moment(
+                {**moments[name].parts, "activations in the pipeline": waiting}, moments[name].working
+            )
     if step.eval_batch:
         moments["evaluation"] = _evaluation(shape, step, _on_gpu(layers) if by_graphs else 0)
-    name = max(moments, key=lambda name: moments[name].num_bytes)
-    highest, base = moments[name], sum(standing.values())
-    parts = {**standing, **highest.parts, "working memory": sum(highest.working.values())}
-    host = {
-        "activations": sum(layer.host for layer in layers),
-        "optimizer state": step.host_optimizer_bytes,
-        "weights": host_bytes(shape.layer_bytes, step.streams) if step.streams else 0,
-    }
-    return Footprint(
-        parts={part: size for part, size in parts.items() if size},
-        moment=name,
-        moments={other: base + moment.num_bytes for other, moment in moments.items()},
-        host={part: size for part, size in host.items() if size},
-        detail={tensor: size for tensor, size in highest.working.items() if size},
-    )
+    return moments, sum(layer.host for layer in layers) * (1 + step.waiting)
 
 
 class _Moment(NamedTuple):
@@ -189,37 +184,57 @@ def _highest(moments: Sequence[_Moment]) -> _Moment:
 def _standing(shape: ModelShape, step: Step) -> Tensors:
     """What is there from the first step to the last."""
     parallelism, layers = step.parallelism, shape.weights_of_layers
-    quantized = shape.code_bytes + shape.scale_bytes
-    adapters = shape.adapter_bytes
-    elsewhere = on_their_way = 0
+    dense, codes, scales, adapters = shape.dense_bytes, shape.code_bytes, shape.scale_bytes, shape.adapter_bytes
+    on_their_way = 0
     if step.streams:
-        elsewhere, on_their_way = sum(layers), device_bytes(layers)
+        # What streams is aligned, codes and scales in one; what else is quantized, such as the head, stays.
+        on_their_way, codes, scales = device_bytes(layers), max(0, codes + scales - sum(layers)), 0
     elif parallelism.shards.weights:
-        elsewhere = sum(layers) - parallelism.share(sum(layers), True)
-        # Where there are no adapters, what is trained is the layers themselves.
-        trained = [block.gradient_bytes if adapters else 0 for block in shape.blocks]
-        on_their_way = NUM_GATHERED * max(map(sum, zip(layers, trained, strict=True)))
-        adapters += parallelism.share(sum(trained), True) - sum(trained)
-    is_apart = elsewhere and quantized
+        # Norms, of which there is little, stay whole.
+        layers = tuple(map(sum, zip(shape.shardable_bytes, shape.adapters_of_layers, strict=True)))
+        on_their_way = parallelism.live_bytes(layers, 1 if codes else shape.element_size)
+        sharded = sum(shape.dense_ends) + (0 if codes else sum(shape.shardable_bytes))
+        dense += parallelism.weights_held(sharded) - sharded
+        codes, scales = parallelism.weights_held(codes), parallelism.weights_held(scales)
+        adapters = parallelism.weights_held(adapters)
+    largest = max(block.gradient_bytes for block in shape.blocks)
     return {
-        "weights, 16 bits" if shape.element_size == 2 else "weights, 32 bits": shape.dense_bytes
-        - (0 if quantized else elsewhere),
-        # What streams is aligned; what else is quantized, such as the head, stays.
-        "weights, quantized": max(0, quantized - elsewhere) if is_apart else shape.code_bytes,
+        "weights, 16 bits" if shape.element_size == 2 else "weights, 32 bits": dense,
+        "weights, quantized": codes,
         "layers on their way": on_their_way,
-        "quantization state": 0 if is_apart else shape.scale_bytes,
+        "quantization state": scales,
         "adapters": adapters,
-        "buckets of gradients": parallelism.bucket_bytes(shape.gradient_bytes),
+        "buckets of gradients": parallelism.bucket_bytes(
+            shape.gradient_bytes, largest, shape.hidden_size, shape.trained_element
+        ),
+        # The activation that comes from the stage before, and its gradient from the one behind.
+        "between stages": 2 * _hidden(shape, step.tokens) if parallelism.num_stages > 1 else 0,
+        "fp32 copies": 0 if parallelism.offloads_optimizer else parallelism.copy_bytes(shape.num_adapter),
         "optimizer state": step.optimizer_bytes,
         "pages of optimizer state": step.staging_bytes,
         "libraries": LIBRARY_BYTES + (GRAPH_LIBRARY_BYTES if shape.is_fused and step.runs_by_graphs else 0),
     }
 
 
+def _in_host_memory(shape: ModelShape, step: Step) -> Tensors:
+    """What is there beside activations, of one process."""
+    parallelism = step.parallelism
+    weights = host_bytes(shape.layer_bytes, step.streams) if step.streams else 0
+    if parallelism.offloads_weights:
+        weights += parallelism.share(shape.code_bytes + shape.scale_bytes + shape.dense_bytes + shape.adapter_bytes)
+    # The fp32 gradients of a share, beside what they update.
+    copies = parallelism.copy_bytes(shape.num_adapter) if parallelism.offloads_optimizer else 0
+    return {
+        "optimizer state": step.host_optimizer_bytes,
+        "fp32 copies": copies,
+        "gradients": copies,
+        "weights": weights,
+    }
+
+
 def _gradients(shape: ModelShape, step: Step) -> int:
-    """Of all that is trained: those of layers, or one GPU's share of them, and the rest."""
-    layers = sum(block.gradient_bytes for block in shape.blocks)
-    return shape.gradient_bytes - layers + step.parallelism.share(layers, step.parallelism.shards.gradients)
+    """Of all that is trained, or one GPU's share of them."""
+    return step.parallelism.gradients_held(shape.gradient_bytes)
 
 
 def _gradients_before(shape: ModelShape, step: Step) -> int:
@@ -307,6 +322,7 @@ def _forward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment
 def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     kept = _on_gpu(layers) + _in_flight(layers) + _around(shape, step)
     tail: Tensors = {"last layer's output": _hidden(shape, step.tokens)}
+    gathered = {"head, gathered": _head_gathered(shape, step)}
     gradients = _gradients_before(shape, step)
     moments = []
     if shape.ends is not None:
@@ -319,8 +335,13 @@ def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
         moments.append(_Moment(late, norm.backward.peak))
     for logits, working in loss_moments(shape, step.tokens):
         parts = {"activations kept": kept, "logits": logits, GRADIENTS: gradients}
-        moments.append(_Moment(parts, {**tail, **working}))
+        moments.append(_Moment(parts, {**tail, **gathered, **working}))
     return _highest(moments)
+
+
+def _head_gathered(shape: ModelShape, step: Step) -> int:
+    """Of a sharded head all, while it is at work."""
+    return (sum(shape.dense_ends) if shape.is_tied else shape.dense_ends[1]) if step.parallelism.shards.weights else 0
 
 
 def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
@@ -329,8 +350,11 @@ def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Momen
     # Tensors that wait in host memory, of each layer before this one that has such.
     waiting = [layer.offloaded for layer in layers if layer.offloaded]
     last = max((index for index, layer in enumerate(layers) if layer.offloaded), default=-1)
-    shards = step.parallelism.shards
-    gradients = _gradients_before(shape, step) or shape.head_gradient_bytes
+    # The whole gradient of a sharded head that is trained waits with it for the pass's end.
+    gradients = _gradients_before(shape, step)
+    if not gradients or step.parallelism.shards.weights:
+        gradients += shape.head_gradient_bytes
+    head = _head_gathered(shape, step) if shape.head_gradient_bytes else 0
     moments = []
     for index in reversed(range(len(layers))):
         layer = layers[index]
@@ -339,9 +363,9 @@ def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Momen
         count = IN_FLIGHT_FORWARD if index > last else IN_FLIGHT_BACKWARD
         parts = {"activations kept": kept[index] + sum(waiting[-count:]), GRADIENTS: gradients + layer.gradients}
         if step.accumulation == 1:
-            gradients += step.parallelism.share(shape.blocks[index].gradient_bytes, shards.gradients)
-        working = layer.backward
-        if index == len(layers) - 1 and shape.is_fused:
+            gradients += step.parallelism.gradients_held(shape.blocks[index].gradient_bytes)
+        working = {**layer.backward, "head, gathered": head} if head else layer.backward
+        if index == len(layers) - 1 and shape.is_fused and shape.has_head:
             # Its memory has no room for low-rank columns; autograd holds it beside the copy that has.
             working = {**working, "gradient of the last norm's input": _hidden(shape, step.tokens)}
         moments.append(_Moment(parts, working))
@@ -350,9 +374,12 @@ def _backward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Momen
 
 def _embedding(shape: ModelShape, step: Step) -> _Moment:
     """The end of the backward pass: the gradient of the embedding is made, and added to what there is of it."""
-    is_there = shape.is_tied or step.accumulation > 1
-    again = shape.embedding_gradient_bytes if is_there else 0
+    # Of one that is sharded, the whole gradient is made beside the share.
+    shards, own = step.parallelism.shards, shape.embedding_gradient_bytes
+    again = own if shape.is_tied or step.accumulation > 1 or shards.gradients else 0
     working = {"gradient of the embedding": again, "gradient of its output": _hidden(shape, step.tokens)}
+    if shards.weights and not shards.has_copies:
+        working["gradient of it as it passes"] = step.parallelism.summed_bytes(own, shape.trained_element)
     return _Moment({"activations kept": _around(shape, step), GRADIENTS: _gradients(shape, step)}, working)
 
 
@@ -360,5 +387,6 @@ def _evaluation(shape: ModelShape, step: Step, kept: int) -> _Moment:
     batch, seq = step.eval_batch, step.seq
     hidden = _hidden(shape, batch * seq)
     moments = [_layer(block.memory(batch, seq, "full")).forward for block in dict.fromkeys(shape.blocks)]
-    moments.append({"last layer's output, and normed": 2 * hidden, "logits": evaluation_chunk(shape, batch * seq)})
+    if shape.has_head:
+        moments.append({"last layer's output, and normed": 2 * hidden, "logits": evaluation_chunk(shape, batch * seq)})
     return _Moment({"activations kept": kept}, _heaviest(moments))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fourfold.memory.footprint import Footprint
@@ -13,8 +14,8 @@ from fourfold.memory.parallel import ONE_GPU, Parallelism
 __all__ = ["Candidate", "OptimizerBytes", "Plan"]
 
 GIB = 2**30
-# Of plans for several GPUs.
-FORECAST = "a forecast: fourfold trains on one GPU so far"
+# Of strategies that `fourfold train` does not run.
+FORECAST = "a forecast only"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Candidate:
         footprint: Bytes, by part, of one GPU.
         runs_by_graphs: Whether blocks are replayed as CUDA graphs.
         parallelism: How GPUs share the run.
-        traffic_bytes: What passes from and to each GPU in a step.
+        traffic: Bytes that pass from and to each GPU in a step, by kind.
+        stage: Of a pipeline, the stage whose footprint it is, the largest.
     """
 
     batch: int
@@ -60,7 +62,12 @@ class Candidate:
     footprint: Footprint
     runs_by_graphs: bool = False
     parallelism: Parallelism = ONE_GPU
-    traffic_bytes: int = 0
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    stage: int | None = None
+
+    @property
+    def traffic_bytes(self) -> int:
+        return sum(self.traffic.values())
 
     @property
     def host_bytes(self) -> int:
@@ -92,6 +99,9 @@ class Plan:
         smallest: The one that takes the least, where nothing fits.
         num_tried: How many were looked at.
         host_bytes: Host memory that may be used; None: any.
+        by_strategy: Of several GPUs, the plan of each strategy that was compared.
+        refused: Strategies of which there is no plan, and why.
+        not_run: Why `fourfold train` does not run what was planned, which is a forecast only then.
     """
 
     gpu: Gpu
@@ -101,6 +111,9 @@ class Plan:
     smallest: Candidate | None
     num_tried: int
     host_bytes: int | None = None
+    by_strategy: Mapping[str, Plan] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    not_run: str | None = None
 
     def shortage(self, candidate: Candidate) -> int:
         """Bytes by which it does not fit the GPU."""
@@ -112,6 +125,12 @@ class Plan:
     def host_shortage(self, candidate: Candidate) -> int:
         """Bytes by which it does not fit the host."""
         return 0 if self.host_bytes is None else max(0, candidate.host_bytes - self.host_bytes)
+
+    def lacking(self, candidate: Candidate) -> str:
+        """How much it takes too much, in few words."""
+        if self.shortage(candidate):
+            return f"{self.shortage(candidate) / GIB:.2f} GiB too much"
+        return f"{self.host_shortage(candidate) / GIB:.1f} GiB of host memory too much"
 
     def why_not(self, candidate: Candidate) -> str:
         """Where it does not fit."""
@@ -130,8 +149,8 @@ class Plan:
         num_gpus = best.parallelism.num_gpus
         count, each = (f"{num_gpus} x ", " each") if num_gpus > 1 else ("", "")
         lines = [f"plan for {count}{self.gpu.name}: {usable}{each}"]
-        if num_gpus > 1:
-            lines.append(f"  {FORECAST}")
+        if self.not_run is not None:
+            lines.append(f"  {FORECAST}: {self.not_run}")
         if self.chosen is None:
             needed = best.footprint.peak_bytes / GIB
             lines.append(
@@ -145,7 +164,8 @@ class Plan:
         lines.append(f"  {_told(best)}")
         lines.append(f"  {speed}, peak {peak.peak_bytes / GIB:.2f} GiB{each} in the {peak.moment}{host}")
         if best.traffic_bytes:
-            lines.append(f"  {best.traffic_bytes / GIB:.2f} GiB to and from each GPU in a step of {best.seconds:.2f} s")
+            passed = ", ".join(f"{size / 1e9:.2f} GB {kind}" for kind, size in best.traffic.items())
+            lines.append(f"  to and from each GPU in a step of {best.seconds:.2f} s: {passed}")
         lines += [f"    {size / GIB:7.2f} GiB  {name}" for name, size in _sorted(peak.parts)]
         if self.faster is not None:
             gain = self.faster.tokens_per_second / self.chosen.tokens_per_second - 1
@@ -161,6 +181,9 @@ class Plan:
             "faster": self._entry(self.faster),
             "smallest": self._entry(self.smallest),
             "num_tried": self.num_tried,
+            "not_run": self.not_run,
+            "strategies": {name: plan.to_dict() for name, plan in self.by_strategy.items()},
+            "refused": dict(self.refused),
         }
 
     def _entry(self, candidate: Candidate | None) -> dict[str, Any] | None:
@@ -169,6 +192,8 @@ class Plan:
         entry: dict[str, Any] = {
             "num_gpus": candidate.parallelism.num_gpus,
             "strategy": candidate.parallelism.strategy if candidate.parallelism.num_gpus > 1 else None,
+            "offload": candidate.parallelism.offload,
+            "stage": candidate.stage,
             "per_device_train_batch_size": candidate.batch,
             "gradient_accumulation_steps": candidate.accumulation,
             "recompute": candidate.recompute,
@@ -176,12 +201,14 @@ class Plan:
             "step_seconds": candidate.seconds,
             "tokens_per_second": candidate.tokens_per_second,
             "traffic_bytes": candidate.traffic_bytes,
+            "traffic": dict(candidate.traffic),
         }
         held = candidate.footprint
         return entry | {
             "peak_bytes": held.peak_bytes,
             "peak_in": held.moment,
             "parts": held.parts,
+            "kinds": held.kinds,
             "working_memory": held.detail,
             "host": held.host,
             "shortage_bytes": self.shortage(candidate),
@@ -197,7 +224,7 @@ def _told(candidate: Candidate) -> str:
     steps = f" x {candidate.accumulation}" if candidate.accumulation > 1 else ""
     rows = f"{candidate.batch} row{'s' if candidate.batch > 1 else ''}{steps}"
     text = f"{rows}, recompute {candidate.recompute_text}, {_optimizer_text(candidate)}"
-    return f"{candidate.parallelism.strategy}: {text}" if candidate.parallelism.num_gpus > 1 else text
+    return f"{candidate.parallelism.name}: {text}" if candidate.parallelism.num_gpus > 1 else text
 
 
 def _optimizer_text(candidate: Candidate) -> str:

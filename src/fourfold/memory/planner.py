@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 from fourfold.errors import ConfigError
-from fourfold.memory.footprint import Step, footprint
+from fourfold.memory.footprint import Footprint, Step, footprint
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import ONE_GPU, Parallelism
 from fourfold.memory.plan import Candidate, OptimizerBytes, Plan
-from fourfold.memory.speed import reduction_seconds, step_seconds, update_seconds
+from fourfold.memory.speed import (
+    host_update_seconds,
+    pipeline_seconds,
+    reduction_seconds,
+    step_seconds,
+    update_seconds,
+)
+from fourfold.memory.stages import first_layers, in_flight, stages
+from fourfold.memory.traffic import between_stages, traffic
 from fourfold.models.model_shape import ModelShape
 
-__all__ = ["TIE", "Candidate", "OptimizerBytes", "Plan", "make_plan"]
+__all__ = ["TIE", "Candidate", "OptimizerBytes", "Plan", "fastest_of", "make_plan"]
 
 # Speeds that differ by less are alike: predictions are no better, and what is simpler or more exact is worth it.
 TIE = 0.005
@@ -38,9 +48,10 @@ def make_plan(
     """The fastest step over `rows` rows of `seq` tokens that fits.
 
     Args:
-        shape: The model, its quantization, and what of it is trained.
+        shape: The model, its quantization, and what of it is trained; where GPUs divide tensors, one GPU's part of it.
         gpu: Where to; of several, each.
-        rows: Of a whole optimizer step; GPUs take equal parts of them, and a microbatch takes a divisor of a part.
+        rows: Of a whole optimizer step; GPUs take equal parts of them, unless they divide tensors or layers, and a
+            microbatch takes a divisor of a part.
         seq: Tokens of a row.
         optimizers: To choose from; of those that are as fast as another but for `TIE`, the first.
         batches: Rows of a microbatch to choose from; None: every divisor.
@@ -53,17 +64,26 @@ def make_plan(
         parallelisms: How GPUs may share the run; of equally fast ones the first.
 
     Raises:
-        ConfigError: The rows cannot be parted among the GPUs.
+        ConfigError: The rows cannot be parted among the GPUs, nor the layers; or a base that is parted streams.
     """
     plan = Plan(gpu, seq, None, None, None, 0, host_bytes)
     graphs = cuda_graphs if shape.is_fused else False
     step = Step(0, seq, (), cuda_graphs=graphs, streams=streams, eval_batch=eval_batch)
+    if streams and not any(way.shards.runs_by_graphs for way in parallelisms):
+        raise ConfigError("a base that GPUs share so does not stream", hint="leave stream_base out")
+    known: dict[Any, float] = {}
     ways = [
-        _Way(shape, gpu, rows, step, optimizer, parallelism)
+        _Way(shape, gpu, rows, step, optimizer, parallelism, known)
         for optimizer in optimizers
         for parallelism in parallelisms
-        if streams is None or not parallelism.shards.weights
+        if _suits(optimizer, parallelism) and (parallelism.shards.runs_by_graphs or streams is None)
     ]
+    if not ways:
+        raise ConfigError(
+            "this optimizer's state cannot be shared so",
+            found=", ".join(optimizer.name for optimizer in optimizers),
+            allowed=sorted({name for way in parallelisms for name in way.shards.optimizers or ()}),
+        )
     uniform = {
         (way, batch): [way.candidate(batch, [name] * len(shape.blocks)) for name in policies or shape.policies]
         for way in ways
@@ -101,7 +121,7 @@ def make_plan(
         ),
         default=None,
     )
-    smallest = min(tried, key=lambda one: (plan.shortage(one), plan.host_shortage(one), one.footprint.peak_bytes))
+    smallest = min(tried, key=lambda one: _shortage(plan, one))
     return replace(
         plan,
         chosen=chosen,
@@ -109,6 +129,39 @@ def make_plan(
         smallest=None if chosen else smallest,
         num_tried=num_tried,
     )
+
+
+def fastest_of(plans: Mapping[str, Plan], refused: Mapping[str, str]) -> Plan:
+    """Of plans by strategy the one with the fastest way that fits, of equally fast ones the first; all are kept in it.
+
+    Args:
+        plans: In the order of preference. Those of strategies that are forecasts only are chosen where there are no
+            others.
+        refused: Why there is no plan of a strategy.
+    """
+    run = {name: plan for name, plan in plans.items() if plan.not_run is None} or dict(plans)
+    fitting = [plan for plan in run.values() if plan.chosen is not None]
+    top = max((plan.chosen.tokens_per_second for plan in fitting if plan.chosen), default=0.0)
+    best = next((one for one in fitting if one.chosen and one.chosen.tokens_per_second >= top * (1 - TIE)), None)
+    if best is None:
+        best = min(run.values(), key=lambda plan: _shortage(plan, plan.smallest))
+        faster = None
+    else:
+        others = [one for plan in run.values() for one in (plan.faster, plan.smallest) if one is not None]
+        assert best.chosen is not None
+        faster = _next_faster(best, best.chosen, others)
+    num_tried = sum(plan.num_tried for plan in plans.values())
+    return replace(best, faster=faster, num_tried=num_tried, by_strategy=dict(plans), refused=dict(refused))
+
+
+def _shortage(plan: Plan, candidate: Candidate | None) -> tuple[int, int, int]:
+    assert candidate is not None
+    return plan.shortage(candidate), plan.host_shortage(candidate), candidate.footprint.peak_bytes
+
+
+def _suits(optimizer: OptimizerBytes, parallelism: Parallelism) -> bool:
+    known = parallelism.shards.optimizers
+    return known is None or optimizer.name in known
 
 
 def _mixes(slow: Candidate, fast: Candidate) -> bool:
@@ -122,12 +175,13 @@ def _next_faster(plan: Plan, chosen: Candidate, tried: Sequence[Candidate]) -> C
     return min(ahead, key=lambda one: (plan.shortage(one), plan.host_shortage(one)), default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Way:
     """What is the same for all microbatches and policies.
 
     Args:
         step: What is asked of every step.
+        known: Seconds of microbatches that were looked at already, whatever the optimizer.
     """
 
     shape: ModelShape
@@ -136,54 +190,114 @@ class _Way:
     step: Step
     optimizer: OptimizerBytes
     parallelism: Parallelism
+    known: dict[Any, float] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> list[ModelShape]:
+        """The model of each stage of a pipeline, or all of it."""
+        return stages(self.shape, self.parallelism.num_stages)
+
+    @cached_property
+    def _bounds(self) -> list[tuple[int, int]]:
+        """The layers of each part."""
+        return list(itertools.pairwise(first_layers(len(self.shape.blocks), len(self.parts))))
 
     def batches(self, wanted: Sequence[int] | None) -> list[int]:
         """Rows of a microbatch: divisors of what a GPU gets of a step."""
-        num_gpus = self.parallelism.num_gpus
-        if self.rows % num_gpus:
+        groups = self.parallelism.row_groups
+        if self.rows % groups:
             raise ConfigError(
                 "the rows of a step cannot be parted among the GPUs",
-                found=f"{self.rows} rows, {num_gpus} GPUs",
-                allowed=f"a multiple of {num_gpus} rows",
+                found=f"{self.rows} rows, {groups} GPUs",
+                allowed=f"a multiple of {groups} rows",
                 hint="set gradient_accumulation_steps or per_device_train_batch_size accordingly",
             )
-        each = self.rows // num_gpus
+        each = self.rows // groups
         return [batch for batch in (wanted or range(1, each + 1)) if each % batch == 0]
 
     def candidate(self, batch: int, policies: Sequence[str]) -> Candidate:
-        shape, gpu, parallelism, optimizer = self.shape, self.gpu, self.parallelism, self.optimizer
-        accumulation = self.rows // parallelism.num_gpus // batch
-        is_sharded = parallelism.shards.optimizer
-        resident, paged = (parallelism.share(size, is_sharded) for size in (optimizer.gpu, optimizer.host))
-        step = replace(
-            self.step,
-            batch=batch,
-            policies=policies,
-            optimizer_bytes=resident,
-            staging_bytes=optimizer.staging,
-            host_optimizer_bytes=paged,
-            accumulation=accumulation,
-            update_bytes=optimizer.working,
-            parallelism=parallelism,
-        )
-        by_graphs = step.runs_by_graphs
-        options = {"streams": step.streams is not None, "by_graphs": by_graphs}
-        microbatch = step_seconds(shape, gpu, batch, step.seq, policies, **options, parallelism=parallelism)
-        trained = shape.gradient_bytes
-        seconds = accumulation * microbatch + reduction_seconds(gpu, trained, parallelism, microbatch)
-        seconds += update_seconds(gpu, parallelism.share(trained, is_sharded), resident + paged, paged)
+        shape, parallelism, policies = self.shape, self.parallelism, tuple(policies)
+        accumulation = self.rows // parallelism.row_groups // batch
+        step = replace(self.step, batch=batch, policies=policies, accumulation=accumulation, parallelism=parallelism)
+        stage, held = self._largest(step)
+        seconds = self._seconds(step)
         return Candidate(
             batch=batch,
             accumulation=accumulation,
-            policies=tuple(policies),
-            optimizer=optimizer.name,
+            policies=policies,
+            optimizer=self.optimizer.name,
             seconds=seconds,
             tokens_per_second=self.rows * step.seq / seconds,
-            footprint=footprint(shape, step),
-            runs_by_graphs=by_graphs,
+            footprint=held,
+            runs_by_graphs=step.runs_by_graphs,
             parallelism=parallelism,
-            traffic_bytes=parallelism.traffic_bytes(sum(shape.weights_of_layers), trained, accumulation),
+            traffic=traffic(shape, parallelism, batch, step.seq, policies, accumulation),
+            stage=stage if parallelism.num_stages > 1 else None,
         )
+
+    def _largest(self, step: Step) -> tuple[int, Footprint]:
+        """The stage that takes the most, and what it takes."""
+        held = []
+        for number, (part, (first, last)) in enumerate(zip(self.parts, self._bounds, strict=True)):
+            waiting = in_flight(number, len(self.parts), step.accumulation) - 1
+            own = replace(self._with_optimizer(step, part), policies=step.policies[first:last], waiting=waiting)
+            held.append(footprint(part, own))
+        stage = max(range(len(held)), key=lambda number: held[number].peak_bytes)
+        return stage, held[stage]
+
+    def _with_optimizer(self, step: Step, part: ModelShape) -> Step:
+        """With the state of what a part of the model trains, or of a GPU's share of it."""
+        optimizer, parallelism = self.optimizer, self.parallelism
+        resident, paged = self._state(part)
+        if parallelism.offloads_optimizer:
+            resident, paged = 0, resident + paged
+        return replace(
+            step,
+            optimizer_bytes=resident,
+            staging_bytes=0 if parallelism.offloads_optimizer else optimizer.staging,
+            host_optimizer_bytes=paged,
+            update_bytes=optimizer.working,
+        )
+
+    def _state(self, part: ModelShape) -> tuple[int, int]:
+        """Bytes of it, on the GPU and paged."""
+        whole = self.shape.gradient_bytes
+        sizes = (size * part.gradient_bytes // max(1, whole) for size in (self.optimizer.gpu, self.optimizer.host))
+        resident, paged = (self.parallelism.share(size, self.parallelism.shards.optimizer) for size in sizes)
+        return resident, paged
+
+    def _seconds(self, step: Step) -> float:
+        gpu, parallelism, trained = self.gpu, self.parallelism, self.shape.gradient_bytes
+        microbatch = max(self._microbatch(number, step) for number in range(len(self.parts)))
+        if parallelism.num_stages > 1:
+            passed = between_stages(self.shape, parallelism, step.tokens)
+            seconds = pipeline_seconds(gpu, microbatch, passed, parallelism.num_stages, step.accumulation)
+            largest = max(self.parts, key=lambda part: part.gradient_bytes)
+            resident, paged = self._state(largest)
+            return seconds + update_seconds(gpu, largest.gradient_bytes, resident + paged, paged)
+        seconds = step.accumulation * microbatch + reduction_seconds(gpu, trained, parallelism, microbatch)
+        if parallelism.offloads_optimizer:
+            return seconds + host_update_seconds(gpu, self.shape.num_adapter, trained, parallelism.num_gpus)
+        resident, paged = self._state(self.shape)
+        copies = parallelism.copy_bytes(self.shape.num_adapter)
+        own = parallelism.share(trained, parallelism.shards.optimizer)
+        return seconds + update_seconds(gpu, own, resident + paged + copies, paged)
+
+    def _microbatch(self, number: int, step: Step) -> float:
+        """Seconds of one, on a stage."""
+        key = (number, self.parallelism, step.batch, step.policies)
+        if key not in self.known:
+            self.known[key] = step_seconds(
+                self.parts[number],
+                self.gpu,
+                step.batch,
+                step.seq,
+                step.policies[slice(*self._bounds[number])],
+                streams=step.streams is not None,
+                by_graphs=step.runs_by_graphs,
+                parallelism=self.parallelism,
+            )
+        return self.known[key]
 
     def mixture(
         self, slow: Candidate, fast: Candidate, shortages: Sequence[Callable[[Candidate], int]]

@@ -13,12 +13,13 @@ from functools import lru_cache
 
 from fourfold.memory.gpus import Gpu
 from fourfold.memory.parallel import ONE_GPU, Parallelism
+from fourfold.memory.traffic import end_bytes, end_reductions, layer_reductions
 from fourfold.models.block_memory import BlockMemory, BlockShape
 from fourfold.models.followed_layer import FollowedLayer
 from fourfold.models.model_shape import LayerShape, ModelShape
 from fourfold.models.recomputation import POLICIES
 
-__all__ = ["reduction_seconds", "step_seconds", "update_seconds"]
+__all__ = ["host_update_seconds", "pipeline_seconds", "reduction_seconds", "step_seconds", "update_seconds"]
 
 # Shares of the data sheet's rates.
 MATMUL_SHARE, MEMORY_SHARE = 0.68, 0.78
@@ -37,6 +38,8 @@ START_SECONDS, LAYER_SECONDS = 2e-3, 1e-4
 BLOCK_LAUNCH_SECONDS, PART_LAUNCH_SECONDS, OPERATOR_LAUNCH_SECONDS = 8e-3, 1.2e-3, 1e-5
 # Products in fp32 are that much slower (an H200's data sheet: 989 and 67 TFLOPS).
 WIDE = 15
+# Bytes a second that a server's CPUs read and write their memory with. An assumption.
+HOST_MEMORY_RATE = 100e9
 
 
 def step_seconds(
@@ -56,21 +59,26 @@ def step_seconds(
     seconds = START_SECONDS
     # The head, forward and back, and its logits: written, read twice, written, read. A trained one has a gradient, too.
     passes = 6 if shape.head_gradient_bytes else 4
-    seconds += passes * tokens * shape.vocab_size * shape.hidden_size / matmul
-    seconds += 5 * tokens * shape.vocab_size * shape.element_size / memory
-    weights = shape.weights_of_layers
-    scatters = parallelism.shards.gradients
-    for block, name, weight in zip(shape.blocks, policies, weights, strict=True):
+    divides_tensors = parallelism.shards.divides == "tensors"
+    logits = tokens * shape.vocab_size / (shape.vocab_parts if any(shape.dense_ends) else 1)
+    seconds += passes * logits * shape.hidden_size / matmul + 5 * logits * shape.element_size / memory
+    # What is summed or gathered between a layer's products is waited for, and so are embeddings and head.
+    waited = sum(end_reductions(shape, parallelism, tokens)) if divides_tensors else 0
+    waited += parallelism.gathered_bytes(end_bytes(shape))
+    layers = (shape.blocks, policies, shape.weights_of_layers, shape.shardable_bytes, shape.adapters_of_layers)
+    for block, name, weight, shardable, adapter in zip(*layers, strict=True):
         work, launches, moved = _layer(block, batch, seq, name, gpu)
         # Activations go there and back, weights come once in each pass, all beside the work; what is left over is
         # waited for.
         host = 2 * (moved + (weight if streams else 0))
-        peers = 2 * parallelism.gathered_bytes(weight)
-        if scatters:
-            peers += parallelism.reduced_bytes(block.gradient_bytes)
+        if parallelism.offloads_weights:
+            host += 2 * parallelism.share(shardable + adapter)
+        peers = 2 * parallelism.gathered_bytes(shardable + adapter)
+        peers += parallelism.scattered_bytes(block.gradient_bytes, shape.trained_element)
         launched = 0.0 if by_graphs else launches
         seconds += max(work, launched, _transfer_seconds(gpu, host, peers)) + LAYER_SECONDS
-    return seconds
+        waited += layer_reductions(shape, parallelism, tokens, name) if divides_tensors else 0
+    return seconds + _transfer_seconds(gpu, 0, waited)
 
 
 def update_seconds(gpu: Gpu, trained: int, state: int, paged: int = 0) -> float:
@@ -87,10 +95,34 @@ def update_seconds(gpu: Gpu, trained: int, state: int, paged: int = 0) -> float:
 
 def reduction_seconds(gpu: Gpu, gradients: int, parallelism: Parallelism, microbatch: float) -> float:
     """Seconds by which reducing whole gradients, once in an optimizer step, outlasts the last backward pass, which is
-    at least half of a microbatch's time and runs beside it."""
-    if parallelism.shards.gradients:
-        return 0.0
-    return max(0.0, _transfer_seconds(gpu, 0, parallelism.reduced_bytes(gradients)) - microbatch / 2)
+    at least half of a microbatch's time and runs beside it; and those in which updated weights come, which are waited
+    for."""
+    reduced = _transfer_seconds(gpu, 0, parallelism.reduced_bytes(gradients)) - microbatch / 2
+    return max(0.0, reduced) + _transfer_seconds(gpu, 0, parallelism.renewed_bytes(gradients))
+
+
+def host_update_seconds(gpu: Gpu, num_trained: int, trained: int, num_gpus: int) -> float:
+    """Seconds of AdamW's update in host memory: of each number two moments and the fp32 copy are read and written, and
+    the gradient read. A GPU's share of gradients goes there, the weights come back, neither beside anything else. The
+    processes of all GPUs share the host.
+
+    Args:
+        num_trained: Trained numbers of all GPUs.
+        trained: Bytes of trained weights.
+        num_gpus: How many GPUs each have a share.
+    """
+    return 28 * num_trained / HOST_MEMORY_RATE + 2 * trained / num_gpus / gpu.link_rate
+
+
+def pipeline_seconds(gpu: Gpu, slowest_stage: float, passed: int, num_stages: int, microbatches: int) -> float:
+    """Seconds of a step through a pipeline: while it fills and drains, (p - 1) / (m + p - 1) of the time for p stages
+    and m microbatches, stages wait; what passes between them is waited for.
+
+    Args:
+        slowest_stage: Seconds of a microbatch on it.
+        passed: Bytes that a stage receives for one.
+    """
+    return (microbatches + num_stages - 1) * (slowest_stage + _transfer_seconds(gpu, 0, passed))
 
 
 def _transfer_seconds(gpu: Gpu, host: int, peers: int) -> float:

@@ -24,7 +24,7 @@ from fourfold.models.linear_group import LinearGroup, Unsupported, refuse_hooks,
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
 from fourfold.quantization.linear import QuantizedWeight
 
-__all__ = ["FusedDecoderLayer", "drop_graphs", "fuse_blocks", "set_recomputation"]
+__all__ = ["FusedDecoderLayer", "drop_graphs", "fuse_blocks", "keep_order", "set_recomputation"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class FusedDecoderLayer:
     _graphs: BlockGraphs | None
     _checkpoints: bool
     _told: set[str]
+    _in_order: bool = False
 
     # Transformers wraps a decoder layer's forward pass in checkpointing where this is true. The fused block does that
     # by itself, so the switch is kept, and read as off.
@@ -86,7 +87,7 @@ class FusedDecoderLayer:
             if self._graphs is not None and self.training and block.needs_gradients(x) and not self._forward_hooks:
                 out = self._graphs.run(self._index, x, block)
             if out is None:
-                out = fused_block(x, block)
+                out = fused_block(x, block, self._in_order)
         return out.view(batch, seq, hidden)
 
     def _generic(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -314,6 +315,16 @@ def set_recomputation(model: nn.Module, recompute: str | Sequence[str]) -> None:
         drop_graphs(model)
     for block, name in zip(blocks, names, strict=True):
         block.recompute = name
+
+
+def keep_order(model: nn.Module) -> None:
+    """Have the gradients of adapters arrive in one order always, fused or not; for whoever sums over processes what
+    arrives, as it arrives. CUDA graphs of the blocks go.
+    """
+    drop_graphs(model)
+    for module in model.modules():
+        if isinstance(module, FusedDecoderLayer):
+            module._in_order, module._graphs = True, None
 
 
 def drop_graphs(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,19 @@ from fourfold.models.recomputation import SavedTensors
 __all__ = ["fused_block"]
 
 
-def fused_block(x: Tensor, block: Block) -> Tensor:
-    """The block's output [tokens, hidden] for x [tokens, hidden]; differentiable in x and in the adapters."""
+def fused_block(x: Tensor, block: Block, in_order: bool = False) -> Tensor:
+    """The block's output [tokens, hidden] for x [tokens, hidden]; differentiable in x and in the adapters.
+
+    Args:
+        in_order: Whether the adapters' gradients arrive in the order in which those of layers called one by one would,
+            and not in one that autograd's queue happens to make of gradients that are there at once.
+    """
     if block.needs_gradients(x):
-        out: Tensor = _FusedBlock.apply(x, block, *block.parameters())
+        parameters: Sequence[Tensor] = block.parameters()
+        if in_order:
+            # A node each, later ones first: as those of the layers' own products.
+            parameters = [parameter.view_as(parameter) for parameter in parameters]
+        out: Tensor = _FusedBlock.apply(x, block, *parameters)
         return out
     return block_forward(x, block, frozenset())[0]
 

@@ -194,6 +194,7 @@ def followed_shape(
             for index in model.first
         ),
         layer_bytes=tuple(_streamed_bytes(layer) for layer in model.layers) if weights else (),
+        layer_codes=tuple(_code_bytes(layer) for layer in model.layers) if weights else (),
         vocab_size=head.out_features,
         hidden_size=head.in_features,
         head_is_quantized=isinstance(head, QuantizedLinear),
@@ -224,3 +225,8 @@ def _streamed_bytes(layer: nn.Module) -> int:
             sizes.append(weight.codes.nbytes)
             sizes += scale_parts(weight.num_elements, weight.block_size, isinstance(weight.scales, NestedScales))
     return layer_bytes(sizes)
+
+
+def _code_bytes(layer: nn.Module) -> int:
+    """Of these linears, the codes."""
+    return sum(module.quantized.codes.nbytes for module in layer.modules() if isinstance(module, QuantizedLinear))

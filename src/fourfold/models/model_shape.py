@@ -78,13 +78,16 @@ class ModelShape:
         blocks: The decoder layers, first to last.
         layer_bytes: Quantized weights of each decoder layer as they stream, see `models.streaming`; empty where they
             cannot.
-        vocab_size, hidden_size: Of the output head.
+        layer_codes: Of these, bytes of the codes.
+        vocab_size, hidden_size: Of the output head; a vocabulary of 0 where there is none, as on the first stages of a
+            pipeline.
         head_is_quantized: Whether it is dequantized for the loss.
         is_fused: Whether `blocks` are fused blocks.
         element_size: Bytes of a number of the activations.
         head_gradient_bytes: Of the output head and what else is trained behind the layers.
         embedding_gradient_bytes: Of the input embedding.
         is_tied: Whether these two are one.
+        vocab_parts: Among how many GPUs their rows are divided.
         ends: What is before and behind layers that are followed; None for fused blocks.
     """
 
@@ -98,6 +101,7 @@ class ModelShape:
     gradient_bytes: int
     blocks: tuple[LayerShape, ...]
     layer_bytes: tuple[int, ...]
+    layer_codes: tuple[int, ...]
     vocab_size: int
     hidden_size: int
     head_is_quantized: bool
@@ -106,6 +110,7 @@ class ModelShape:
     head_gradient_bytes: int = 0
     embedding_gradient_bytes: int = 0
     is_tied: bool = False
+    vocab_parts: int = 1
     ends: Ends | None = None
 
     @property
@@ -124,6 +129,38 @@ class ModelShape:
         if self.layer_bytes:
             return self.layer_bytes
         return tuple(block.weight_bytes for block in self.blocks)
+
+    @property
+    def has_head(self) -> bool:
+        return self.vocab_size > 0
+
+    @cached_property
+    def shardable_bytes(self) -> tuple[int, ...]:
+        """Bytes of each decoder layer's linear weights: codes with their scales, all of which are in one format, or as
+        they are."""
+        if not self.layer_codes:
+            return tuple(block.weight_bytes for block in self.blocks)
+        return tuple(size + size * self.scale_bytes // self.code_bytes for size in self.layer_codes)
+
+    @cached_property
+    def adapters_of_layers(self) -> tuple[int, ...]:
+        """Bytes of what is trained beside the base in each decoder layer."""
+        return tuple(block.gradient_bytes if self.adapter_bytes else 0 for block in self.blocks)
+
+    @cached_property
+    def dense_ends(self) -> tuple[int, int]:
+        """Bytes of the embedding and of the head where they are not quantized; of a matrix that both are, once."""
+        matrix = -(-self.vocab_size // self.vocab_parts) * self.hidden_size * self.element_size
+        dense = self.dense_bytes - (0 if self.layer_codes else sum(self.shardable_bytes))
+        head = 0 if self.head_is_quantized else matrix
+        if self.is_tied:
+            return head, 0
+        return matrix if dense >= matrix + head else 0, head
+
+    @property
+    def trained_element(self) -> int:
+        """Bytes of a number that is trained."""
+        return _FP32 if self.adapter_bytes else self.element_size
 
     @cached_property
     def num_adapter(self) -> int:
@@ -188,13 +225,17 @@ def model_shape(
         adapter_shapes=shapes,
         adapter_bytes=adapter_bytes,
         gradient_bytes=adapter_bytes,
-        layer_bytes=tuple(_layer_bytes(layer, quantized, quantization) for layer in layers) if quantized else (),
+        layer_bytes=tuple(layer_bytes(_sizes(layer, quantized, quantization)) for layer in layers) if quantized else (),
+        layer_codes=tuple(sum(_sizes(layer, quantized, quantization, of_scales=False)) for layer in layers)
+        if quantized
+        else (),
         blocks=tuple(_block(layer, set(map(id, adapted.values())), rank, element_size) for layer in layers),
         vocab_size=head.weight.shape[0],
         hidden_size=head.weight.shape[1],
         head_is_quantized=any(linear is head for linear in quantized),
         is_fused=is_fused,
         element_size=element_size,
+        is_tied=embedding.weight is head.weight,
     )
 
 
@@ -234,7 +275,10 @@ def _block(layer: Any, adapted: set[int], rank: int, element_size: int) -> Block
     )
 
 
-def _layer_bytes(layer: nn.Module, quantized: Sequence[nn.Module], quantization: FourfoldConfig | None) -> int:
+def _sizes(
+    layer: nn.Module, quantized: Sequence[nn.Module], quantization: FourfoldConfig | None, *, of_scales: bool = True
+) -> list[int]:
+    """Bytes of each tensor of a layer's quantized linears."""
     assert quantization is not None
     known = set(map(id, quantized))
     sizes: list[int] = []
@@ -242,5 +286,6 @@ def _layer_bytes(layer: nn.Module, quantized: Sequence[nn.Module], quantization:
         if id(module) in known:
             count = module.weight.numel()  # type: ignore[operator]
             sizes.append(code_bytes(count, quantization.bnb_4bit_quant_type))
-            sizes += scale_parts(count, quantization.bnb_4bit_blocksize, quantization.bnb_4bit_use_double_quant)
-    return layer_bytes(sizes)
+            if of_scales:
+                sizes += scale_parts(count, quantization.bnb_4bit_blocksize, quantization.bnb_4bit_use_double_quant)
+    return sizes

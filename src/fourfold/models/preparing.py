@@ -64,7 +64,8 @@ def prepare(
             at most `fourfold.models.graphs.AUTO_TOKENS` tokens.
         stream_base: "host" or "disk": quantized decoder layers stay there and pass through the GPU, so that a model
             larger than it can be trained; load that to the CPU. See `fourfold.models.streaming.stream_base`.
-        device: Where a base that streams is computed; None: the current GPU, or the CPU.
+        device: Where the model will be computed, if its base streams or is sharded; None: for a base that streams the
+            current GPU, or the CPU; for others where it is.
 
     Returns:
         PEFT's model; its `save_pretrained` writes what plain PEFT reads. An adapter that changed its base (PiSSA, LoftQ
@@ -78,7 +79,7 @@ def prepare(
     prepared = _with_adapters(model, lora_config, init_lora_weights, original, loftq_iterations)
     if stream_base is not None:
         stream_the_base(prepared, device, source=stream_base)
-    _fuse(prepared, fused, recompute, cuda_graphs)
+    _fuse(prepared, fused, recompute, cuda_graphs, device)
     return prepared
 
 
@@ -122,7 +123,11 @@ def _with_adapters(
 
 
 def _fuse(
-    model: PeftModel, fused: bool | None, recompute: str | Sequence[str] | None, cuda_graphs: bool | None
+    model: PeftModel,
+    fused: bool | None,
+    recompute: str | Sequence[str] | None,
+    cuda_graphs: bool | None,
+    device: torch.device | str | None = None,
 ) -> None:
     base = model.get_base_model()
     if any(isinstance(one, QuantizedLinear) and one.number_format.is_vectorwise for one in base.modules()):
@@ -131,7 +136,7 @@ def _fuse(
         fused = False
     if fused is None:
         weight = base.get_input_embeddings().weight
-        refusal = triton_refuses(weight)
+        refusal = triton_refuses(weight if device is None else torch.empty(0, dtype=weight.dtype, device=device))
         fused = refusal is None
         if refusal is not None and weight.device.type == "cuda":
             logger.warning("Decoder layers take the generic path, which is slower: %s", refusal)

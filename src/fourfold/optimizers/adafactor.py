@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fourfold.errors import ConfigError
 from fourfold.kernels.adafactor import AdafactorHyperparameters, AdafactorState, adafactor_step, lay_out_factors
 from fourfold.optimizers.base import OwnOptimizer
 
@@ -58,6 +59,12 @@ class Adafactor(OwnOptimizer):
         super().__init__(params, hyperparameters._asdict(), max_grad_norm)
 
     def _lay_out(self, params: Sequence[tuple[Tensor, int]]) -> AdafactorState:
+        if self._group is not None:
+            raise ConfigError(
+                "Adafactor's means over rows and columns are those of whole parameters, and these are sharded",
+                found="FSDP2",
+                allowed="adamw, adamw_8bit, lion or another optimizer with moments of each element",
+            )
         return lay_out_factors(params)
 
     def _update(self, grads: Sequence[Tensor | None]) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from fourfold.errors import CheckpointError, ConfigError
+from fourfold.kernels.shards import group_of, local_part
 
 __all__ = ["OwnOptimizer", "State"]
 
@@ -45,6 +46,9 @@ class OwnOptimizer(Optimizer, ABC):
 
     A step whose gradients' norm, or `watched_loss`, is not finite changes neither parameters nor state.
 
+    Of parameters that processes share (FSDP2's), each updates its part, by the norm of all of them; its state, and so
+    its `state_dict`, is that of the part.
+
     Args:
         params: Parameters or groups of them, all on one device: contiguous, fp32, bf16 or fp16.
         defaults: Hyperparameters of a group that does not have its own.
@@ -62,6 +66,8 @@ class OwnOptimizer(Optimizer, ABC):
         self.max_grad_norm = max_grad_norm
         self.watched_loss: Tensor | None = None
         self._laid_out: State | None = None
+        self._owners: dict[int, Tensor] = {}
+        self._group: distributed.ProcessGroup | None = None
 
     def _require(self, key: str, value: object, holds: bool, allowed: str) -> None:
         if not holds:
@@ -69,11 +75,16 @@ class OwnOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def _lay_out(self, params: Sequence[tuple[Tensor, int]]) -> State:
-        """The state of parameters, each with the number of its group, before their first step."""
+        """The state of parameters, each with the number of its group, before their first step; of those that are
+        shared, this process's parts, whose `owner` is the whole."""
 
     @abstractmethod
     def _update(self, grads: Sequence[Tensor | None]) -> None:
         """One step, with the gradients of the state's parameters, in its order."""
+
+    def owner(self, part: Tensor) -> Tensor:
+        """The parameter that a tensor of the state's `params` is, or is a part of."""
+        return self._owners[id(part)]
 
     @property
     def grad_norm(self) -> Tensor:
@@ -96,12 +107,14 @@ class OwnOptimizer(Optimizer, ABC):
         # At the first use, not when constructed: until then a model may be moved to another device.
         if self._laid_out is None:
             name = type(self).__name__
-            params = [
-                (param, number)
-                for number, group in enumerate(self.param_groups)
-                for param in group["params"]
-                if param.numel()
-            ]
+            params = list[tuple[Tensor, int]]()
+            for number, group in enumerate(self.param_groups):
+                for param in group["params"]:
+                    part = local_part(param)
+                    self._owners[id(part)] = param
+                    self._group = self._group or group_of(param)
+                    if part.numel():
+                        params.append((part, number))
             devices = {param.device for param, _ in params}
             if len(devices) != 1:
                 names = sorted(map(str, devices))
@@ -115,7 +128,7 @@ class OwnOptimizer(Optimizer, ABC):
                     )
             self._laid_out = self._lay_out(params)
             for index, param in enumerate(self._laid_out.params):
-                self.state[param] = self._laid_out.views(index)
+                self.state[self.owner(param)] = self._laid_out.views(index)
         return self._laid_out
 
     @torch.no_grad()
@@ -130,7 +143,14 @@ class OwnOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update([None if param.grad is None else self._dense(param.grad, param) for param in self._flat().params])
+        parts = self._flat().params
+        grads = [self.owner(part).grad for part in parts]
+        self._update(
+            [
+                None if grad is None else self._dense(local_part(grad), part)
+                for grad, part in zip(grads, parts, strict=True)
+            ]
+        )
         return loss
 
     def _dense(self, grad: Tensor, param: Tensor) -> Tensor:
@@ -159,11 +179,11 @@ class OwnOptimizer(Optimizer, ABC):
             return
         flat = self._flat()
         flat.settle()
-        for index, param in enumerate(flat.params):
-            self.state[param] = flat.views(index)
+        for index, part in enumerate(flat.params):
+            self.state[self.owner(part)] = flat.views(index)
         numbered = enumerate(param for group in self.param_groups for param in group["params"])
         for number, param in numbered:
-            if not param.numel():
+            if param not in self.state:  # nothing of it is here
                 continue
             saved, views = state_dict["state"].get(number), self.state[param]
             if saved is None:  # never updated

@@ -110,7 +110,8 @@ class MomentOptimizer(OwnOptimizer):
     def _lay_out(self, params: Sequence[tuple[Tensor, int]]) -> OptimizerState:
         device = params[0][0].device
         entries = [
-            Entry(param, group, state_bits_of(param.numel(), self.state_bits, self.min_8bit_size))
+            # Of a part, as many as of the whole.
+            Entry(param, group, state_bits_of(self.owner(param).numel(), self.state_bits, self.min_8bit_size))
             for param, group in params
         ]
         if self.placement == "paged":
@@ -132,4 +133,4 @@ class MomentOptimizer(OwnOptimizer):
         state = self._flat()
         assert isinstance(state, OptimizerState)
         groups = [self._hyperparameters(group) for group in self.param_groups]
-        optimizer_step(state, grads, groups, self.max_grad_norm, self.watched_loss)
+        optimizer_step(state, grads, groups, self.max_grad_norm, self.watched_loss, self._group)

@@ -44,6 +44,9 @@ class QuantizedWeight:
 
     number_format: NumberFormat
     _rest: QuantizedTensor | None
+    # Shape of the codes, where the scales stand behind them in `weight`.
+    _joined: torch.Size | None = None
+    _num_scale_bytes = 0
     streamed: Streamed | None = None
     _computes_on: torch.device
     _parameters: dict[str, nn.Parameter | None]
@@ -53,7 +56,15 @@ class QuantizedWeight:
         """The weight as a quantized tensor; shares memory with the module. Of a streamed weight, in host memory."""
         if self._rest is None:
             raise RuntimeError("the weight has not been loaded yet")
-        return replace(self._rest, codes=self.weight.data)
+        if self._joined is None:
+            return replace(self._rest, codes=self.weight.data)
+        held, shape = self.weight.data.view(-1), self._joined
+        scales = held[len(held) - self._num_scale_bytes :]
+        return replace(
+            self._rest,
+            codes=held[: shape.numel()].view(self._rest.codes.dtype).view(shape),
+            scales=self._rest.scales.with_bytes(scales),
+        )
 
     @quantized.setter
     def quantized(self, value: QuantizedTensor) -> None:
@@ -66,6 +77,22 @@ class QuantizedWeight:
         # An empty slice instead of the codes: this object must not keep them alive when the parameter is moved.
         self._rest = replace(value, codes=value.codes[:0])
         self.number_format = value.format
+
+    def join_scales(self, device: torch.device) -> None:
+        """Put the scales behind the codes, in the parameter `weight`, for whoever shards that; all else to `device`.
+
+        The weight is the same; only what is saved of the module from now on is not: a state dict wants the two apart.
+        """
+        if self._joined is not None:
+            return
+        whole = self.quantized
+        scales = whole.scales.as_bytes()
+        # Kernels load scales by vectors.
+        gap = -whole.codes.nbytes % 16
+        parts = [whole.codes.view(torch.uint8).view(-1), scales.new_zeros(gap), scales]
+        rest = replace(whole, codes=whole.codes[:0], scales=whole.scales.with_bytes(scales[:0]))
+        self.weight = nn.Parameter(torch.cat(parts).view(-1, 1), requires_grad=False)
+        self._rest, self._joined, self._num_scale_bytes = rest.to(device), whole.codes.shape, len(scales)
 
     def stream_from(self, streamed: Streamed) -> None:
         """From here on, compute with what `streamed` gives: the same weight as this module's, which stays."""

@@ -60,6 +60,14 @@ class PlainScales:
         """Bytes held for this tensor alone."""
         return self.absmax.nbytes
 
+    def as_bytes(self) -> Tensor:
+        """What there is of each block, as uint8 [bytes]; shares memory."""
+        return self.absmax.view(torch.uint8)
+
+    def with_bytes(self, held: Tensor) -> PlainScales:
+        """The same kind of scales, with what `as_bytes` gave of others."""
+        return replace(self, absmax=held.view(torch.float32))
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> PlainScales:
         """The same scales with `function` applied to each tensor."""
         return replace(self, absmax=function(self.absmax))
@@ -105,6 +113,14 @@ class NestedScales:
     def num_bytes(self) -> int:
         """Bytes held for this tensor alone; the map is shared by all."""
         return self.codes.nbytes + self.nested_absmax.nbytes + self.offset.nbytes
+
+    def as_bytes(self) -> Tensor:
+        """What there is of each block, as uint8 [bytes]; shares memory. Nested scales are a thousandth of it."""
+        return self.codes
+
+    def with_bytes(self, held: Tensor) -> NestedScales:
+        """The same kind of scales, with what `as_bytes` gave of others."""
+        return replace(self, codes=held)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> NestedScales:
         """The same scales with `function` applied to each tensor; the shared map is only moved."""

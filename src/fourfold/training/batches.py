@@ -25,6 +25,7 @@ __all__ = [
     "boundary_mask",
     "looks_back_only",
     "require_labels",
+    "without_repeated",
 ]
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -106,6 +107,22 @@ def boundary_mask(batch: Mapping[str, Any], config: Any) -> Tensor | None:
     rows, width = batch["input_ids"].shape
     ends = torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=batch["input_ids"].device)
     return document_mask(Documents(ends, width))
+
+
+def without_repeated(batch: dict[str, Any], accelerator: Any, batch_size: int) -> dict[str, Any]:
+    """A batch of an evaluation without the labels of rows that accelerate repeats, so that all processes have as many
+    batches: each row is counted once.
+
+    Args:
+        batch_size: Rows of a process's batch.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return batch
+    kept = max(0, state.remainder - accelerator.process_index * batch_size)
+    labels = batch["labels"].clone()
+    labels[kept:] = IGNORE_INDEX
+    return {name: value for name, value in batch.items() if name != "supervised_positions"} | {"labels": labels}
 
 
 def require_labels(name: str, dataset: Dataset) -> None:

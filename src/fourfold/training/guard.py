@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fourfold.errors import TrainingError
 from fourfold.optimizers.base import OwnOptimizer
 from fourfold.training.checkpoint import list_checkpoints
+from fourfold.training.processes import sides, summed
 
 __all__ = ["StepGuard", "own_optimizer"]
 
@@ -29,7 +30,8 @@ class _Report:
     """What a step came to, on its way from the device.
 
     Attributes:
-        values: Each microbatch's share of the loss, and the gradients' norm; fp32, on the CPU.
+        values: Each microbatch's share of the loss here, their sum over all, and the gradients' norm; fp32, on the
+            CPU.
         arrived: When `values` may be read; None: now.
         rows: Numbers of each microbatch's rows, where they are known.
     """
@@ -43,16 +45,17 @@ class _Report:
     def check(self) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
-        *losses, norm = self.values.tolist()
-        if all(map(math.isfinite, [*losses, norm])):
+        *losses, total, norm = self.values.tolist()
+        if all(map(math.isfinite, [total, norm])):
             return
-        spoiled = [number for number, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
-        found = f"loss {sum(losses)}, gradient norm {norm}; microbatch {', '.join(str(n + 1) for n in spoiled)}"
-        rows = [row + 1 for number in spoiled if number < len(self.rows) for row in self.rows[number]]
-        if rows:
-            named = ", ".join(map(str, rows[:NUM_NAMED_ROWS]))
-            found += f", rows {named}" + (", ..." if len(rows) > NUM_NAMED_ROWS else "")
-            found += " of the prepared training data, counted from 1"
+        # All processes come here, and find the fault in some of them, or nowhere: then it may be in each.
+        by_rank = sides([number for number, loss in enumerate(losses) if not math.isfinite(loss)])
+        is_one, nowhere = len(by_rank) == 1, not any(by_rank)
+        own = range(len(losses)) if nowhere else by_rank[0] if is_one else by_rank[distributed.get_rank()]
+        named = sides(self._named(own))
+        found = f"loss {total}, gradient norm {norm}; " + "; ".join(
+            text if is_one else f"rank {rank}: {text}" for rank, text in enumerate(named) if nowhere or by_rank[rank]
+        )
         checkpoints = list_checkpoints(self.output_dir)
         raise TrainingError(
             f"The loss or its gradient is not finite at step {self.step}",
@@ -60,6 +63,14 @@ class _Report:
             hint="lower learning_rate, or look for bad weights or rows; "
             + (f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"),
         )
+
+    def _named(self, microbatches: Sequence[int]) -> str:
+        text = f"microbatch {', '.join(str(number + 1) for number in microbatches)}"
+        rows = [row + 1 for number in microbatches if number < len(self.rows) for row in self.rows[number]]
+        if not rows:
+            return text
+        named = ", ".join(map(str, rows[:NUM_NAMED_ROWS])) + (", ..." if len(rows) > NUM_NAMED_ROWS else "")
+        return f"{text}, rows {named} of the prepared training data, counted from 1"
 
 
 class StepGuard(TrainerCallback):
@@ -74,21 +85,24 @@ class StepGuard(TrainerCallback):
 
     Args:
         scaler: What scales the loss; None: nothing does.
+        total_norm: The norm of a model's gradients, where the optimizer is not ours.
 
     Attributes:
         skipped: Steps that were left out since the run began, or went on.
         seconds: Spent in optimizer steps, without evaluation and saving, since it was last set to 0.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler | None, total_norm: Callable[[nn.Module], Tensor]) -> None:
         self.seconds = 0.0
         self.skipped = 0
         self._scaler = scaler
+        self._total_norm = total_norm
         self._scale = 0.0
         self._began = 0.0
         self._losses: list[Tensor] = []
         self._rows: Sequence[Sequence[int]] = ()
         self._report: _Report | None = None
+        self._total = torch.zeros(())
 
     def begin(self, rows: Sequence[Sequence[int]]) -> None:
         """Tell the rows of the next step, by microbatch: their positions in the training data set."""
@@ -128,13 +142,13 @@ class StepGuard(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         losses = torch.stack(self._losses).float()
+        self._total = summed(losses.sum())
         own = own_optimizer(optimizer)
         if own is not None:
-            own.watched_loss = losses.sum()
+            own.watched_loss = self._total.clone()
             return
         assert model is not None
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        self._report = self._send(losses, nn.utils.get_total_norm(grads), args, state)
+        self._report = self._send(losses, self._total_norm(model), args, state)
         self.check()
 
     def on_optimizer_step(
@@ -175,7 +189,7 @@ class StepGuard(TrainerCallback):
     def _send(self, losses: Tensor, norm: Tensor, args: TrainingArguments, state: TrainerState) -> _Report:
         if self._scaler is not None:
             norm = torch.where(norm.isfinite(), norm, 0.0)
-        values = torch.cat([losses, norm.to(losses).view(1)])
+        values = torch.cat([losses, self._total.view(1), norm.to(losses).view(1)])
         arrived = None
         if values.is_cuda:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

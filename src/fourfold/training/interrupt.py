@@ -11,9 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fourfold.errors import TrainingError
+from fourfold.training.processes import Agreement, processes
 
 __all__ = ["EvaluationInterrupted", "InterruptCallback", "TrainingInterrupted", "catch_interrupts"]
 
@@ -46,18 +48,34 @@ class EvaluationInterrupted(Exception):  # noqa: N818 - a signal within the trai
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns a pending signal into: finish this optimizer step, save, stop."""
+    """Turns a pending signal into: finish this optimizer step, save, stop.
 
-    def __init__(self) -> None:
+    Where several processes train, all do so with the same step, though the signal may have reached but one of them.
+
+    Args:
+        device: Where collectives work.
+
+    Attributes:
+        signal_number: The signal that all know of.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         self.signal_number: int | None = None
+        self._agreement = Agreement(device or torch.device("cpu"))
+        self._caught = 0
 
     def reset(self) -> None:
         """Forget a signal of an earlier run."""
-        self.signal_number = None
+        self.signal_number, self._caught = None, 0
+
+    def _agree(self, *, now: bool = False) -> None:
+        self.signal_number = self._agreement.largest(self._caught, now=now) or self.signal_number
 
     def request(self, signal_number: int, _: FrameType | None) -> None:
         """A signal handler. The second signal finds the former handlers back in place and ends the run."""
-        self.signal_number = signal_number
+        self._caught = signal_number
+        if not processes().are_several:
+            self.signal_number = signal_number
         logger.warning(
             "%s: finishing this step, then saving a checkpoint. Once more to quit at once, without saving.",
             signal.Signals(signal_number).name,
@@ -66,6 +84,7 @@ class InterruptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self._agree()
         if self.signal_number is not None:
             control.should_evaluate = False
             control.should_save = True
@@ -82,6 +101,7 @@ class InterruptCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._agree(now=True)
         if self.signal_number is not None:
             raise EvaluationInterrupted
 

@@ -19,6 +19,14 @@ from fourfold.optimizers import Adafactor, AdamW, Lion
 from fourfold.optimizers.base import OwnOptimizer
 from fourfold.optimizers.moments import MomentOptimizer
 from fourfold.training.best import BestOptions
+from fourfold.training.deepspeed_config import (
+    OFFLOADS,
+    ZERO_OPTIMIZERS,
+    ZeroOptions,
+    deepspeed_config,
+    read_deepspeed_file,
+)
+from fourfold.training.distributed import DistributedRow, distributed_row, processes
 from fourfold.training.parameter_groups import GroupOptions, parameter_groups
 
 __all__ = [
@@ -111,6 +119,11 @@ class TrainingOptions:
         neftune_noise_alpha: Strength of noise on embeddings, NEFTune (https://arxiv.org/abs/2310.05914); None: none.
         groups: Parameters with a learning rate of their own.
         best: Which evaluation is the best, and whether training stops early.
+        distributed: "auto" or a key of `fourfold.training.distributed.DISTRIBUTED`.
+        ddp_timeout: Seconds that a process waits for the others.
+        distributed_offload: A key of `OFFLOADS`: what of ZeRO waits in host memory.
+        deepspeed: The user's own configuration of DeepSpeed, JSON; None: it is made from these options.
+        model_dtype: What the model computes in; DeepSpeed's file must not say otherwise.
 
     Raises:
         ConfigError: A value is out of its range or not in its table.
@@ -147,6 +160,16 @@ class TrainingOptions:
     neftune_noise_alpha: float | None = None
     groups: GroupOptions = field(default_factory=GroupOptions)
     best: BestOptions = field(default_factory=BestOptions)
+    distributed: str = "auto"
+    ddp_timeout: int = 600
+    distributed_offload: str = "none"
+    deepspeed: Path | None = None
+    model_dtype: str = "bfloat16"
+
+    @property
+    def row(self) -> DistributedRow:
+        """How this run's processes share it."""
+        return distributed_row(self.distributed, processes().count)
 
     def __post_init__(self) -> None:
         _require_known("optim", self.optim, OPTIMIZERS)
@@ -154,6 +177,7 @@ class TrainingOptions:
         _require_known("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _require_known("eval_strategy", self.eval_strategy, STRATEGIES)
         _require_known("save_strategy", self.save_strategy, STRATEGIES)
+        _require_known("distributed_offload", self.distributed_offload, OFFLOADS)
         for key in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -220,7 +244,7 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         # The Trainer knows no name for ours, which `optimizer_arguments` hands it as a class.
-        optim="adamw_torch" if OPTIMIZERS[options.optim] else options.optim,
+        optim=_trainer_optimizer(options),
         logging_strategy="steps",
         logging_steps=options.logging_steps,
         logging_first_step=True,
@@ -246,7 +270,9 @@ def to_sft_config(options: TrainingOptions) -> SFTConfig:
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         use_cpu=use_cpu,
         average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
+        ddp_timeout=options.ddp_timeout,
+        **options.row.arguments,
+        **_deepspeed(options, on_gpu=not use_cpu),
         disable_tqdm=True,
         remove_unused_columns=False,
         packing=False,
@@ -294,6 +320,14 @@ def optimizer_arguments(
         ConfigError: As `parameter_groups`.
     """
     row = OPTIMIZERS[options.optim]
+    if options.row.zero_stage is not None:
+        if options.groups.is_asked_for:
+            raise ConfigError(
+                "DeepSpeed's ZeRO knows one learning rate for all that is trained",
+                found="loraplus_lr_ratio or lr_groups",
+                allowed="distributed: ddp or fsdp2",
+            )
+        return None
     chosen: type[Optimizer]
     if row is not None:
         chosen, arguments = row.optimizer, {"max_grad_norm": options.max_grad_norm, **row.arguments()}
@@ -305,6 +339,43 @@ def optimizer_arguments(
         # The Trainer takes them in place of its own two.
         arguments["params"] = parameter_groups(model, options.groups, options.learning_rate, options.weight_decay)
     return chosen, arguments | {"lr": options.learning_rate}
+
+
+def _trainer_optimizer(options: TrainingOptions) -> str:
+    """The Trainer's name of the optimizer; of ours, one that is not asked for.
+
+    Raises:
+        ConfigError: DeepSpeed's ZeRO cannot step it.
+    """
+    if options.row.zero_stage is None:
+        return "adamw_torch" if OPTIMIZERS[options.optim] else options.optim
+    if options.optim not in ZERO_OPTIMIZERS:
+        raise ConfigError(
+            "this optimizer's state cannot be partitioned by ZeRO",
+            found=f"optim: {options.optim}, distributed: {options.distributed}",
+            allowed=ZERO_OPTIMIZERS,
+            hint="its state is divided over the GPUs as it is; distributed_offload: optimizer moves it to host memory",
+        )
+    return ZERO_OPTIMIZERS[options.optim]
+
+
+def _deepspeed(options: TrainingOptions, *, on_gpu: bool) -> dict[str, Any]:
+    """The Trainer's `deepspeed`, where DeepSpeed prepares the model."""
+    stage = options.row.zero_stage
+    if stage is None:
+        return {}
+    zero = ZeroOptions(
+        stage=stage,
+        offload=options.distributed_offload,
+        num_processes=processes().count,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        max_grad_norm=options.max_grad_norm,
+        computes_in_bf16=options.model_dtype == "bfloat16",
+        on_gpu=on_gpu,
+    )
+    path = options.deepspeed
+    return {"deepspeed": deepspeed_config(zero) if path is None else read_deepspeed_file(path, zero)}
 
 
 def _recomputation(on: bool) -> dict[str, Any]:

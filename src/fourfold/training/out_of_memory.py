@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fourfold.errors import TrainingError
+from fourfold.kernels.shards import is_sharded, local_part
+from fourfold.models.sharding import held_bytes
 from fourfold.models.size import model_size
 from fourfold.models.streaming import stream_of
 
@@ -84,13 +86,15 @@ def standing_parts(model: nn.Module, optimizer: Optimizer | None) -> dict[str, i
     """Bytes on the device that stay from step to step: weights, adapters, and what state the optimizer has so far."""
     # Where all of the model is trained there are no adapters.
     is_adapted = isinstance(model, PeftModel)
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad and is_adapted)
+    trained = sum(local_part(own).nbytes for own in model.parameters() if own.requires_grad and is_adapted)
     states = [] if optimizer is None else list(optimizer.state.values())
     held = _storages(value for state in states for value in state.values() if isinstance(value, Tensor))
+    are_sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    weights = held_bytes(model) if are_sharded else model_size(model).num_bytes
     stream = stream_of(model)
     elsewhere = 0 if stream is None else sum(stream.layers) - stream.device_bytes
     return {
-        "weights": model_size(model).num_bytes - trained - elsewhere,
+        "weights": weights - trained - elsewhere,
         "adapters": trained,
         "optimizer state": held,
     }

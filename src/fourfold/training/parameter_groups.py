@@ -142,15 +142,15 @@ def rates_of_groups(optimizer: Optimizer, learning_rate: float) -> dict[str, flo
     }
 
 
-def require_groups(saved: list[list[str]] | None, now: list[list[str]], checkpoint: object) -> None:
+def require_groups(saved: list[list[str]] | None, now: list[list[str]] | None, checkpoint: object) -> None:
     """Raises CheckpointError where a checkpoint's optimizer had other groups: its state would be that of others.
 
     Args:
         saved: As `names_by_group` gave them; None: the checkpoint does not say.
-        now: The optimizer's.
+        now: The optimizer's, likewise.
         checkpoint: Its folder, for the message.
     """
-    if saved is None or saved == now:
+    if saved is None or now is None or saved == now:
         return
     pairs = zip(_flat(saved), _flat(now), strict=False)
     first = next(((before, after) for before, after in pairs if before != after), None)

@@ -112,7 +112,8 @@ class PreferenceTrainer(FourfoldTrainer):
             if hidden is None:
                 logits = model(**model_inputs(base, batch), use_cache=False).logits
                 return losses_of_logits(logits, labels, positions)
-            return token_losses(hidden, labels, base.get_output_embeddings(), positions)
+            with self._whole.head(base) as lm_head:
+                return token_losses(hidden, labels, lm_head, positions)
 
     def count(self, losses: TokenLosses, batch: dict[str, Any]) -> None:
         """Add a batch to what the trainer logs of tokens."""

@@ -29,6 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from peft import PeftModel
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -212,30 +213,46 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str = "")
     return path
 
 
-def save_adapter(run_folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+def save_adapter(
+    run_folder: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Save the adapter with its tokenizer and chat template, whole or not at all.
+
+    Args:
+        weights: The trained parameters by name, where the model holds but a part of them; None: the model's.
 
     Raises:
         SaveError: The disk is full; an adapter saved earlier is untouched.
     """
     path = run_folder / ADAPTER_FOLDER
     with whole_folder(path) as partial:
-        model.save_pretrained(partial, safe_serialization=True)
+        model.save_pretrained(partial, **({} if weights is None else {"state_dict": dict(weights)}))
         tokenizer.save_pretrained(partial)
         # PEFT's card is a form to fill in; `write_model_card` puts a filled one there.
         (partial / CARD_FILE).unlink(missing_ok=True)
     return path
 
 
-def save_model(run_folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+def save_model(
+    run_folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Save a model of which all was trained, with its tokenizer and chat template, whole or not at all.
+
+    Args:
+        weights: As in `save_adapter`.
 
     Raises:
         SaveError: The disk is full; a model saved earlier is untouched.
     """
     path = run_folder / MODEL_FOLDER
     with whole_folder(path) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, **({} if weights is None else {"state_dict": dict(weights)}))
         tokenizer.save_pretrained(partial)
     return path
 

@@ -37,16 +37,34 @@ def save_running(folder: Path, process_index: int, sums: Sums) -> None:
     (folder / f"running_{process_index}.json").write_text(json.dumps(record) + "\n")
 
 
-def load_running(folder: Path, process_index: int, device: torch.device) -> dict[str, Any]:
-    """What `save_running` wrote, of the same types; nothing where a checkpoint has none."""
-    path = folder / f"running_{process_index}.json"
-    if not path.is_file():
+def load_running(folder: Path, process_index: int, num_processes: int, device: torch.device) -> dict[str, Any]:
+    """What `save_running` wrote, of the same types; nothing where a checkpoint has none.
+
+    Where the run had another number of processes, what a log sums up over all of them is the main one's alone.
+    """
+    number = len(list(folder.glob("running_*.json")))
+    if number == 0:
         return {}
+    if number == num_processes:
+        return _read(folder, process_index, device)
+    each = [_read(folder, index, device) for index in range(number)]
+    merged = dict(each[0])
+    for name in each[0]:
+        if name == "_tr_loss":
+            # The Trainer's, which a log takes the mean of.
+            merged[name] = torch.stack([sums[name] for sums in each]).mean()
+        elif name not in _SUMMED:
+            merged[name] = sum(sums[name] for sums in each) if process_index == 0 else 0 * each[0][name]
+    return merged
+
+
+def _read(folder: Path, process_index: int, device: torch.device) -> dict[str, Any]:
+    record = json.loads((folder / f"running_{process_index}.json").read_text())
     return {
         name: torch.tensor(value["value"], dtype=getattr(torch, value["dtype"]), device=device)
         if isinstance(value, dict)
         else value
-        for name, value in json.loads(path.read_text()).items()
+        for name, value in record.items()
     }
 
 

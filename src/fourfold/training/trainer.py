@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -29,11 +30,13 @@ from fourfold.training.batches import (
     Collator,
     NumberedCollator,
     require_labels,
+    without_repeated,
 )
 from fourfold.training.best import KeepsBest, evaluation_is_due, name_best
 from fourfold.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
+    list_checkpoints,
     load_optimizer_state,
     load_rng_state,
     prune_checkpoints,
@@ -42,6 +45,7 @@ from fourfold.training.checkpoint import (
     shared_checkpoint,
     write_manifest,
 )
+from fourfold.training.distributed import DISTRIBUTED, DistributedRow
 from fourfold.training.early_stopping import early_stopping, keep_callback_states
 from fourfold.training.evaluation_sets import EvalDataset, by_name
 from fourfold.training.guard import StepGuard, own_optimizer
@@ -69,7 +73,7 @@ from fourfold.training.out_of_memory import (
     standing_parts,
     with_rest,
 )
-from fourfold.training.parameter_groups import names_by_group, rates_of_groups, require_groups
+from fourfold.training.parameter_groups import rates_of_groups, require_groups
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
 from fourfold.training.running import load_running, save_running
@@ -91,18 +95,26 @@ class FourfoldTrainer(KeepsBest):
     - A loss or gradient that is not finite raises TrainingError and never reaches the weights.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, row: DistributedRow = DISTRIBUTED["ddp"], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        self.row, self._whole = row, row.state()
+        by_deepspeed = row.zero_stage is not None
+        if self.is_deepspeed_enabled is not by_deepspeed or self.is_fsdp_enabled:
             raise ConfigError(
-                "Sharded training is not supported", found="DeepSpeed or FSDP", allowed="one process or DDP"
+                "accelerate is configured to share the model by itself",
+                found="DeepSpeed or FSDP",
+                allowed=f"key distributed: {', '.join(DISTRIBUTED)}",
+                hint="start with `accelerate launch --multi_gpu`, or with torchrun",
             )
+        if row.shard is not None and not by_deepspeed:
+            # accelerate wraps in DDP what has not been prepared by anyone.
+            self.model._is_accelerate_prepared = True
         # compute_loss divides by the tokens of the whole step, so the Trainer has to count them and must
         # not divide by the number of microbatches.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # disable_tqdm chose it; progress is told by our own callback
-        self._guard = StepGuard(self.accelerator.scaler)
-        self._interrupt = InterruptCallback()
+        self._guard = StepGuard(self.accelerator.scaler, self._total_norm)
+        self._interrupt = InterruptCallback(self.args.device)
         self.add_callback(self._guard)
         self.add_callback(self._interrupt)
         self._tallies = {"train": Tally(), "eval": Tally()}
@@ -124,6 +136,8 @@ class FourfoldTrainer(KeepsBest):
         TRL's own loss serves the models whose logits are more than the LM head's output (a soft cap, a
         scale), mixtures of experts with a balancing loss, and callers that want the logits.
         """
+        if not self.model.training:
+            inputs = without_repeated(inputs, self.accelerator, self.args.per_device_eval_batch_size)
         if return_outputs or self.aux_loss_enabled or not takes_logits_to_keep(underlying(self.model)):
             loss = None
         else:
@@ -147,19 +161,17 @@ class FourfoldTrainer(KeepsBest):
         hidden_states = self.hidden_states(model, inputs)
         if hidden_states is None:
             return None
-        lm_head = underlying(self.model).get_output_embeddings()
-        with self.accelerator.autocast():
-            return supervised_cross_entropy(
-                hidden_states, inputs["labels"], lm_head, inputs.get("supervised_positions")
-            )
+        positions = inputs.get("supervised_positions")
+        with self.accelerator.autocast(), self._whole.head(underlying(self.model)) as lm_head:
+            return supervised_cross_entropy(hidden_states, inputs["labels"], lm_head, positions)
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
         """What the LM head takes, [batch, seq, hidden]; None where its output is not the logits."""
         base = underlying(self.model)
         hidden_states, logits = last_hidden_states(model, base, inputs)
         if self._head_is_plain is None:
-            with self.accelerator.autocast():
-                head = base.get_output_embeddings()(hidden_states[:, -1:].detach()).detach()
+            with self.accelerator.autocast(), self._whole.head(base) as lm_head:
+                head = lm_head(hidden_states[:, -1:].detach()).detach()
             self._head_is_plain = logits_agree(logits.detach(), head)
             if not self._head_is_plain:
                 logger.info("%s scales or caps its logits; its own forward pass gives them", type(base).__name__)
@@ -180,6 +192,21 @@ class FourfoldTrainer(KeepsBest):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._guard.begin([batch.pop(ROW_NUMBERS, []) for batch in batches])
         return batches, num_items
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        # The Trainer makes two groups, with and without weight decay, and adapters are all in one. DeepSpeed drops an
+        # empty group, so nobody has one: a checkpoint's groups are the same however the run is shared.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _total_norm(self, model: nn.Module) -> torch.Tensor:
+        """Norm of the step's gradients, where the optimizer is not ours."""
+        if self.row.zero_stage is not None:
+            # DeepSpeed has made the step by now, or left it out: then this is infinite.
+            norm = self.deepspeed.get_global_grad_norm()
+            return torch.as_tensor(norm, dtype=torch.float32, device=self.args.device)
+        return nn.utils.get_total_norm([value.grad for value in model.parameters() if value.grad is not None])
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
         # Ours clips within its step.
@@ -286,7 +313,10 @@ class FourfoldTrainer(KeepsBest):
         drop_graphs(self.model)
         step = self.state.global_step
         folder = checkpoint_path(Path(self.args.output_dir), step) if step else None
-        if folder is not None and not folder.is_dir():
+        if self.accelerator.num_processes > 1:
+            # The others wait in a collective, and what all share cannot be saved by one.
+            folder = next(reversed(list_checkpoints(Path(self.args.output_dir))), None)
+        elif folder is not None and not folder.is_dir():
             self._save_checkpoint(self.model, None)
         return OutOfMemory(step, folder, parts, reason)
 
@@ -294,15 +324,16 @@ class FourfoldTrainer(KeepsBest):
         self._guard.check()
         folder = checkpoint_path(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
+        weights, optimizer = self._whole.weights(self.model), self._whole.optimizer(self.optimizer, self.model)
         with shared_checkpoint(folder, self.accelerator, is_main=self.args.should_save) as partial:
             save_rng_state(partial, self.args.process_index)
             save_running(partial, self.args.process_index, self.running_sums())
             if self.args.should_save:
                 save_changed_base(self.callback_handler.callbacks, partial)
-                self.model.save_pretrained(partial)
+                self.model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))
                 self.processing_class.save_pretrained(partial)
-                states = (self.optimizer.state_dict(), self.lr_scheduler.state_dict(), self._trainable())
-                groups = names_by_group(self.model, self.optimizer)
+                states = (optimizer, self.lr_scheduler.state_dict(), self._whole.shapes(self.model))
+                groups = self._whole.groups(self.optimizer, self.model)
                 save_optimizer_state(partial, *states, self.accelerator.scaler, groups)
                 name_best(self.state, folder.parent, saving=folder)
                 keep_callback_states(self.state, [*self.callback_handler.callbacks, self.control])
@@ -314,30 +345,51 @@ class FourfoldTrainer(KeepsBest):
         if self.args.should_save and self.args.save_total_limit is not None:
             prune_checkpoints(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _trainable(self) -> dict[str, torch.Size]:
-        return {name: value.shape for name, value in self.model.named_parameters() if value.requires_grad}
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """What is trained, whole, on the main process; None: the model holds it whole. All processes call this."""
+        return self._whole.weights(self.model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.row.zero_stage is None or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The Trainer would look for DeepSpeed's own checkpoint, which is a pickle. Weights go into the model before
+        # DeepSpeed parts it, optimizer state into its parts afterwards.
+        self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Read before the adapter, so that a checkpoint of another model is told by the names that differ.
         path = Path(resume_from_checkpoint)
-        self._restored = load_optimizer_state(path, self._trainable(), self.accelerator.scaler)
+        self._restored = load_optimizer_state(path, self._whole.shapes(self.model), self.accelerator.scaler)
         self.load_weights(path)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        if not self._whole.load_weights(self.model, checkpoint):
+            super().load_weights(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._restored is None:
             return
         optimizer_state, scheduler_state = self._restored
-        require_groups(optimizer_state.pop("names"), names_by_group(self.model, self.optimizer), checkpoint)
-        self.optimizer.load_state_dict(optimizer_state)
+        require_groups(optimizer_state.pop("names"), self._whole.groups(self.optimizer, self.model), checkpoint)
+        self._whole.load_optimizer(self.optimizer, self.model, optimizer_state)
         self.lr_scheduler.load_state_dict(scheduler_state)
         self._restored = None
         self._resuming = False
         self._tokens_seen = max((int(entry.get("num_tokens", 0)) for entry in self.state.log_history), default=0)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_rng_state(Path(checkpoint), self.args.process_index)
-            self.run_on(load_running(Path(checkpoint), self.args.process_index, self.args.device))
+        if checkpoint is None:
+            return
+        path, own = Path(checkpoint), (self.args.process_index, self.args.world_size)
+        self.run_on(load_running(path, *own, self.args.device))
+        index = self.args.process_index
+        if index and not (path / f"rng_state_{index}.safetensors").is_file():
+            set_seed(self.args.seed + index)  # the run had fewer processes
+        else:
+            load_rng_state(path, index)
 
 
 def build_trainer(
@@ -387,14 +439,17 @@ def trainer_arguments(
             hint="give an evaluation data set, or set eval_strategy: no",
         )
     keep_in_fp32(model, COMPUTE_DTYPES[options.compute_dtype])
-    args = to_sft_config(options)
+    arguments, row = to_sft_config(options), options.row
+    if row.shard is not None:
+        row.shard(model, arguments.device)
     return {
         "model": model,
-        "args": args,
+        "args": arguments,
+        "row": row,
         "data_collator": NumberedCollator(collator),
         "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
         "eval_dataset": eval_dataset,
         "processing_class": tokenizer,
         "callbacks": [*callbacks, *early_stopping(options.best)],
-        "optimizer_cls_and_kwargs": optimizer_arguments(options, model, args),
+        "optimizer_cls_and_kwargs": optimizer_arguments(options, model, arguments),
     }

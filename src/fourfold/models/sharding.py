@@ -1,0 +1,151 @@
+"""FSDP2 over a model with a frozen, quantized base: each process holds its share of every layer.
+
+torch's public `fully_shard` does it, layer by layer, on the model as it was adapted. accelerate's own preparation does
+not fit a base like this one: it makes the output head a unit with hooks, around which the loss, which reads the head's
+weight, would compute a shard; it first copies the whole state dict, scales included; and it leaves scales, which are no
+parameters, on the device that the model was loaded to.
+
+- Of a decoder layer, codes (uint8) and adapters (fp32) are one group: FSDP2 gathers mixed dtypes as bytes. The fused
+  block reads its weights anew in each pass; what it holds between the passes are the gathered parameters' own tensors,
+  whose memory FSDP2 empties and fills.
+- Scales stand behind their codes in one parameter (`QuantizedWeight.join_scales`). What is one in ten thousand, nested
+  scales and frozen vectors, such as norms, stays whole.
+- The input embedding is a group, which is needed in the forward pass alone; with a weight that is tied it belongs to
+  the root.
+- The root group holds what remains: the output head. FSDP2 leaves it gathered after the forward pass, for the loss;
+  `gathered_head` gives it back as soon as the loss has been taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from fourfold.errors import ConfigError
+from fourfold.kernels.shards import is_sharded, local_part
+from fourfold.models.block import FusedDecoderLayer, drop_graphs
+from fourfold.models.underlying import decoder_layers, underlying
+from fourfold.quantization.experts import quantized_parameters
+from fourfold.quantization.linear import QuantizedWeight
+
+__all__ = ["gathered_head", "held_bytes", "shard_model"]
+
+logger = logging.getLogger(__name__)
+
+
+def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Module], None] | None = None) -> None:
+    """Give each process of the default group its share of a model, in place.
+
+    At no moment is more than one layer whole on the device, beside what is this process's.
+
+    Args:
+        model: A causal LM of Transformers, adapters on it or not, on `device` or on the CPU. The same everywhere.
+        device: Where this process computes.
+        fill: Called with each part of the model, in the order of the forward pass, before it is sharded: to give it
+            weights that were not there before, on `device`. The output head and the rest come last, as the whole model.
+
+    Raises:
+        ConfigError: Quantized experts, a base that streams, weights trained in fp16, or no decoder layers.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    base = underlying(model)  # type: ignore[arg-type]
+    if _is_root(base):
+        return
+    _require_shardable(base)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # Gradients are summed in fp32, whatever their parameters are.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+
+    def shard(part: nn.Module, **options: bool) -> None:
+        if fill is not None:
+            fill(part)
+        whole = _bring(part, device)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole, **options)
+
+    drop_graphs(base)
+    embedding = base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    if not is_tied and not any(True for _ in embedding.children()):
+        shard(embedding, reshard_after_forward=True)
+        if not any(parameter.requires_grad for parameter in embedding.parameters()):
+            # Else it would be gathered ahead for a pass that has no use for it.
+            embedding.set_unshard_in_backward(False)
+    layers = decoder_layers(base)
+    if layers is None:
+        raise ConfigError("no decoder layers to shard were found", found=type(base).__name__)
+    for layer in layers:
+        if isinstance(layer, FusedDecoderLayer):
+            layer._graphs = None  # the weights' memory comes and goes
+        shard(layer, reshard_after_forward=True)
+    shard(base)
+    if "hf_device_map" in vars(base):
+        vars(base)["hf_device_map"] = {"": device}
+    logger.info("The model is sharded over %d processes; CUDA graphs are off, since weights move", mesh.size())
+
+
+def _require_shardable(base: nn.Module) -> None:
+    for path, module in base.named_modules():
+        if quantized_parameters(module):
+            raise ConfigError(
+                "quantized experts that are held as one parameter cannot be sharded",
+                found=path,
+                allowed="models whose layers hold linear layers, or distributed: ddp",
+            )
+        if isinstance(module, QuantizedWeight) and module.streamed is not None:
+            raise ConfigError("a base that streams cannot be sharded", hint="leave stream_base out")
+
+
+def _bring(module: nn.Module, device: torch.device) -> set[nn.Parameter]:
+    """Bring to the device what `fully_shard` does not, and give the parameters that are not to be sharded."""
+    whole = set[nn.Parameter]()
+    for part in module.modules():
+        if isinstance(part, QuantizedWeight):
+            part.join_scales(device)
+        for parameter in part.parameters(recurse=False):
+            # Needed by passes in which nothing else of their group is.
+            if parameter.dim() < 2 and not parameter.requires_grad and not is_sharded(parameter):
+                parameter.data = parameter.data.to(device)
+                whole.add(parameter)
+    return whole
+
+
+@contextlib.contextmanager
+def gathered_head(base: nn.Module) -> Iterator[None]:
+    """Within, the output head of a sharded model is whole, for whoever reads its weight; of another it always is.
+
+    A frozen head is given back afterwards: nothing of it is wanted in the backward pass of
+    `fourfold.training.loss`. One that learns stays, for its gradient.
+    """
+    if not _is_root(base):
+        yield
+        return
+    base.unshard()
+    try:
+        yield
+    finally:
+        learns = any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
+        if not (learns and torch.is_grad_enabled()):
+            base.reshard()
+
+
+def _is_root(base: nn.Module) -> bool:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(base, FSDPModule)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights that this process holds: parameters or its parts of them, and scales."""
+    parameters = {parameter: local_part(parameter) for parameter in model.parameters()}
+    scales = {module: module.scales for module in model.modules() if isinstance(module, QuantizedWeight)}
+    held = sum(each.num_bytes for each in scales.values() if each is not None)
+    return held + sum(part.nbytes for part in parameters.values())

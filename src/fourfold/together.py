@@ -1,0 +1,71 @@
+"""A verb that several processes run together: they come together before it, and none goes on when one has failed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from fourfold.config import RunConfig
+from fourfold.config import options as choices
+from fourfold.errors import ConfigError
+from fourfold.kernels.host_memory import available_bytes
+from fourfold.memory.gpus import Gpu, gpu_present
+from fourfold.memory.planner import Plan
+from fourfold.planning import plan_for_training
+from fourfold.training.distributed import distributed_row
+from fourfold.training.lifeline import Lifeline
+from fourfold.training.processes import Processes, join, sides, smallest
+
+__all__ = ["planned_together", "require_alike", "together"]
+
+
+@contextlib.contextmanager
+def together(config: RunConfig) -> Iterator[Lifeline]:
+    """Join the processes that torchrun or accelerate started; nothing where there is one.
+
+    Raises:
+        ConfigError: See `join`.
+        TrainingError: Another process failed or died, which is named.
+    """
+    lifeline = Lifeline(join(config.device, config.ddp_timeout))
+    lifeline.start()
+    try:
+        yield lifeline
+    except Exception as error:
+        instead = lifeline.failed(error)
+        if instead is None:
+            raise
+        raise instead from error
+    lifeline.close()
+
+
+def planned_together(config: RunConfig, device: torch.device, own: Processes) -> tuple[Gpu | None, Plan | None]:
+    """The GPU of this process, and the plan that all keep to alike: of the GPU that has least left.
+
+    Raises:
+        TrainingError: Nothing fits.
+    """
+    gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
+    host = available_bytes()
+    if not own.are_several:
+        return gpu, plan_for_training(config, gpu, host)
+    if distributed_row(config.distributed, own.count).is_sharded:
+        # A plan for training is one of whole models.
+        return gpu, None
+    usable, least = smallest(None if gpu is None else gpu.usable_bytes), smallest(host)
+    if gpu is not None and usable is not None:
+        gpu = gpu.with_usable(usable)
+    return gpu, plan_for_training(config, gpu, None if least is None else least // own.local_count)
+
+
+def require_alike(what: str, found: object) -> None:
+    """Raises ConfigError where processes on several machines do not see the same."""
+    seen = sides(str(found))
+    if len(set(seen)) > 1:
+        raise ConfigError(
+            f"the processes do not find the same: {what}",
+            found="; ".join(f"rank {rank}: {each}" for rank, each in enumerate(seen)),
+            hint="output_dir must lie where all machines see it",
+        )

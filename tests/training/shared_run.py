@@ -1,0 +1,130 @@
+"""Runs that several processes share, and the same in one: `torchrun shared_run.py FOLDER` makes them all.
+
+What each came to stands in FOLDER/NAME.json and, of weights, FOLDER/NAME.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+import fourfold
+from fourfold.errors import FourfoldError
+from fourfold.quantization.linear import QuantizedLinear
+from fourfold.quantization.swapping import dense_linears
+from fourfold.training.distributed import processes
+from fourfold.training.trainer import FourfoldTrainer
+
+STEPS = 6
+# Rows of a step: of 2 processes 2 in each of 2 passes, of one in 4 passes.
+SHARED: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
+
+
+def model(fused: bool = True, **lora: Any) -> Any:
+    """A quantized base with adapters; the same in each process."""
+    base = tiny.base_model()
+    head = base.get_output_embeddings()
+    for name, linear in list(dense_linears(base)):
+        if linear is not head:
+            base.set_submodule(name, QuantizedLinear.from_linear(linear))
+    torch.manual_seed(1)
+    adapted = fourfold.prepare(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **lora), fused=fused)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return adapted
+
+
+def trainer(folder: Path, made: Any = None, **options: Any) -> FourfoldTrainer:
+    passes = 4 // processes().count
+    given = {"gradient_accumulation_steps": passes, "max_grad_norm": 0.5} | SHARED | options
+    return tiny.trainer(folder, model() if made is None else made, dataset=tiny.rows(64), **given)
+
+
+def write(folder: Path, name: str, ran: FourfoldTrainer) -> None:
+    """Its losses, norms and evaluations by step, and what it trained."""
+    history = [entry for entry in ran.state.log_history if "loss" in entry]
+    weights = ran.whole_weights()
+    if not processes().is_main:
+        return
+    own = {name: value.detach() for name, value in ran.model.named_parameters() if value.requires_grad}
+    save_file({key: value.contiguous() for key, value in (weights or own).items()}, folder / f"{name}.safetensors")
+    record = {key: [entry[key] for entry in history] for key in ("loss", "grad_norm")}
+    record["eval_loss"] = [entry["eval_loss"] for entry in ran.state.log_history if "eval_loss" in entry]
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def plain(folder: Path, name: str, **options: Any) -> None:
+    ran = trainer(folder / name, **options)
+    ran.train()
+    write(folder, name, ran)
+
+
+def full(folder: Path, name: str, **options: Any) -> None:
+    """All weights are trained: embedding, head and norms too."""
+    ran = trainer(folder / name, tiny.base_model(), max_steps=2, save_steps=1, learning_rate=1e-3, **options)
+    ran.train()
+    write(folder, name, ran)
+
+
+def gone_on(folder: Path, name: str, checkpoint: Path, **options: Any) -> None:
+    """From another run's checkpoint to the end."""
+    ran = trainer(folder / name, **options)
+    ran.train(resume_from_checkpoint=checkpoint)
+    write(folder, name, ran)
+
+
+class Spoil(TrainerCallback):
+    """Makes the loss of one process, or what it takes of a signal, another."""
+
+    def __init__(self, rank: int, kind: str) -> None:
+        self.is_here, self.kind = processes().rank == rank, kind
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if not self.is_here or state.global_step != 1:
+            return
+        if self.kind == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            layer = model.get_base_model().model.layers[0]
+            layer.input_layernorm.weight.data.fill_(math.nan)
+
+
+def ended(folder: Path, name: str, kind: str, **options: Any) -> None:
+    """A run that one process ends for all: what each raised."""
+    ran = trainer(folder / name, callbacks=(Spoil(1, kind),), **options)
+    try:
+        ran.train()
+    except FourfoldError as error:
+        record = {"type": type(error).__name__, "text": str(error), "step": ran.state.global_step}
+        (folder / f"{name}-{processes().rank}.json").write_text(json.dumps(record))
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    held_out = {"eval_dataset": tiny.rows(7, seed=5), "eval_strategy": "steps", "eval_steps": 3}
+    for way in ("ddp", "fsdp2"):
+        plain(folder, way, distributed=way, **held_out)
+        full(folder, f"full-{way}", distributed=way)
+        ended(folder, f"spoiled-{way}", "loss", distributed=way)
+        ended(folder, f"signal-{way}", "signal", distributed=way)
+        gone_on(folder, f"one-to-{way}", folder / "one" / "checkpoint-3", distributed=way)
+    plain(folder, "fsdp2-generic", made=model(fused=False), distributed="fsdp2", gradient_checkpointing=True)
+    plain(folder, "fsdp2-8bit", distributed="fsdp2", optim="paged_adamw_8bit")
+    gone_on(folder, "ddp-to-fsdp2", folder / "ddp" / "checkpoint-3", distributed="fsdp2")
+    gone_on(folder, "one-8bit-to-fsdp2", folder / "one-8bit" / "checkpoint-3", distributed="fsdp2", optim="adamw_8bit")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
