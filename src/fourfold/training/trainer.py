@@ -74,6 +74,7 @@ from fourfold.training.out_of_memory import (
     with_rest,
 )
 from fourfold.training.parameter_groups import rates_of_groups, require_groups
+from fourfold.training.processes import follow_main
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
 from fourfold.training.running import load_running, save_running
@@ -442,6 +443,9 @@ def trainer_arguments(
     arguments, row = to_sft_config(options), options.row
     if row.shard is not None:
         row.shard(model, arguments.device)
+    else:
+        # DDP brings parameters along, codes among them, but not their scales.
+        follow_main(model, with_codes=False)
     return {
         "model": model,
         "args": arguments,
