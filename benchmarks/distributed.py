@@ -147,8 +147,7 @@ def empty_model(shape: str, dtype: torch.dtype, fused: bool, device: torch.devic
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     lora = LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM")
     with torch.device("meta"):
-        adapted = fourfold.prepare(model, lora, fused=fused, recompute="none" if fused else None)
-    return adapted
+        return fourfold.prepare(model, lora, fused=fused, recompute="none" if fused else None)
 
 
 def train_step(
@@ -307,7 +306,9 @@ def beside_one(row: dict[str, Any], one: dict[str, Any] | None) -> dict[str, Any
 def shown(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: {row['error']}"
-    lines = [f"{row['name']}: built in {row['built_seconds']:.1f} s, weights {row['weights_bytes'] / 2**30:.2f} GiB a GPU"]
+    lines = [
+        f"{row['name']}: built in {row['built_seconds']:.1f} s, weights {row['weights_bytes'] / 2**30:.2f} GiB a GPU"
+    ]
     if "weights_of_one_gpu" in row:
         lines[0] += f" ({row['weights_of_one_gpu']:.3f} of one GPU's)"
     for policy, found in row.items():
@@ -342,7 +343,9 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/distributed.py --json {args.json}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU",
+        "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        if torch.cuda.is_available()
+        else "CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
     }
     rows: list[dict[str, Any]] = []

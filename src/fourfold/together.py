@@ -26,10 +26,16 @@ def together(config: RunConfig) -> Iterator[Lifeline]:
     """Join the processes that torchrun or accelerate started; nothing where there is one.
 
     Raises:
-        ConfigError: See `join`.
+        ConfigError: See `join`; or a base that streams, and several processes.
         TrainingError: Another process failed or died, which is named.
     """
     lifeline = Lifeline(join(config.device, config.ddp_timeout))
+    if lifeline.own.are_several and config.stream_base is not None:
+        raise ConfigError(
+            "a base that streams belongs to one GPU",
+            found=f"stream_base: {config.stream_base}, {lifeline.own.count} processes",
+            hint="leave stream_base out, and give distributed: fsdp2",
+        )
     lifeline.start()
     try:
         yield lifeline

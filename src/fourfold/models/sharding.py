@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.quantization.experts import quantized_parameters
 from fourfold.quantization.linear import QuantizedWeight
 
-__all__ = ["gathered_head", "held_bytes", "shard_model"]
+__all__ = ["gathered_head", "give_back", "held_bytes", "shard_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,26 +55,26 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    base = underlying(model)  # type: ignore[arg-type]
-    if _is_root(base):
+    base = underlying(model)
+    if _root(base) is not None:
         return
     _require_shardable(base)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Gradients are summed in fp32, whatever their parameters are.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
-    def shard(part: nn.Module, **options: bool) -> None:
+    def shard(part: nn.Module, gives_back: bool | None = True) -> None:
         if fill is not None:
             fill(part)
         whole = _bring(part, device)
-        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole, **options)
+        fully_shard(part, mesh=mesh, reshard_after_forward=gives_back, mp_policy=policy, ignored_params=whole)
 
     drop_graphs(base)
     embedding = base.get_input_embeddings()
     head = base.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied and not any(True for _ in embedding.children()):
-        shard(embedding, reshard_after_forward=True)
+        shard(embedding)
         if not any(parameter.requires_grad for parameter in embedding.parameters()):
             # Else it would be gathered ahead for a pass that has no use for it.
             embedding.set_unshard_in_backward(False)
@@ -83,8 +84,8 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
     for layer in layers:
         if isinstance(layer, FusedDecoderLayer):
             layer._graphs = None  # the weights' memory comes and goes
-        shard(layer, reshard_after_forward=True)
-    shard(base)
+        shard(layer)
+    shard(base, None)  # FSDP2 leaves it gathered, as the root
     if "hf_device_map" in vars(base):
         vars(base)["hf_device_map"] = {"": device}
     logger.info("The model is sharded over %d processes; CUDA graphs are off, since weights move", mesh.size())
@@ -116,6 +117,14 @@ def _bring(module: nn.Module, device: torch.device) -> set[nn.Parameter]:
     return whole
 
 
+def give_back(model: nn.Module) -> None:
+    """Of a sharded model, what a pass without a backward pass has left gathered, as an evaluation's: parameters are
+    parts again."""
+    root = _root(underlying(model))
+    if root is not None:
+        root.reshard()
+
+
 @contextlib.contextmanager
 def gathered_head(base: nn.Module) -> Iterator[None]:
     """Within, the output head of a sharded model is whole, for whoever reads its weight; of another it always is.
@@ -123,24 +132,26 @@ def gathered_head(base: nn.Module) -> Iterator[None]:
     A frozen head is given back afterwards: nothing of it is wanted in the backward pass of
     `fourfold.training.loss`. One that learns stays, for its gradient.
     """
-    if not _is_root(base):
+    root = _root(base)
+    if root is None:
         yield
         return
-    base.unshard()
+    root.unshard()
     try:
         yield
     finally:
-        learns = any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters())
+        learns = any(parameter.requires_grad for parameter in root.get_output_embeddings().parameters())
         if not (learns and torch.is_grad_enabled()):
-            base.reshard()
+            root.reshard()
 
 
-def _is_root(base: nn.Module) -> bool:
+def _root(base: Any) -> Any:
+    """The model as FSDP2's; None where it is not sharded."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
+        return None
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(base, FSDPModule)
+    return base if isinstance(base, FSDPModule) else None
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -23,7 +23,7 @@ from fourfold.errors import CheckpointError
 from fourfold.kernels.optimizer import decode_moment, encode_moment
 from fourfold.kernels.optimizer_state import BLOCK_SIZE
 from fourfold.kernels.shards import is_sharded, local_part
-from fourfold.models.sharding import gathered_head
+from fourfold.models.sharding import gathered_head, give_back
 from fourfold.optimizers.maps import state_maps
 from fourfold.training.whole_state import WholeState
 
@@ -81,6 +81,7 @@ class ShardedState(WholeState):
     elsewhere."""
 
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
+        give_back(model)
         if isinstance(model, PeftModel):
             trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
             return _on_main((name, _whole(value)) for name, value in trained)
@@ -101,6 +102,7 @@ class ShardedState(WholeState):
         Raises:
             CheckpointError: It is another adapter, or all weights are trained.
         """
+        give_back(model)
         targets: Mapping[str, Tensor]
         if isinstance(model, PeftModel):
             own = {name: value for name, value in model.named_parameters() if value.requires_grad}

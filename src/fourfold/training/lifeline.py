@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from fourfold.errors import FourfoldError, TrainingError
 from fourfold.training.processes import Processes
@@ -60,8 +60,8 @@ class Lifeline:
             return
         # Of each attempt of torchrun's its own keys.
         attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        client = distributed.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=SILENCE_SECONDS))
-        self._store = distributed.PrefixStore(f"fourfold/{attempt}", client)
+        client = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=SILENCE_SECONDS))
+        self._store = PrefixStore(f"fourfold/{attempt}", client)
         self._set(f"about/{self.own.rank}", {"host": socket.gethostname(), "pid": os.getpid()})
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._thread.start()

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from fourfold.errors import ConfigError
+from fourfold.quantization.linear import QuantizedWeight
 
-__all__ = ["Agreement", "Processes", "join", "processes", "sides", "smallest", "summed"]
+__all__ = ["Agreement", "Processes", "follow_main", "join", "processes", "sides", "smallest", "summed"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,33 @@ def summed(values: Tensor) -> Tensor:
     if _is_joined():
         distributed.all_reduce(values)
     return values
+
+
+def follow_main(model: nn.Module, *, with_codes: bool = True) -> None:
+    """Give all processes, which hold the model whole, the main one's adapters and quantized weights.
+
+    What they computed each for themselves may differ in the last bits, and then goes apart.
+
+    Args:
+        with_codes: False: the codes are the same already.
+    """
+    if not _is_joined():
+        return
+
+    def send(tensor: Tensor) -> Tensor:
+        if tensor.numel():
+            distributed.broadcast(tensor, src=0)
+        return tensor
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                send(parameter.data)
+        for module in model.modules():
+            if isinstance(module, QuantizedWeight) and module.scales is not None:
+                module.scales.map_tensors(send)
+                if with_codes:
+                    send(module.weight.data)
 
 
 class Agreement:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fourfold.adapters.recalibration import requantize
 from fourfold.models.block import drop_graphs
+from fourfold.training.processes import follow_main
 
 __all__ = ["RequantizeCallback", "save_changed_base"]
 
@@ -55,6 +56,7 @@ class RequantizeCallback(TrainerCallback):
         peft_model = getattr(model, "module", model)
         options: dict[str, Any] = {"calibration": self.calibration, "keeps_rest": self.keeps_rest}
         kept = requantize(peft_model, seed=args.seed + state.global_step, **options)
+        follow_main(peft_model)
         drop_graphs(peft_model)
         # No entry for a parameter: it has never been updated.
         optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -73,6 +73,7 @@ from fourfold.training.out_of_memory import (
     standing_parts,
     with_rest,
 )
+from fourfold.training.processes import follow_main
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
 from fourfold.training.tally import Tally
@@ -433,6 +434,9 @@ def trainer_arguments(
     arguments, row = to_sft_config(options), options.row
     if row.shard is not None:
         row.shard(model, arguments.device)
+    else:
+        # DDP brings parameters along, codes among them, but not their scales.
+        follow_main(model, with_codes=False)
     return {
         "model": model,
         "args": arguments,

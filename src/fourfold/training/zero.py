@@ -21,6 +21,7 @@ from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.block import keep_order
 from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.quantization.linear import QuantizedWeight
+from fourfold.training.processes import follow_main
 from fourfold.training.whole_state import WholeState
 
 __all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero3", "whole_head"]
@@ -45,6 +46,8 @@ def prepare_for_zero(model: nn.Module) -> None:
                 hint="leave modules_to_save out, or give distributed: ddp",
             )
     keep_order(model)
+    # DeepSpeed brings parameters along, codes among them, but not their scales.
+    follow_main(model, with_codes=False)
 
 
 def prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
