@@ -406,6 +406,6 @@ def test_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
 
 def test_every_private_hook_that_is_overridden_exists_in_the_trainer() -> None:
     ours = {name for name in vars(FourfoldTrainer) if name.startswith("_") and not name.startswith("__")}
-    own = {"_out_of_memory", "_take", "_takes_logits_to_keep", "_supervised_loss", "_shared_folder", "_trainable"}
+    own = {"_out_of_memory", "_take", "_takes_logits_to_keep", "_supervised_loss", "_shared_folder", "_total_norm"}
     assert all(hasattr(Trainer, name) for name in ours - own)
     assert {"_save_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"} <= ours

@@ -59,6 +59,8 @@ def test_only_zero3_parts_the_base_and_the_adapters(one_process, two_processes):
     scales = 64 * 64 // 64  # a byte for each block, behind the codes
     wanted = {name: -(-(numel + (scales if "base" in name else 0)) // 2) for name, numel in whole.items()}
     assert two_processes["zero3"]["held"] == two_processes["zero3_offload"]["held"] == wanted
+    # Norms and what else is small stay whole.
+    assert two_processes["zero3"]["weights_bytes"] < 0.6 * two_processes["ddp"]["weights_bytes"]
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "zero3_offload"])
@@ -113,5 +115,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_all_processes(out, two_proces
 
 
 def test_deepspeed_is_not_imported_where_it_is_not_asked_for(two_processes):
-    assert not two_processes["ddp"]["imported"]
-    assert two_processes["zero1"]["imported"]
+    assert not two_processes["imported"]

@@ -24,6 +24,7 @@ from fourfold.adapters.lora import register
 from fourfold.errors import FourfoldError
 from fourfold.models.block import fuse_blocks
 from fourfold.quantization.linear import QuantizedLinear
+from fourfold.training.out_of_memory import standing_parts
 from fourfold.training.processes import join
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -102,7 +103,7 @@ def train(out: Path, name: str, distributed: str, device: str = "cpu", **keys: s
         "norms": [float(entry["grad_norm"]) for entry in log if "loss" in entry],
         "eval_losses": [entry["eval_loss"] for entry in log if "eval_loss" in entry],
         "allocated": torch.cuda.memory_allocated() if device != "cpu" else 0,
-        "imported": "deepspeed" in sys.modules,
+        "weights_bytes": standing_parts(adapted, None)["weights"],
         "held": {path.partition("q_proj.")[2]: _held(value) for path, value in first.items()},
     }
 
@@ -116,7 +117,7 @@ def _held(parameter: Any) -> int:
 def main() -> None:
     out, device = Path(sys.argv[1]), os.environ["ZERO_RUN_DEVICE"]
     own = join("cpu" if device == "cpu" else "auto", timeout=120)
-    results = {}
+    results: dict[str, Any] = {"imported": "deepspeed" in sys.modules}
     for case in sys.argv[2:]:
         name, _, rest = case.partition("=")
         distributed, *pairs = rest.split(",")

@@ -155,8 +155,9 @@ def _root(base: Any) -> Any:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights that this process holds: parameters or its parts of them, and scales."""
+    """Bytes of a model's weights that this process holds where it computes: parameters or its parts of them, and
+    scales."""
     parameters = {parameter: local_part(parameter) for parameter in model.parameters()}
     scales = {module: module.scales for module in model.modules() if isinstance(module, QuantizedWeight)}
     held = sum(each.num_bytes for each in scales.values() if each is not None)
-    return held + sum(part.nbytes for part in parameters.values())
+    return held + sum(part.nbytes for whole, part in parameters.items() if part.device == whole.device)

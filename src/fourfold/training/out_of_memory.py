@@ -86,7 +86,9 @@ def standing_parts(model: nn.Module, optimizer: Optimizer | None) -> dict[str, i
     """Bytes on the device that stay from step to step: weights, adapters, and what state the optimizer has so far."""
     # Where all of the model is trained there are no adapters.
     is_adapted = isinstance(model, PeftModel)
-    trained = sum(local_part(own).nbytes for own in model.parameters() if own.requires_grad and is_adapted)
+    adapters = [(local_part(own), own) for own in model.parameters() if own.requires_grad and is_adapted]
+    # Elsewhere is what ZeRO-3 offloads.
+    trained = sum(part.nbytes for part, own in adapters if part.device == own.device)
     states = [] if optimizer is None else list(optimizer.state.values())
     held = _storages(value for state in states for value in state.values() if isinstance(value, Tensor))
     are_sharded = any(is_sharded(parameter) for parameter in model.parameters())

@@ -21,11 +21,15 @@ from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.block import keep_order
 from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.quantization.linear import QuantizedWeight
+from fourfold.training.processes import follow_main
 from fourfold.training.whole_state import WholeState
 
 __all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero3", "whole_head"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What a group of the optimizer has beside its parameters and its implementation.
+_SCHEDULED = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def prepare_for_zero(model: nn.Module) -> None:
@@ -45,6 +49,8 @@ def prepare_for_zero(model: nn.Module) -> None:
                 hint="leave modules_to_save out, or give distributed: ddp",
             )
     keep_order(model)
+    # DeepSpeed brings parameters along, codes among them, but not their scales.
+    follow_main(model, with_codes=False)
 
 
 def prepare_for_zero3(model: nn.Module, device: torch.device) -> None:
@@ -171,11 +177,6 @@ class ZeroState(WholeState):
         for param, values in zip(params, saved_state.values(), strict=True):
             for name in _MOMENTS if values else ():
                 _set_moment(param, values[name], name)
-
-
-# What a group of the optimizer has beside its parameters and its implementation.
-_SCHEDULED = ("lr", "initial_lr", "betas", "eps", "weight_decay")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _fitting(number: int, param: nn.Parameter, saved: Mapping[str, Any] | None) -> Mapping[str, Any]:
