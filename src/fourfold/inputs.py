@@ -219,11 +219,12 @@ def read_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict
         held_out = {"": _prepare(config, tokenizer, options, _loaded(config), "held-out")}
     else:
         return {}
+    kind = "answers to compare" if config.method in PREFERENCE_METHODS else "plain text"
     for key in ("eval_generate_rows", "sample_rows"):
         for data in held_out.values():
             if getattr(config, key) and "messages" not in data.dataset.column_names:
                 raise DataError(
-                    f"{key} asks for answers, and held-out rows are no conversations",
+                    f"{key} asks for answers, and held-out rows are {kind}",
                     found=data.report.row_format,
                     allowed="conversations",
                     hint=f"leave {key} out, or hold out conversations",
