@@ -10,11 +10,10 @@ import torch
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.errors import ConfigError
-from fourfold.kernels.host_memory import available_bytes
+from fourfold.kernels.host_memory import spare_bytes
 from fourfold.memory.gpus import Gpu, gpu_present
 from fourfold.memory.planner import Plan
-from fourfold.planning import plan_for_training
-from fourfold.training.distributed import distributed_row
+from fourfold.planning import parallelism_in_force, plan_for_training
 from fourfold.training.lifeline import Lifeline
 from fourfold.training.processes import Processes, join, sides, smallest
 
@@ -54,16 +53,15 @@ def planned_together(config: RunConfig, device: torch.device, own: Processes) ->
         TrainingError: Nothing fits.
     """
     gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
-    host = available_bytes()
+    host = spare_bytes()
     if not own.are_several:
         return gpu, plan_for_training(config, gpu, host)
-    if distributed_row(config.distributed, own.count).is_sharded:
-        # A plan for training is one of whole models.
-        return gpu, None
     usable, least = smallest(None if gpu is None else gpu.usable_bytes), smallest(host)
     if gpu is not None and usable is not None:
         gpu = gpu.with_usable(usable)
-    return gpu, plan_for_training(config, gpu, None if least is None else least // own.local_count)
+    # What a machine has is its processes'; a plan's is that of all of them.
+    host = None if least is None else least * own.count // own.local_count
+    return gpu, plan_for_training(config, gpu, host, parallelism_in_force(config, own.count))
 
 
 def require_alike(what: str, found: object) -> None:

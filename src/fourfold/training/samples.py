@@ -113,9 +113,10 @@ class SampleCallback(TrainerCallback):
 
     def _answer(self, state: TrainerState, model: Any) -> None:
         self._answered = state.global_step
+        # All processes do: of a sharded model none computes alone.
+        replies = generate_replies(model, self.tokenizer, [one.asked for one in self.prompts], self.options)
         if not state.is_world_process_zero:
             return
-        replies = generate_replies(model, self.tokenizer, [one.asked for one in self.prompts], self.options)
         answers = [
             Answer(state.global_step, prompt.shown, reply, prompt.reference)
             for prompt, reply in zip(self.prompts, replies, strict=True)
