@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fourfold.cli.environment import gather, let_segments_grow, print_environment
+from fourfold.cli.launching import launch
 from fourfold.cli.terminal import (
     is_main,
     print_json,
@@ -71,10 +72,21 @@ def _read_config(config: str, overrides: list[str]) -> RunConfig:
 
 
 @app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
-def train(context: typer.Context, config: ConfigFile, json: Json = False, verbose: Verbose = False) -> None:
+def train(
+    context: typer.Context,
+    config: ConfigFile,
+    num_processes: Annotated[
+        int | None, typer.Option("--num_processes", min=1, help="GPUs of this machine to train on, by torchrun.")
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Fine-tune a model: read CONFIG, quantize, adapt, train, evaluate."""
     with reporting_errors(json):
         run_config = _read_config(config, context.args)
+        if num_processes is not None and num_processes > 1:
+            flags = ["--json"] * json + ["--verbose"] * verbose
+            launch(["train", config, *context.args, *flags], num_processes)
         quiet_libraries(verbose)
         from fourfold import pipeline
 
