@@ -47,6 +47,11 @@ def test_what_deepspeed_cannot_do_is_refused_by_name(keys, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "adamw_torch", "adamw_torch_fused"])
+def test_zero3_has_every_adamw_with_32_bit_state(optim):
+    assert config(distributed="zero3", optim=optim).optim == optim
+
+
 @pytest.mark.parametrize("distributed", ["zero1", "zero2", "zero3"])
 def test_the_optimizer_is_the_one_that_zero_parts_and_not_a_planned_one(distributed):
     assert choices.with_deepspeed(config(distributed=distributed)).optim == "adamw"

@@ -89,7 +89,7 @@ def _sharded_contradictions(config: RunConfig) -> Iterator[Contradiction]:
         ),
         (
             "optim",
-            config.optim in ("adafactor", "adamw_torch", "adamw_torch_fused"),
+            config.distributed == "fsdp2" and config.optim in ("adafactor", "adamw_torch", "adamw_torch_fused"),
             "has optimizers over shards among adamw_... and lion_... alone",
             "give optim: adamw, or leave it out",
         ),
@@ -122,7 +122,7 @@ def _zero_contradictions(config: RunConfig) -> Iterator[Contradiction]:
         ),
         (
             "bnb_4bit_compute_dtype",
-            config.bnb_4bit_compute_dtype == "float16",
+            config.bnb_4bit_compute_dtype == "float16" and whole,
             "DeepSpeed trains fp32 adapters unscaled, and bnb_4bit_compute_dtype is float16",
             "give bfloat16 or float32",
         ),
