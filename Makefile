@@ -17,9 +17,9 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 ifeq ($(NUM_GPUS),0)
 MARKS :=
 else ifeq ($(NUM_GPUS),1)
-MARKS := -m "not multigpu"
+MARKS := -m "not multigpu and not whole_gpu"
 else
-MARKS := -m ""
+MARKS := -m "not whole_gpu"
 endif
 
 .PHONY: quickstart test lint rules format imports types hooks venv clean
@@ -30,6 +30,9 @@ quickstart: .venv/installed
 # One thread a process: the tests' tensors are small.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(MARKS) $(PYTEST_ARGS)
+ifneq ($(NUM_GPUS),0)
+	$(BIN)/python -m pytest -m whole_gpu $(PYTEST_ARGS)
+endif
 
 # Each of its own, so that --keep-going shows what all of them say.
 lint: rules format imports

@@ -29,7 +29,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 import fourfold
-from fourfold.kernels.host_memory import HostBuffer, available_bytes
+from fourfold.kernels.host_memory import HostBuffer, spare_bytes
 from fourfold.memory.gpus import CONTEXT_BYTES, Gpu, gpu_by_name, gpu_present
 from fourfold.memory.planner import OptimizerBytes, Plan, make_plan
 from fourfold.models.model_shape import ModelShape, model_shape
@@ -67,17 +67,18 @@ SETTINGS = {
     "65b-in-48GB": Setting("65b", 48, rank=64),
     "70b-in-24GB-streamed": Setting("70b", 24, streams="host"),
     "8b-longest-in-24GB": Setting("8b", 24, seq=None, rank=32, steps=1),
-    "8b-409600-in-80GB": Setting("8b", 80, seq=409600, rank=32, steps=1),
+    "8b-98304-in-24GB": Setting("8b", 24, seq=98304, rank=32, steps=1),
+    "8b-401408-in-80GB": Setting("8b", 80, seq=401408, rank=32, steps=1),
     "unsloth-in-24GB": Setting("8b", 24, rank=32, lengths=(16384, 32768, 49152, 65536, 78848, 90112)),
 }
 # For a look at the command on a CPU, where nothing is capped.
-TINY = {"tiny": Setting("tiny", 1, seq=64), "tiny-longest": Setting("tiny", 0.7, seq=None)}
+TINY = {"tiny": Setting("tiny", 1, seq=64), "tiny-longest": Setting("tiny", 0.9, seq=None)}
 LONGER_BY = 2048
 
 
 def planned(shape: ModelShape, gpu: Gpu, seq: int, streams: str | None) -> Plan:
     optimizer = OptimizerBytes("adamw_8bit", state_bytes("adamw", 8, shape.adapter_shapes))
-    options: dict[str, Any] = {"optimizers": [optimizer], "host_bytes": available_bytes(), "streams": streams}
+    options: dict[str, Any] = {"optimizers": [optimizer], "host_bytes": spare_bytes(), "streams": streams}
     return make_plan(shape, gpu, rows=1, seq=seq, **options)
 
 

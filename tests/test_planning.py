@@ -276,7 +276,7 @@ def test_less_host_memory_than_paging_needs_is_refused_before_anything_is_loaded
 
 
 def test_host_memory_here_is_what_the_system_and_the_control_group_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "available_bytes", lambda: 12345)
+    monkeypatch.setattr(planning, "spare_bytes", lambda: 12345)
     assert find_host(None, is_here=True) == 12345
     assert find_host(None, is_here=False) is None
     assert find_host("64GB", is_here=True) == 64 * 2**30

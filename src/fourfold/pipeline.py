@@ -40,7 +40,7 @@ from fourfold.inputs import (
     require_free,
     write_base,
 )
-from fourfold.kernels.host_memory import available_bytes
+from fourfold.kernels.host_memory import spare_bytes
 from fourfold.limiting import limit_of, within_limit
 from fourfold.measuring import account_memory, measure, planned_memory, summary
 from fourfold.memory.gpus import gpu_present
@@ -113,7 +113,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
     output, checkpoint = claim_output_dir(config)
     asked = going_on(config, checkpoint)
-    planned = plan_for_training(asked, gpu, available_bytes())
+    planned = plan_for_training(asked, gpu, spare_bytes())
     config = kept_to(asked, planned)
     options = choices.training_options(config)
     say.result("plan", planned)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.errors import ConfigError, TrainingError
-from fourfold.kernels.host_memory import available_bytes
+from fourfold.kernels.host_memory import spare_bytes
 from fourfold.memory.footprint import GRAPH_LIBRARY_BYTES, LIBRARY_BYTES
 from fourfold.memory.gpus import Gpu, gpu_by_name, gpu_present, parse_bytes, split_count
 from fourfold.memory.planner import Plan
@@ -81,7 +81,7 @@ def find_host(amount: str | None, *, is_here: bool) -> int | None:
     """
     if amount is not None:
         return parse_bytes(amount)
-    return available_bytes() if is_here else None
+    return spare_bytes() if is_here else None
 
 
 def plan(

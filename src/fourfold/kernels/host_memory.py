@@ -12,7 +12,11 @@ import torch
 
 from fourfold.errors import TrainingError
 
-__all__ = ["HostBuffer", "available_bytes", "rounded_to_pages"]
+__all__ = ["HostBuffer", "available_bytes", "rounded_to_pages", "spare_bytes"]
+
+# What a plan leaves alone of the host's memory: the process itself, loaders of data and caches live there, too, and where
+# it is used up the system kills the process without a word. At least so much, or this share of what is available.
+_LEFT_BYTES, _LEFT_SHARE = 4 * 2**30, 1 / 8
 
 
 def rounded_to_pages(num_bytes: int) -> int:
@@ -36,6 +40,12 @@ def available_bytes() -> int | None:
         lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         figures.append(int(most) - used + int(lines.get("inactive_file", 0)) + int(lines.get("active_file", 0)))
     return min(figures, default=None)
+
+
+def spare_bytes() -> int | None:
+    """What a run may plan to lock of `available_bytes`; None if unknown."""
+    available = available_bytes()
+    return None if available is None else max(0, available - max(_LEFT_BYTES, int(available * _LEFT_SHARE)))
 
 
 class HostBuffer:
