@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fourfold import limiting, pipeline, planning, run_plan, together
+from fourfold import limiting, pipeline, planning, run_plan
 from fourfold.config import RunConfig, load_config
 from fourfold.config import options as choices
 from fourfold.errors import TrainingError
@@ -37,13 +37,13 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Runs on the CPU are planned as if they ran on a large GPU; gives the plans."""
     made: list[Plan] = []
 
-    def plan_it(config: RunConfig, gpu: Any, host_bytes: Any) -> Plan | None:
+    def plan_it(config: RunConfig, *_: Any) -> Plan | None:
         one = plan_for_training(config, gpu_by_name("24GB"))
         assert one is not None
         made.append(one)
         return one
 
-    monkeypatch.setattr(together, "plan_for_training", plan_it)
+    monkeypatch.setattr(pipeline, "plan_for_training", plan_it)
     return made
 
 
@@ -168,18 +168,18 @@ def test_a_resumed_run_keeps_the_optimizer_that_was_planned_when_it_began(
     assert config.optim is None
     asked: list[str | None] = []
 
-    def plan_it(config: RunConfig, gpu: Any, host_bytes: Any) -> Plan | None:
+    def plan_it(config: RunConfig, *_: Any) -> Plan | None:
         asked.append(config.optim)
         # What a GPU with less room would have led to.
         return plan_for_training(config.model_copy(update={"optim": "adamw_8bit"}), gpu_by_name("24GB"))
 
-    monkeypatch.setattr(together, "plan_for_training", plan_it)
+    monkeypatch.setattr(pipeline, "plan_for_training", plan_it)
     with monkeypatch.context() as patch:
         failing(patch, 3)
         with pytest.raises(OutOfMemory):
             pipeline.train(config, progress="silent")
     assert load_config(config.output_dir).optim == "adamw_8bit"
-    monkeypatch.setattr(together, "plan_for_training", lambda config, gpu, host_bytes: asked.append(config.optim))
+    monkeypatch.setattr(pipeline, "plan_for_training", lambda config, *_: asked.append(config.optim))
     pipeline.train(config.model_copy(update={"resume_from_checkpoint": "auto"}), progress="silent")
     assert asked == [None, "adamw_8bit"]
     assert load_config(config.output_dir).optim == "adamw_8bit"

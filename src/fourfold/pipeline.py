@@ -41,8 +41,10 @@ from fourfold.inputs import (
     resumption,
     write_base,
 )
+from fourfold.kernels.host_memory import spare_bytes
 from fourfold.limiting import limit_of, within_limit
 from fourfold.measuring import account_memory, measure, planned_memory, summary
+from fourfold.memory.gpus import gpu_present
 from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
@@ -51,12 +53,19 @@ from fourfold.models.preparing import load_adapter
 from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
 from fourfold.models.underlying import underlying
-from fourfold.planning import kept_to, left_for, require_planned_shape, step_down
+from fourfold.planning import (
+    kept_to,
+    left_for,
+    parallelism_in_force,
+    plan_for_training,
+    require_planned_shape,
+    step_down,
+)
 from fourfold.prompting import add_samples, prompts_of
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.recording import Recorder
 from fourfold.telling import PROGRESS, Speaker, tracked
-from fourfold.together import planned_together, require_alike, together
+from fourfold.together import least_of_all, require_alike, together
 from fourfold.training import run_folder
 from fourfold.training.best import best_of
 from fourfold.training.evaluation_sets import prefix_of
@@ -130,7 +139,9 @@ def _train(config: RunConfig, progress: str, lifeline: Lifeline) -> Run:
     require_alike("the checkpoint to go on from", checkpoint)
     asked = going_on(config, checkpoint)
     say.result("resume", resumption(asked, checkpoint))
-    gpu, planned = planned_together(asked, device, own)
+    gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
+    gpu, host_bytes = least_of_all(own, gpu, spare_bytes())
+    planned = plan_for_training(asked, gpu, host_bytes, parallelism_in_force(asked, own.count))
     config = kept_to(asked, planned)
     options = choices.training_options(config)
     say.result("plan", planned)

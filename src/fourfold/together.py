@@ -5,19 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from fourfold.config import RunConfig
-from fourfold.config import options as choices
 from fourfold.errors import ConfigError
-from fourfold.kernels.host_memory import spare_bytes
-from fourfold.memory.gpus import Gpu, gpu_present
-from fourfold.memory.planner import Plan
-from fourfold.planning import parallelism_in_force, plan_for_training
+from fourfold.memory.gpus import Gpu
 from fourfold.training.lifeline import Lifeline
 from fourfold.training.processes import Processes, join, sides, smallest
 
-__all__ = ["planned_together", "require_alike", "together"]
+__all__ = ["least_of_all", "require_alike", "together"]
 
 
 @contextlib.contextmanager
@@ -46,22 +40,15 @@ def together(config: RunConfig) -> Iterator[Lifeline]:
     lifeline.close()
 
 
-def planned_together(config: RunConfig, device: torch.device, own: Processes) -> tuple[Gpu | None, Plan | None]:
-    """The GPU of this process, and the plan that all keep to alike: of the GPU that has least left.
-
-    Raises:
-        TrainingError: Nothing fits.
-    """
-    gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
-    host = spare_bytes()
+def least_of_all(own: Processes, gpu: Gpu | None, host_bytes: int | None) -> tuple[Gpu | None, int | None]:
+    """The GPU, and the host memory of all processes together, that all plan with alike: as if each had what the one has
+    that has least left."""
     if not own.are_several:
-        return gpu, plan_for_training(config, gpu, host)
-    usable, least = smallest(None if gpu is None else gpu.usable_bytes), smallest(host)
+        return gpu, host_bytes
+    usable, least = smallest(None if gpu is None else gpu.usable_bytes), smallest(host_bytes)
     if gpu is not None and usable is not None:
         gpu = gpu.with_usable(usable)
-    # What a machine has is its processes'; a plan's is that of all of them.
-    host = None if least is None else least * own.count // own.local_count
-    return gpu, plan_for_training(config, gpu, host, parallelism_in_force(config, own.count))
+    return gpu, None if least is None else least * own.count // own.local_count
 
 
 def require_alike(what: str, found: object) -> None:

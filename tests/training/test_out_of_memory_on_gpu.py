@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from fourfold import pipeline, together
+from fourfold import pipeline
 from fourfold.config import RunConfig
 from fourfold.errors import TrainingError
 from fourfold.kernels import paging
@@ -112,13 +112,13 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """The plans that runs begin with."""
     made: list[Plan] = []
 
-    def plan_it(config: RunConfig, gpu: Gpu | None, host_bytes: int | None) -> Plan | None:
+    def plan_it(config: RunConfig, gpu: Gpu | None, host_bytes: int | None, *_: Any) -> Plan | None:
         one = plan_for_training(config, gpu, host_bytes)
         assert one is not None
         made.append(one)
         return one
 
-    monkeypatch.setattr(together, "plan_for_training", plan_it)
+    monkeypatch.setattr(pipeline, "plan_for_training", plan_it)
     return made
 
 
@@ -327,7 +327,7 @@ def test_host_memory_that_is_short_is_foreseen_before_weights_are_loaded(
     run_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(pipeline, "load_model", never)
-    monkeypatch.setattr(together, "spare_bytes", lambda: 2**20)
+    monkeypatch.setattr(pipeline, "spare_bytes", lambda: 2**20)
     with pytest.raises(TrainingError, match=r"more of host memory than the 0\.0 GiB there are(.|\n)*would fit: \w"):
         pipeline.train(run_of(**keys), progress="silent")
 

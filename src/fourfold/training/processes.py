@@ -163,7 +163,8 @@ class Agreement:
         """The largest number of all processes, which call this together; `now`: without the delay."""
         if not _is_joined():
             return own
-        value = torch.tensor(own, device=self._device)
+        # Filled there: a copy from the host would wait for all that is queued.
+        value = torch.full((), own, dtype=torch.int64, device=self._device)
         distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
         if now or not value.is_cuda:
             return int(value)
