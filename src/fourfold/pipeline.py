@@ -40,8 +40,10 @@ from fourfold.inputs import (
     require_free,
     write_base,
 )
+from fourfold.kernels.host_memory import available_bytes
 from fourfold.limiting import limit_of, within_limit
 from fourfold.measuring import account_memory, measure, summary
+from fourfold.memory.gpus import gpu_present
 from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
 from fourfold.models.checkpoint_files import check_checkpoint
@@ -50,10 +52,10 @@ from fourfold.models.preparing import load_adapter
 from fourfold.models.size import ModelSize, model_size
 from fourfold.models.streaming import stream_base
 from fourfold.models.underlying import underlying
-from fourfold.planning import kept_to, left_for, require_planned_shape, step_down
+from fourfold.planning import kept_to, left_for, plan_for_training, require_planned_shape, step_down
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.telling import PROGRESS, Speaker
-from fourfold.together import planned_together, require_alike, together
+from fourfold.together import is_sharded, least_of_all, require_alike, together
 from fourfold.training import run_folder
 from fourfold.training.lifeline import Lifeline
 from fourfold.training.options import TrainingOptions
@@ -122,7 +124,9 @@ def _train(config: RunConfig, progress: str, lifeline: Lifeline) -> Run:
     output, checkpoint = claim_output_dir(config)
     require_alike("the checkpoint to go on from", checkpoint)
     asked = going_on(config, checkpoint)
-    gpu, planned = planned_together(asked, device, own)
+    gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
+    gpu, host_bytes = least_of_all(own, gpu, available_bytes())
+    planned = None if is_sharded(asked, own) else plan_for_training(asked, gpu, host_bytes)
     config = kept_to(asked, planned)
     options = choices.training_options(config)
     say.result("plan", planned)

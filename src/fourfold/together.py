@@ -5,20 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from fourfold.config import RunConfig
-from fourfold.config import options as choices
 from fourfold.errors import ConfigError
-from fourfold.kernels.host_memory import available_bytes
-from fourfold.memory.gpus import Gpu, gpu_present
-from fourfold.memory.planner import Plan
-from fourfold.planning import plan_for_training
+from fourfold.memory.gpus import Gpu
 from fourfold.training.distributed import distributed_row
 from fourfold.training.lifeline import Lifeline
 from fourfold.training.processes import Processes, join, sides, smallest
 
-__all__ = ["planned_together", "require_alike", "together"]
+__all__ = ["is_sharded", "least_of_all", "require_alike", "together"]
 
 
 @contextlib.contextmanager
@@ -47,23 +41,19 @@ def together(config: RunConfig) -> Iterator[Lifeline]:
     lifeline.close()
 
 
-def planned_together(config: RunConfig, device: torch.device, own: Processes) -> tuple[Gpu | None, Plan | None]:
-    """The GPU of this process, and the plan that all keep to alike: of the GPU that has least left.
-
-    Raises:
-        TrainingError: Nothing fits.
-    """
-    gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
-    host = available_bytes()
+def least_of_all(own: Processes, gpu: Gpu | None, host_bytes: int | None) -> tuple[Gpu | None, int | None]:
+    """The GPU, and the host memory of a process, that all plan with alike: those of the process that has least left."""
     if not own.are_several:
-        return gpu, plan_for_training(config, gpu, host)
-    if distributed_row(config.distributed, own.count).is_sharded:
-        # A plan for training is one of whole models.
-        return gpu, None
-    usable, least = smallest(None if gpu is None else gpu.usable_bytes), smallest(host)
+        return gpu, host_bytes
+    usable, least = smallest(None if gpu is None else gpu.usable_bytes), smallest(host_bytes)
     if gpu is not None and usable is not None:
         gpu = gpu.with_usable(usable)
-    return gpu, plan_for_training(config, gpu, None if least is None else least // own.local_count)
+    return gpu, None if least is None else least // own.local_count
+
+
+def is_sharded(config: RunConfig, own: Processes) -> bool:
+    """Whether a process has but a part of the weights. There is no plan for such a run yet."""
+    return distributed_row(config.distributed, own.count).is_sharded
 
 
 def require_alike(what: str, found: object) -> None:

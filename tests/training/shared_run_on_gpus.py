@@ -1,4 +1,4 @@
-"""A run on GPUs, by torchrun: shared_run_on_gpus.py FOLDER one|ddp|fsdp2|one-from-fsdp2; FOLDER/NAME.json is its record."""
+"""A run on GPUs, by torchrun: shared_run_on_gpus.py FOLDER one|ddp|fsdp2|one-from-fsdp2. It leaves FOLDER/NAME.json."""
 
 from __future__ import annotations
 

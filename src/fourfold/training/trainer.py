@@ -108,6 +108,9 @@ class FourfoldTrainer(SFTTrainer):
         if row.shard is not None and not by_deepspeed:
             # accelerate wraps in DDP what has not been prepared by anyone.
             self.model._is_accelerate_prepared = True
+        if self.accelerator.ddp_handler is not None:
+            # Gradients lie in what is reduced, and are not copied there.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         # compute_loss divides by the tokens of the whole step, so the Trainer has to count them and must
         # not divide by the number of microbatches.
         self.model_accepts_loss_kwargs = True
