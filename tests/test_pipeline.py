@@ -30,8 +30,10 @@ LEFT_BY_A_RUN = {
     "checkpoint-2",
     "checkpoint-4",
     "config.yaml",
+    "events.jsonl",
     "loss.png",
     "metrics.jsonl",
+    "report.html",
 }
 PROMPT = [{"role": "user", "content": "Anna paid 6 euros."}]
 
@@ -71,7 +73,7 @@ def reply(folder: str | Path) -> str:
 
 def test_a_run_folder_holds_what_was_made_and_nothing_else(finished) -> None:
     config, run = finished
-    assert {path.name for path in run.output_dir.iterdir()} == LEFT_BY_A_RUN
+    assert {path.name for path in run.output_dir.iterdir()} == LEFT_BY_A_RUN | {"answers.jsonl"}
     # The optimizer that was chosen is part of what the run is.
     assert load_config(run.output_dir / "config.yaml") == config.model_copy(update={"optim": "adamw"})
     records = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]

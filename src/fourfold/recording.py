@@ -114,8 +114,9 @@ class Recorder:
         """The run has come to its end."""
         if not self.is_main:
             return
-        lines = (json.dumps(asdict(sample), ensure_ascii=False) for sample in samples)
-        write_whole(self.output / ANSWERS_FILE, "".join(f"{line}\n" for line in lines))
+        if samples:
+            lines = (json.dumps(asdict(sample)) for sample in samples)
+            write_whole(self.output / ANSWERS_FILE, "".join(f"{line}\n" for line in lines))
         self.journal.note("end", step, metrics=dict(metrics))
         self.refresh()
 
