@@ -320,6 +320,9 @@ def test_a_padded_batch_and_a_cache_take_the_generic_path_with_its_numbers() -> 
     torch.testing.assert_close(ours[1, 4:], theirs[1, 4:])
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     assert torch.equal(fused.generate(ids(), **options), generic.generate(ids(), **options))
+    # Without padding it is the cache alone that the block has to see.
+    options["attention_mask"] = torch.ones_like(mask)
+    assert torch.equal(fused.generate(ids(), **options), generic.generate(ids(), **options))
 
 
 def test_a_second_backward_pass_is_refused_since_the_first_used_the_memory() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from fourfold.models.attention import Documents
 from fourfold.models.attention_interface import ATTENTION_NAME, documents_from_mask, window_from_mask
@@ -93,7 +94,7 @@ class FusedDecoderLayer:
     def _generic(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward = super().forward  # type: ignore[misc]  # the decoder layer's
         checkpoints = self._checkpoints or self.recompute not in (None, "none")
-        if checkpoints and self.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+        if checkpoints and self.training and torch.is_grad_enabled() and not _has_cache(kwargs):
             checkpoint = getattr(self, "_gradient_checkpointing_func", _checkpoint)
             recomputed: Tensor = checkpoint(partial(forward, **kwargs), hidden_states, *args)
             return recomputed
@@ -111,7 +112,6 @@ class FusedDecoderLayer:
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
@@ -125,7 +125,7 @@ class FusedDecoderLayer:
         attention = self.self_attn
         if attention.config._attn_implementation not in (ATTENTION_NAME, "sdpa"):
             raise Unsupported(f"attn_implementation is {attention.config._attn_implementation}")
-        if past_key_values is not None:
+        if _has_cache(kwargs):
             raise Unsupported(_CACHE)
         if kwargs.get("output_attentions") or kwargs.get("adapter_names") is not None:
             raise Unsupported("attention weights or adapters of each row are asked for")
@@ -196,6 +196,11 @@ class FusedDecoderLayer:
                 raise Unsupported(f"a norm's weight is {norm.weight.dtype}, the hidden states {hidden_states.dtype}")
             if norm.weight.requires_grad:
                 raise Unsupported("a norm's weight is trained")
+
+
+def _has_cache(arguments: Mapping[str, Any]) -> bool:
+    """Whether a layer is called with a key-value cache, by whatever name: Transformers 5.24 changed it."""
+    return any(isinstance(value, Cache) for value in arguments.values())
 
 
 def _checkpoint(function: Any, *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ class MetaModel:
             with torch.no_grad():
                 ids = torch.zeros(batch, seq, dtype=torch.int64, device="meta")
                 # With a cache, though empty, nothing asks position_ids, which have no values, for packed rows.
-                decoder(input_ids=ids, past_key_values=DynamicCache(), use_cache=False)
+                decoder(input_ids=ids, **{_cache_name(decoder): DynamicCache()}, use_cache=False)
         finally:
             setattr(inside, name, self.layers)
             for handle in handles:
@@ -250,6 +251,11 @@ def _empty(shape: torch.Size, config: FourfoldConfig, dtype: torch.dtype) -> Qua
 
 def _holder(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
     return next(module for module in model.modules() if any(child is layers for child in module.children()))
+
+
+def _cache_name(decoder: nn.Module) -> str:
+    """What the decoder calls a key-value cache: by another name from Transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 class _Place(nn.Module):
