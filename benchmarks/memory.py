@@ -145,6 +145,7 @@ SETTINGS = [
     full("1b", 1, 2048, "full", "adamw"),
     full("1b", 1, 2048, "full", "adafactor"),
     full("1b", 4, 2048, "full", "adamw_8bit"),
+    full("1b", 4, 2048, "full", "paged_adamw_32bit"),
     Setting("1b", 4, 1024, "none", method="lora", path="generic", dropout=0.1),
     Setting("8b", 1, 2048, "full", path="generic"),
 ]
