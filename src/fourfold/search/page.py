@@ -139,4 +139,5 @@ def _make_room(figure: Figure, num_axes: int) -> None:
     figure.set_size_inches(max(width, 3.0 * num_axes, 8.0), max(height, 4.5))
     figure.suptitle("")
     for axes in figure.axes:
-        axes.set_title("")
+        for place in ("left", "center"):
+            axes.set_title("", loc=place)
