@@ -94,7 +94,7 @@ def test_a_pruned_run_says_so_on_its_page_and_leaves_no_result(tiny_run, tmp_pat
     # After a first step without any warm-up, a rate of nothing is behind the others.
     space = {"learning_rate": [3e-2, 2e-2, 1e-2, 1e-9]}
     config = study(tiny_run, tmp_path, learning_rate=3e-2, warmup_steps=0)
-    result = tune(config, SearchConfig(space=space, n_trials=8, sampler="random"))
+    result = tune(config, SearchConfig(space=space, n_trials=6, sampler="random", seed=1))
     pruned = [trial for trial in result.trials if trial.outcome == "pruned"]
     assert pruned
     folder = result.output_dir / f"trial-{pruned[0].number:04d}"
@@ -119,7 +119,7 @@ def test_contradictions_and_targets_that_are_not_there_are_refused_and_counted(t
 
 def test_several_objectives_leave_a_configuration_for_each_point_of_the_front(tiny_run, tmp_path) -> None:
     config = study(tiny_run, tmp_path, eval_steps=None)
-    search = SearchConfig(space=SPACE, n_trials=3, objectives=["eval_loss", "train_seconds", "memory_peak_bytes"])
+    search = SearchConfig(space=SPACE, n_trials=2, objectives=["eval_loss", "train_seconds", "memory_peak_bytes"])
     result = tune(config, search)
     assert result.best
     assert set(result.configs) == set(result.best)

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ from fourfold.training.interrupt import TrainingInterrupted
 from fourfold.training.out_of_memory import OutOfMemory
 from fourfold.training.pruning import PruningCallback, TrainingPruned
 
-__all__ = ["SearchResult", "TrialRun", "study_options", "tune"]
+__all__ = ["SearchInterrupted", "SearchResult", "TrialRun", "study_options", "tune"]
 
 JOURNAL, PAGE, BEST, PARETO = "study.journal", "report.html", "best.yaml", "pareto"
 # What does not say how well a trial can do; a path may differ between the machines of one study.
@@ -161,8 +162,8 @@ class TrialRun:
         watch = PruningCallback(self.objectives[0], handle.is_hopeless)
         try:
             return pipeline.train(config, self.progress, callbacks=[watch]).metrics
-        except TrainingInterrupted:
-            raise
+        except TrainingInterrupted as error:
+            raise SearchInterrupted(error) from error
         except TrainingPruned as error:
             raise Pruned(f"after step {error.step}: {error.reason}") from error
         except OutOfMemory as error:
@@ -176,6 +177,18 @@ class TrialRun:
                 torch.cuda.empty_cache()
             for checkpoint in list_checkpoints(folder):
                 shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+class SearchInterrupted(TrainingError):  # noqa: N818 - an orderly end, not a fault
+    """The search was asked to stop in the midst of a trial."""
+
+    def __init__(self, interrupt: TrainingInterrupted) -> None:
+        self.exit_code = 128 + interrupt.signal_number
+        super().__init__(
+            "The search was interrupted; trials that had finished are kept",
+            found=signal.Signals(interrupt.signal_number).name,
+            hint="the same command goes on, and tries the interrupted trial's values again",
+        )
 
 
 def trial_folder(config: RunConfig, number: int) -> Path:
@@ -203,6 +216,7 @@ def tune(
         after: Is given each trial that ended here.
 
     Raises:
+        SearchInterrupted: SIGINT or SIGTERM came while a trial trained.
         ConfigError: The search space, the run or the study that is there does not fit; or there was nothing but refused
             trials.
         CheckpointError, SaveError: The storage is corrupt, locked or not to be used.

@@ -126,7 +126,7 @@ def test_several_objectives_leave_the_pareto_front_though_some_are_refused(optio
 
     for sampler in SAMPLERS:
         asked = options(
-            name=sampler, directions={"loss": "minimize", "seconds": "minimize"}, n_trials=25, sampler=sampler
+            name=sampler, directions={"loss": "minimize", "seconds": "minimize"}, n_trials=15, sampler=sampler
         )
         study = run(asked, objective)
         ended = [record for record in records(study, asked, SPACE) if record.values]
