@@ -41,12 +41,12 @@ SPACE = {
 LIMIT_SECONDS = 3600
 
 
-def write_config(folder: Path, trials: int, steps: int, rows: int) -> Path:
+def write_config(folder: Path, trials: int, steps: int, rows: int, held_out_rows: int) -> Path:
     sys.path.insert(0, str(QUICKSTART))
     from model import bring_model
     from task import write_task
 
-    train, held_out = write_task(folder, num_train=steps * rows, num_held_out=16)
+    train, held_out = write_task(folder, num_train=steps * rows, num_held_out=held_out_rows)
     keys = {
         "model_name_or_path": str(bring_model()),
         "output_dir": str(folder / "study"),
@@ -54,7 +54,7 @@ def write_config(folder: Path, trials: int, steps: int, rows: int) -> Path:
         "eval_dataset": str(held_out),
         "max_length": 128,
         "max_steps": steps,
-        "eval_steps": steps // 2,
+        "eval_steps": steps // 2 if steps > 3 else steps,
         "save_steps": steps,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": 1,
@@ -105,11 +105,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rows", type=int, default=4, help="of a step")
+    parser.add_argument("--held-out", type=int, default=16, help="rows that the loss is of")
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = Path(tempfile.mkdtemp(prefix="fourfold-tuning-"))
-    config = write_config(folder, args.trials, args.steps, args.rows)
+    config = write_config(folder, args.trials, args.steps, args.rows, args.held_out)
     draw = random.Random(0)
     began = time.monotonic()
     kills = [
@@ -130,6 +131,7 @@ def main() -> None:
         "versions": installed_versions() | {"optuna": optuna.__version__},
         "steps": args.steps,
         "rows": args.rows,
+        "held_out_rows": args.held_out,
         "default_eval_loss": trials[0]["values"]["eval_loss"],
         "best_eval_loss": best["values"]["eval_loss"],
         "best": best["params"],

@@ -37,6 +37,7 @@ from fourfold.memory.meter import reset_peak
 from fourfold.planning import plan_for_training
 from fourfold.search.page import render_study
 from fourfold.search.space import SearchSpace
+from fourfold.search.storage import reporting_storage
 from fourfold.search.study import (
     Handle,
     Pruned,
@@ -249,7 +250,12 @@ def tune(
 
     try:
         run_trials(study, options, space, TrialRun(config, tuple(options.directions), gpu, progress), told)
-    finally:
+    except BaseException:
+        # Whatever ended it is told, and not what it may entail.
+        with contextlib.suppress(Exception):
+            _finish(config, study, options, space)
+        raise
+    with reporting_storage(options.storage):
         result = _finish(config, study, options, space)
     if not result.best:
         reasons = [record.reason for record in result.trials if record.reason]

@@ -305,6 +305,18 @@ def test_a_folder_that_cannot_be_written_is_named(options, tmp_path) -> None:
         open_study(options(storage=str(folder / "study.journal")), SPACE)
 
 
+def test_a_storage_that_cannot_be_there_is_named_and_a_trials_own_fault_is_not_its(options, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match="cannot be used"):
+        open_study(options(storage=str(tmp_path / "file" / "study.journal")), SPACE)
+
+    def broken(handle: Handle, values: dict[str, Any]) -> Mapping[str, Any]:
+        return {"loss": len((tmp_path / "no rows").read_text())}
+
+    with pytest.raises(FileNotFoundError, match="no rows"):
+        run(options(), broken)
+
+
 def test_a_study_of_optunas_own_is_not_taken_over(options) -> None:
     asked = options()
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(asked.storage))

@@ -45,7 +45,15 @@ def reporting_storage(storage: str) -> Iterator[None]:
             raise _corrupt(storage, said) from error
         raise SaveError(f"the study's storage does not work: {storage}", found=said) from error
     except OSError as error:
+        if not _is_of(error, Path(storage).resolve()):
+            raise
         raise SaveError(f"the study's storage cannot be used: {storage}", found=error.strerror or str(error)) from error
+
+
+def _is_of(error: OSError, path: Path) -> bool:
+    """Whether it is the journal, its lock or a folder above it that failed, and no file of a trial."""
+    names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+    return any(name in path.parents or str(name).startswith(str(path)) for name in names)
 
 
 def _corrupt(storage: str, found: str) -> CheckpointError:
