@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from fourfold.adapting import adapt, save_base, save_result
 from fourfold.comparing import compare_answers, preferences_of, trainer_for
@@ -111,7 +111,7 @@ class Run:
 
 
 @tracked
-def train(config: RunConfig, progress: str = "plain") -> Run:
+def train(config: RunConfig, progress: str = "plain", callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Fine-tune a model as the configuration says, and leave a run folder.
 
     Started by torchrun or accelerate, all processes call this, and the main one alone writes and tells.
@@ -119,6 +119,7 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     Args:
         config: The run.
         progress: A key of `PROGRESS`.
+        callbacks: More for the trainer, behind the run's own.
 
     Raises:
         FourfoldError: Whatever does not fit, found as early as it can be; a run that was there before is untouched.
@@ -126,11 +127,11 @@ def train(config: RunConfig, progress: str = "plain") -> Run:
     """
     config = choices.with_deepspeed(config)
     with together(config) as lifeline:
-        return _train(config, progress, lifeline)
+        return _train(config, progress, lifeline, callbacks)
 
 
 @within_limit
-def _train(config: RunConfig, progress: str, lifeline: Lifeline) -> Run:
+def _train(config: RunConfig, progress: str, lifeline: Lifeline, more: Sequence[TrainerCallback]) -> Run:
     own = lifeline.own
     progress = progress if own.is_main else "silent"
     say = Speaker(progress)
@@ -172,7 +173,7 @@ def _train(config: RunConfig, progress: str, lifeline: Lifeline) -> Run:
 
     def trainer_of(options: TrainingOptions) -> FourfoldTrainer:
         telling = ProgressCallback(PROGRESS[progress])
-        callbacks: list[Any] = [run_folder.MetricsCallback(output), telling, recorder.callback()]
+        callbacks: list[Any] = [run_folder.MetricsCallback(output), telling, recorder.callback(), *more]
         if config.requantize_every is not None:
             write = partial(write_base, adapted, tokenizer)
             callbacks.append(RequantizeCallback(config.requantize_every, config.calibration, write))

@@ -24,6 +24,7 @@ from fourfold.cli.terminal import (
     quiet_libraries,
     reporting_errors,
 )
+from fourfold.cli.tuning import tune
 from fourfold.config import RunConfig, load_config
 from fourfold.environment import gather
 
@@ -191,6 +192,9 @@ def quantize(
             return
         for result in results.values():
             print_result(result, as_json=False)
+
+
+app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)(tune)
 
 
 @app.command()

@@ -22,7 +22,10 @@ from fourfold.config.reference import allowed_values, is_text
 from fourfold.config.run import EXCLUSIVE_KEYS, RunConfig, contradictions
 from fourfold.errors import ConfigError
 
-__all__ = ["load_config"]
+__all__ = ["SEARCH_SECTION", "load_config", "read_mapping"]
+
+# Of a run's file, what is no key of the run: see `fourfold.config.search`.
+SEARCH_SECTION = "search"
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,21 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_file(path: Path, faults: list[_Fault]) -> list[_Entry] | None:
-    """The file's keys in order, each once; None if there are none to be had."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """All of a YAML file, of which `load_config` reads the keys of the run.
+
+    Raises:
+        ConfigError: There is no such file, or it is no mapping of keys that are there once.
+    """
+    faults: list[_Fault] = []
+    entries = _read_file(path, faults, sections=True)
+    if faults or entries is None:
+        raise ConfigError(_numbered(faults, str(path)))
+    return {entry.key: entry.value for entry in entries}
+
+
+def _read_file(path: Path, faults: list[_Fault], *, sections: bool = False) -> list[_Entry] | None:
+    """The file's keys in order, each once, with the sections that are no keys or without; None: none to be had."""
     if path.is_dir():
         path = path / "config.yaml"
     if not path.is_file():
@@ -119,6 +135,7 @@ def _read_file(path: Path, faults: list[_Fault]) -> list[_Entry] | None:
         return [
             _entry(str(key.value), loader.construct_object(value, deep=True), f"{path}:{_line(key)}")
             for key, value in _first_of_each_key(root)
+            if sections or key.value != SEARCH_SECTION
         ]
     except OSError as error:
         faults.append(_Fault(f"{path} cannot be read", found=error.strerror))

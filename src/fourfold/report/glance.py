@@ -44,6 +44,8 @@ def status_of(record: RunRecord) -> Status:
         return Status("bad", "Interrupted", f"after {step}; a checkpoint was saved")
     if last.name == "out_of_memory":
         return Status("bad", "Out of memory", f"after {step}")
+    if last.name == "pruned":
+        return Status("open", "Pruned", f"after {step}: {last.fields.get('message', '')}")
     if last.name == "failed":
         return Status("bad", "Failed", str(last.fields.get("message", "")))
     return Status("open", "Not ended yet", f"last logged at {step}; running, or killed")

@@ -256,6 +256,7 @@ _EVENTS = {
     "out_of_memory": "memory ran out",
     "interrupted": "interrupted",
     "failed": "failed",
+    "pruned": "pruned by a search",
     "end": "ended",
 }
 

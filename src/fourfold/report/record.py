@@ -49,7 +49,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to the run: begin, resume, step_down, out_of_memory, interrupted, failed, end."""
+    """Something that happened to the run: begin, resume, step_down, out_of_memory, interrupted, pruned, failed, end."""
 
     name: str
     time: datetime | None

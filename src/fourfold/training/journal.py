@@ -19,6 +19,7 @@ from fourfold.errors import FourfoldError
 from fourfold.files import write_whole
 from fourfold.training.interrupt import TrainingInterrupted
 from fourfold.training.out_of_memory import OutOfMemory
+from fourfold.training.pruning import TrainingPruned
 from fourfold.training.run_folder import EVENTS_FILE
 
 __all__ = ["Journal", "read_lines"]
@@ -72,6 +73,9 @@ class Journal:
         except TrainingInterrupted as error:
             step = int(error.checkpoint.name.rpartition("-")[2])
             self.note("interrupted", step, message=f"signal {error.signal_number}")
+            raise
+        except TrainingPruned as error:
+            self.note("pruned", error.step, message=error.reason)
             raise
         except OutOfMemory as error:
             self.note("out_of_memory", error.step, message=str(error.what), parts=error.parts)
