@@ -13,13 +13,13 @@ from fourfold.errors import ConfigError
 from fourfold.export.targets import ExportReport, check_target, export_model
 from fourfold.export.trained import Trained
 from fourfold.inference import stop_token_ids
-from fourfold.inputs import base_of, export_prompts, find_run, require_free
+from fourfold.inputs import FinishedRun, base_of, export_prompts, find_run, require_free
 from fourfold.limiting import limit_of
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import load_adapter
 from fourfold.models.underlying import underlying
 
-__all__ = ["export"]
+__all__ = ["export", "load_trained"]
 
 
 def export(
@@ -50,29 +50,33 @@ def export(
     check_target(target, quantization)
     require_free(out)
     found = find_run(run)
-    config, folder = found.config, found.adapter
+    with limit_of(found.config):
+        return export_model(load_trained(found), out, target, quantization, bound_kl, bound_top1)
+
+
+def load_trained(run: FinishedRun) -> Trained:
+    """The model of a finished run in fp32, with all that an export is made of.
+
+    Raises:
+        ConfigError: The run trained a model that gives scores.
+    """
+    config, folder = run.config, run.adapter
     if config.method == "reward":
         raise ConfigError(f"the run at {config.output_dir} trained a model that gives scores, and none that writes")
     # Summed, and compared, in fp32: only the weights that are written are rounded.
     options = choices.load_options(config) | {"dtype": torch.float32}
     tokenizer = load_tokenizer(folder)
-    prompts = export_prompts(config, tokenizer)
-    model: PeftModel | PreTrainedModel
-    with limit_of(config):
-        if config.adapter is None:
-            base = str(folder)
-            model = load_model(folder, **options)
-        else:
-            base = base_of(config, folder)
-            model = load_adapter(load_model(base, **options), folder, fused=False)
-        trained = Trained(
-            model=model,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            stops=stop_token_ids(underlying(model), tokenizer),
-            dtype=torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16,
-            name=Path(config.output_dir).name,
-            base=base,
-            adapter=None if config.adapter is None else folder,
-        )
-        return export_model(trained, out, target, quantization, bound_kl, bound_top1)
+    base = str(folder) if config.adapter is None else base_of(config, folder)
+    model: PeftModel | PreTrainedModel = load_model(base, **options)
+    if config.adapter is not None:
+        model = load_adapter(model, folder, fused=False)
+    return Trained(
+        model=model,
+        tokenizer=tokenizer,
+        prompts=export_prompts(config, tokenizer),
+        stops=stop_token_ids(underlying(model), tokenizer),
+        dtype=torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16,
+        name=Path(config.output_dir).name,
+        base=base,
+        adapter=None if config.adapter is None else folder,
+    )
