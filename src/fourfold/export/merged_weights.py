@@ -81,8 +81,9 @@ def _visit(module: nn.Module, path: str, skipped: nn.Module | None) -> Iterator[
         )
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         yield MergedTensor(f"{path}.weight", tuple(module.quantized.shape), partial(_dequantized, module))
-        if getattr(module, "bias", None) is not None:
-            yield _of_parameter(f"{path}.bias", module.bias)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            yield _of_parameter(f"{path}.bias", bias)
         return
     for name, parameter in module.named_parameters(recurse=False):
         yield _of_parameter(f"{path}.{name}", parameter)
