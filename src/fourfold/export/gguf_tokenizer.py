@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fourfold.errors import ConfigError
 
-__all__ = ["PRE_TOKENIZERS", "pre_tokenizer_named", "require_exportable", "write_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "STOPS", "pre_tokenizer_named", "require_exportable", "write_tokenizer"]
 
 _CASELESS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -26,6 +26,9 @@ _CASES = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?
 _SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _LLAMA3 = ("split " + _CASELESS + "|" + _LETTERS + r"|\p{N}{1,3}" + _REST, "bytes")
+
+# What llama.cpp ends a reply at: the end of the text, of the turn, of the message.
+STOPS = ("eos", "eot", "eom")
 
 # llama.cpp's name: the steps, and whether a word that is a token is taken as it is, before any merge (`ignore_merges`;
 # None where both give the same).
@@ -101,7 +104,7 @@ def write_tokenizer(
         writer: Where to.
         tokenizer: One that `require_exportable` lets pass.
         num_rows: Rows of the model's embedding; rows without a token get one that no text gives.
-        stops: Tokens that end a reply.
+        stops: Tokens that end a reply, of which the file has room for three.
     """
     pre = require_exportable(tokenizer, num_rows)
     names = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -123,13 +126,13 @@ def write_tokenizer(
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    for name in ("bos", "eos", "pad", "unk"):
+    for name in ("bos", "pad", "unk"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    others = [stop for stop in stops if stop != tokenizer.eos_token_id]
-    if others:
-        writer.add_eot_token_id(others[0])
+    first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
+    for name, index in zip(STOPS, [first, *(stop for stop in stops if stop != first)], strict=False):
+        getattr(writer, f"add_{name}_token_id")(index)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)

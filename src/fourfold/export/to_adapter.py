@@ -111,4 +111,4 @@ def read(trained: Trained, folder: Path, reference: Sequence[Tensor]) -> dict[st
     finally:
         model.set_adapter(active)
         model.delete_adapter("exported")
-    return {"peft": Reading(found, peft.__version__, {"base": trained.base})}
+    return {"peft": Reading(found, peft.__version__, {"base": "the run's own"})}

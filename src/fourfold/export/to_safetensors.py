@@ -60,9 +60,7 @@ def write_model(trained: Trained, folder: Path, max_shard_bytes: int) -> None:
     config.dtype = trained.dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.architectures = [
-        next(cls for cls in type(base).__mro__ if cls.__module__.startswith("transformers.")).__name__
-    ]
+    config.architectures = [type(base).__name__]
     config.save_pretrained(folder)
     generation_config(trained, base.generation_config).save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)

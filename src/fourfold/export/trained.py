@@ -52,11 +52,14 @@ class Reading:
         agreement: Its predictions against the trained model's.
         version: Of the reader.
         checks: What else was compared.
+        is_sample: It was asked at so few positions that one near tie would pass the bound of likeliest tokens: their
+            share is told, and the KL alone is bounded.
     """
 
     agreement: Agreement
     version: str
     checks: dict[str, Any] = field(default_factory=dict)
+    is_sample: bool = False
 
 
 def generation_config(trained: Trained, settings: GenerationConfig) -> GenerationConfig:
