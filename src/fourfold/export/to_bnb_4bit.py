@@ -22,7 +22,7 @@ from fourfold.quantization.hf_config import FourfoldConfig
 __all__ = ["BOUNDS", "read", "write"]
 
 # The sum of base and adapter is rounded to 4 bits once more: another model, as any other 4-bit export is.
-BOUNDS = {"nf4": Bounds(kl=0.5, top1=0.7), "fp4": Bounds(kl=1.0, top1=0.6)}
+BOUNDS = {"nf4": Bounds(kl=1.5, top1=0.5), "fp4": Bounds(kl=1.5, top1=0.5)}
 
 
 def write(trained: Trained, folder: Path, quantization: str | None) -> list[str]:
