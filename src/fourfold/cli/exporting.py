@@ -26,7 +26,7 @@ class Target(StrEnum):
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run or of its adapter.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for what is exported.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for what is exported.")],
     target: Annotated[
         Target,
         typer.Option(
@@ -57,5 +57,7 @@ def export(
         from fourfold import exporting
 
         with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
-            report = exporting.export(run, out, target.value, quantization, bound_kl=bound_kl, bound_top1=bound_top1)
+            report = exporting.export(
+                run, Path(out), target.value, quantization, bound_kl=bound_kl, bound_top1=bound_top1
+            )
         print_result(report, json)
