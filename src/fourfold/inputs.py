@@ -43,6 +43,7 @@ __all__ = [
     "checkpoint_folder",
     "claim_output_dir",
     "clear_former_run",
+    "export_prompts",
     "find_run",
     "going_on",
     "merge_prompts",
@@ -304,19 +305,35 @@ def split_rows(rows: Dataset, name: str, config: RunConfig) -> dict[str, Dataset
 
 def merge_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Real conversations of the run, at most eight and 512 tokens: prompts with their answers."""
+    rows = _comparable(config, tokenizer, 8)
+    budget = math.ceil(512 / len(rows))
+    return [ids[:budget] for ids in rows]
+
+
+def export_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The same, of at most 256 tokens each, so many that they have 1,000 tokens together where the data has them."""
+    prompts: list[list[int]] = []
+    for ids in _comparable(config, tokenizer, 128):
+        prompts.append(ids[:256])
+        if sum(map(len, prompts)) >= 1000:
+            break
+    return prompts
+
+
+def _comparable(config: RunConfig, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[list[int]]:
+    """The token ids of the run's first held-out rows, or of its first rows where none are held out."""
     held_out = [DataSource(path) for path in choices.eval_datasets(config).values()]
     source = held_out[0] if held_out else choices.data_sources(config)[0]
     if config.streaming and not held_out:
-        rows = first_rows(source, 8)
+        rows = first_rows(source, num_rows)
     else:
         rows = load_rows(source, "test" if held_out else "train")
-        rows = rows.select(range(min(8, len(rows))))
+        rows = rows.select(range(min(num_rows, len(rows))))
     # No row may fall away here: each is a text to compare on, whatever of it was learned.
     options = replace(choices.data_options(config, packing=False), overlong="truncate", train_on_prompt=True)
     prepared = prepare_mixture([(source, rows, source.path)], tokenizer, options, prepare_part=_preparation(config))
     ids = "chosen_input_ids" if "chosen_input_ids" in prepared.dataset.column_names else "input_ids"
-    budget = math.ceil(512 / len(prepared.dataset))
-    return [row[ids][:budget] for row in prepared.dataset]
+    return [row[ids] for row in prepared.dataset]
 
 
 def checkpoint_folder(config: RunConfig) -> Path:

@@ -96,7 +96,7 @@ def test_importing_the_command_imports_no_torch():
 def test_every_verb_has_a_help_page():
     listed = in_own_process("--help")
     assert listed.returncode == 0
-    for verb in ("train", "evaluate", "quantize", "merge", "chat", "bench", "env"):
+    for verb in ("train", "evaluate", "quantize", "merge", "export", "chat", "bench", "env"):
         assert verb in listed.stdout
         page = invoke(verb, "--help")
         assert page.exit_code == 0

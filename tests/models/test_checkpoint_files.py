@@ -11,7 +11,13 @@ from safetensors.torch import save_file
 from twins import original_model
 
 from fourfold.errors import CheckpointError
-from fourfold.models.checkpoint_files import StoredTensor, check_checkpoint, check_safetensors, stored_tensors
+from fourfold.models.checkpoint_files import (
+    StoredTensor,
+    check_checkpoint,
+    check_gguf,
+    check_safetensors,
+    stored_tensors,
+)
 
 
 @pytest.fixture
@@ -138,3 +144,11 @@ def test_stored_tensors_are_where_the_header_says(tmp_path: Path) -> None:
 def test_headers_that_are_not_understood_are_left_to_safetensors(tmp_path: Path, entry: dict[str, Any]) -> None:
     with_header(tmp_path, **entry)
     assert stored_tensors(tmp_path) is None
+
+
+def test_a_gguf_file_that_is_missing_or_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        check_gguf(tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("these are no weights, and more than a header has" * 3)
+    with pytest.raises(CheckpointError, match=r"text\.gguf is no GGUF file"):
+        check_gguf(tmp_path / "text.gguf")

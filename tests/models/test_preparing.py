@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from twins import dense_twin, original_model, quantized_model, randomise, tokens
 
 from fourfold.adapters.lora import LoraQuantizedLinear
@@ -211,6 +218,18 @@ def test_an_adapter_file_that_was_cut_short_is_refused(saved: Path) -> None:
     (saved / "adapter_model.safetensors").write_bytes(whole[:-8])
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is cut short"):
         load_adapter(quantized_model(), saved)
+
+
+def test_an_adapter_for_another_base_is_refused_with_both_names(saved: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+    )
+    smaller = LlamaForCausalLM(config)
+    smaller.config.name_or_path = "smaller"
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "larger"}))
+    with pytest.raises(AdapterError, match=r"belongs to another base(.|\n)*larger in its configuration, and smaller"):
+        load_adapter(quantize_model(smaller), saved)
 
 
 def test_a_half_written_adapter_configuration_is_refused(saved: Path) -> None:

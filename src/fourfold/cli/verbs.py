@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fourfold.cli.environment import let_segments_grow, print_environment
+from fourfold.cli.exporting import export
 from fourfold.cli.launching import launch
 from fourfold.cli.terminal import (
     is_main,
@@ -223,6 +224,9 @@ def merge(
         with _stdout_for_result(json):
             report = pipeline.merge(adapter, Path(out), onto=onto.value, bound=bound)
         print_result(report, json)
+
+
+app.command()(export)
 
 
 @app.command()

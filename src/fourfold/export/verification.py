@@ -25,6 +25,7 @@ class LogitDifference:
         max_abs_difference: The largest difference of one such logit.
         mean_kl: Mean over positions of KL(reference || candidate), in nats.
         top1_agreement: Share of positions whose likeliest token is the same.
+        max_kl: The largest KL of one position.
     """
 
     num_texts: int
@@ -33,6 +34,7 @@ class LogitDifference:
     max_abs_difference: float
     mean_kl: float
     top1_agreement: float
+    max_kl: float
 
     def require(self, bound: float, what: str, hint: str) -> None:
         """Raise VerificationError unless the relative error is at most `bound`."""
@@ -62,7 +64,7 @@ def reference_logits(model: nn.Module, token_ids: Sequence[list[int]]) -> list[T
 
 def compare_logits(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> LogitDifference:
     """Compare two lists of logits, fp32 [tokens, vocabulary] each, text by text."""
-    squared = reference_squared = kl = largest = 0.0
+    squared = reference_squared = kl = largest = largest_kl = 0.0
     tokens = agreeing = 0
     for ours, theirs in zip(reference, candidate, strict=True):
         centred, other = (logits.double() - logits.double().mean(dim=-1, keepdim=True) for logits in (ours, theirs))
@@ -70,7 +72,9 @@ def compare_logits(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> 
         reference_squared += float(centred.square().sum())
         largest = max(largest, float((other - centred).abs().max()))
         log_p, log_q = centred.log_softmax(dim=-1), other.log_softmax(dim=-1)
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        kl += float(divergence.sum())
+        largest_kl = max(largest_kl, float(divergence.max()))
         agreeing += int((centred.argmax(dim=-1) == other.argmax(dim=-1)).sum())
         tokens += ours.shape[0]
     return LogitDifference(
@@ -80,4 +84,5 @@ def compare_logits(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> 
         max_abs_difference=largest,
         mean_kl=kl / tokens,
         top1_agreement=agreeing / tokens,
+        max_kl=largest_kl,
     )

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 
 from fourfold.errors import CheckpointError
 
-__all__ = ["StoredTensor", "check_checkpoint", "check_safetensors", "stored_tensors"]
+__all__ = ["StoredTensor", "check_checkpoint", "check_gguf", "check_safetensors", "stored_tensors", "stored_tensors_of"]
 
 # Those of safetensors' names whose elements are whole bytes of a dtype that all supported releases of torch have.
 _DTYPES = {
@@ -100,6 +101,24 @@ def check_safetensors(path: Path) -> None:
         )
 
 
+def check_gguf(path: Path) -> None:
+    """Raise CheckpointError if the file is missing, is no GGUF file, or ends before its last tensor does."""
+    if not path.is_file():
+        raise CheckpointError(f"no such file: {path}")
+    size = path.stat().st_size
+    try:
+        # It maps the file, and takes each tensor's bytes from where the header says that they are.
+        gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+        raise CheckpointError(
+            f"{path} is cut short or damaged" if is_gguf else f"{path} is no GGUF file",
+            found=f"{size} bytes; {error}",
+            hint="get the file again",
+        ) from error
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies in a safetensors file.
@@ -143,6 +162,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor] | None:
         if found is None:
             return None
         tensors |= found
+    return tensors
+
+
+def stored_tensors_of(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file that `check_safetensors` has found whole, by name.
+
+    Raises:
+        CheckpointError: A header that holds what is not known here.
+    """
+    tensors = _read_header(path)
+    if tensors is None:
+        raise CheckpointError(f"the header of {path} cannot be read", hint="get the checkpoint again")
     return tensors
 
 

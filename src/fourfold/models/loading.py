@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from fourfold.errors import CheckpointError, ConfigError
-from fourfold.models.checkpoint_files import check_checkpoint
+from fourfold.models.checkpoint_files import check_checkpoint, check_gguf
 from fourfold.models.fast_loading import load_ahead, loadable_ahead
 from fourfold.quantization.hf_config import QUANT_METHOD, FourfoldConfig
 from fourfold.quantization.hf_quantizer import quantize_model
@@ -208,8 +208,7 @@ def _load_gguf(
     path: Path, quantization: FourfoldConfig | None, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Transformers makes a dense model of a GGUF file; it is quantized afterwards: the 16-bit model is there once."""
-    if not path.is_file():
-        raise CheckpointError(f"no such file: {path}")
+    check_gguf(path)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         # Releases that can keep GGUF's own blocks do so unless told not to.

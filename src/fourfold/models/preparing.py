@@ -196,7 +196,17 @@ def load_adapter(
     if isinstance(config, LoraConfig):
         _check_initialisation(config, folder)
         register(config)
-    loaded = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    try:
+        loaded = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    except (RuntimeError, ValueError) as error:
+        # PEFT's message lists every tensor; a target that is not there is a ValueError.
+        if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
+            raise
+        raise AdapterError(
+            f"the adapter in {folder} belongs to another base",
+            found=f"{config.base_model_name_or_path} in its configuration, and {model.config.name_or_path} here",
+            hint="load the base that it was trained on",
+        ) from error
     if stream_base is not None:
         stream_the_base(loaded, device, source=stream_base)
     _fuse(loaded, fused, None, False)
