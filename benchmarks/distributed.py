@@ -17,7 +17,6 @@ tokens, all of them labelled. Each setting runs by a torchrun of its own. What i
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -29,9 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, PeftModel
 from torch import Tensor, distributed, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -48,16 +45,12 @@ from fourfold.quantization.swapping import dense_linears
 from fourfold.quantization.tensor import QuantizedTensor
 from fourfold.training.hidden_states import last_hidden_states
 from fourfold.training.loss import supervised_cross_entropy
+from memory import LINEARS, about
+from memory import SHAPES as LARGE
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    | {"num_key_value_heads": 2, "vocab_size": 250},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    | {"num_key_value_heads": 8, "vocab_size": 128256},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    | {"num_key_value_heads": 8, "vocab_size": 128256},
-}
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# With layers and a vocabulary that two processes cannot divide evenly.
+ODD = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+SHAPES: dict[str, dict[str, Any]] = LARGE | {"tiny": ODD | {"num_key_value_heads": 2, "vocab_size": 250}}
 CAP_BYTES = 24 * 2**30
 # Of code points drawn evenly, times this, the values have the spread of trained weights, 0.02.
 ABSMAX = 0.033
@@ -340,14 +333,7 @@ def main() -> None:
         if result is not None:
             print(json.dumps(result), flush=True)
         return
-    record = {
-        "command": f"python benchmarks/distributed.py --json {args.json}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-        if torch.cuda.is_available()
-        else "CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-    }
+    record = about(f"python benchmarks/distributed.py --json {args.json}") | {"gpus": torch.cuda.device_count()}
     rows: list[dict[str, Any]] = []
     one: dict[str, Any] | None = None
     for name in list(TINY) if args.tiny else args.settings:
