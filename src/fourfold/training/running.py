@@ -48,13 +48,14 @@ def load_running(folder: Path, process_index: int, num_processes: int, device: t
     if number == num_processes:
         return _read(folder, process_index, device)
     each = [_read(folder, index, device) for index in range(number)]
-    merged = dict(each[0])
-    for name in each[0]:
-        if name == "_tr_loss":
-            # The Trainer's, which a log takes the mean of.
-            merged[name] = torch.stack([sums[name] for sums in each]).mean()
-        elif name not in _SUMMED:
-            merged[name] = sum(sums[name] for sums in each) if process_index == 0 else 0 * each[0][name]
+    merged = {name: each[0][name] for name in _SUMMED if name in each[0]}
+    if "_tr_loss" in merged:
+        # The Trainer's, which a log takes the mean of.
+        merged["_tr_loss"] = torch.stack([sums["_tr_loss"] for sums in each]).mean()
+    if process_index == 0:
+        # A process has counted what its own rows had.
+        names = {name for sums in each for name in sums if name not in _SUMMED}
+        merged |= {name: sum(sums.get(name, 0) for sums in each) for name in sorted(names)}
     return merged
 
 
