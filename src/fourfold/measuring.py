@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -14,14 +13,23 @@ from fourfold.config import RunConfig
 from fourfold.config import options as choices
 from fourfold.config.methods import PREFERENCE_METHODS
 from fourfold.data import Collator, PreparedData
-from fourfold.errors import DataError
-from fourfold.evaluation import Sample, exact_match, perplexity, validation_loss
+from fourfold.errors import ConfigError
+from fourfold.evaluation import Sample
+from fourfold.evaluation.tasks import HeldOutRows, asked, check_tasks, run_tasks
 from fourfold.memory.planner import Plan
 from fourfold.training.evaluation_sets import prefix_of
 from fourfold.training.out_of_memory import by_kind, compare_parts, part_key
 from fourfold.training.run_folder import mean_loss
 
-__all__ = ["account_memory", "measure", "planned_memory", "summary"]
+__all__ = [
+    "account_memory",
+    "check_measures",
+    "held_out_rows",
+    "measure",
+    "planned_memory",
+    "require_measures",
+    "summary",
+]
 
 
 # Figures of an evaluation that sum a run up.
@@ -37,7 +45,7 @@ def measure(
     *,
     with_loss: bool,
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """What the configuration asks to be measured: loss and exact match on held-out rows, perplexity of a text.
+    """What the configuration asks to be measured, see `fourfold.evaluation.tasks`.
 
     Args:
         config: Which measures, and how.
@@ -51,41 +59,43 @@ def measure(
         Figures by name, and the rows that were compared by generation.
 
     Raises:
-        DataError: There is no text where the configuration names one.
+        FourfoldError: As the tasks do.
     """
-    metrics: dict[str, Any] = {}
-    samples: list[Sample] = []
-    for name, data in eval_data.items():
-        prefix = prefix_of(name)
-        if with_loss and config.method not in PREFERENCE_METHODS:
-            collator = Collator(tokenizer.pad_token_id)
-            loss = validation_loss(model, data.dataset, collator, config.per_device_eval_batch_size)
-            metrics |= {f"{prefix}_loss": loss.loss, f"{prefix}_num_tokens": loss.num_tokens}
-        if config.eval_generate_rows > 0:
-            conversations = [row["messages"] for row in data.dataset.select_columns("messages")]
-            chosen = conversations[: config.eval_generate_rows]
-            say(f"answering {len(chosen)} held-out rows" + (f" of {name}" if name else ""))
-            matched = exact_match(
-                model, tokenizer, chosen, choices.generation_options(config), normalise=config.eval_comparison
-            )
-            # Without a name it has no prefix, either.
-            figure = f"{prefix}_exact_match" if name else "exact_match"
-            metrics |= {figure: matched.score, f"{figure}_rows": matched.num_rows}
-            samples += matched.samples
-    if config.perplexity_text is not None:
-        text = Path(config.perplexity_text)
-        if not text.is_file():
-            raise DataError(f"no such file: {text}", hint="key perplexity_text names a text file")
-        measured = perplexity(
-            model,
-            tokenizer,
-            text.read_text(encoding="utf-8"),
-            max_length=config.perplexity_max_length,
-            stride=config.perplexity_stride,
-            max_tokens=config.perplexity_max_tokens,
-        )
-        metrics |= {"perplexity": measured.value, "perplexity_num_tokens": measured.num_tokens}
-    return metrics, samples
+    without = () if with_loss and config.method not in PREFERENCE_METHODS else ("loss",)
+    measured = run_tasks(
+        model, tokenizer, choices.evaluation_options(config), held_out_rows(tokenizer, eval_data), say, without
+    )
+    metrics = {name: value for one in measured.values() for name, value in one.metrics.items()}
+    return metrics, [sample for one in measured.values() for sample in one.samples]
+
+
+def held_out_rows(tokenizer: PreTrainedTokenizerBase, eval_data: Mapping[str, PreparedData]) -> list[HeldOutRows]:
+    """Sets of held-out rows, as tasks of evaluation take them."""
+    collator = Collator(tokenizer.pad_token_id)
+    return [HeldOutRows(data.dataset, collator, prefix_of(name)) for name, data in eval_data.items()]
+
+
+def check_measures(config: RunConfig) -> list[str]:
+    """Find what would make a task of evaluation fail, before a model is loaded.
+
+    Returns:
+        The tasks that are asked for.
+
+    Raises:
+        ConfigError: What a task needs is not installed.
+        DataError: A file that is missing, empty or not of its form.
+    """
+    options = choices.evaluation_options(config)
+    num_sets = len(choices.eval_datasets(config)) or int(config.eval_split_fraction > 0)
+    check_tasks(options, num_sets)
+    return asked(options, num_sets)
+
+
+def require_measures(config: RunConfig) -> None:
+    """`check_measures`, and ConfigError where nothing is asked for."""
+    if not check_measures(config):
+        keys = ("eval_dataset", "eval_split_fraction", "perplexity_text", "multiple_choice_dataset", "harness_tasks")
+        raise ConfigError("there is nothing to evaluate on", allowed=keys)
 
 
 def account_memory(

@@ -43,7 +43,7 @@ from fourfold.inputs import (
 )
 from fourfold.kernels.host_memory import spare_bytes
 from fourfold.limiting import limit_of, within_limit
-from fourfold.measuring import account_memory, measure, planned_memory, summary
+from fourfold.measuring import account_memory, check_measures, measure, planned_memory, require_measures, summary
 from fourfold.memory.gpus import gpu_present
 from fourfold.memory.meter import memory_used, reset_peak
 from fourfold.models.block import set_recomputation
@@ -138,6 +138,7 @@ def _train(config: RunConfig, progress: str, lifeline: Lifeline, more: Sequence[
     device = choices.device(config)
     output, checkpoint = claim_output_dir(config)
     require_alike("the checkpoint to go on from", checkpoint)
+    check_measures(config)
     asked = going_on(config, checkpoint)
     say.result("resume", resumption(asked, checkpoint))
     gpu = gpu_present(device, choices.memory_limit(config)) if device.type == "cuda" else None
@@ -264,10 +265,7 @@ def evaluate(config: RunConfig, progress: str = "plain") -> dict[str, Any]:
 def evaluate_with_samples(config: RunConfig, progress: str = "plain") -> tuple[dict[str, Any], list[Sample]]:
     """`evaluate`, and the rows that were compared by generation."""
     say = Speaker(progress)
-    if config.eval_dataset is None and not config.eval_split_fraction and config.perplexity_text is None:
-        raise ConfigError(
-            "there is nothing to evaluate on", allowed=["eval_dataset", "eval_split_fraction", "perplexity_text"]
-        )
+    require_measures(config)
     result = Path(config.output_dir) / run_folder.result_folder(config.adapter)
     has_result = result.is_dir()
     has_adapter = has_result and config.adapter is not None

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fourfold.cli.environment import let_segments_grow, print_environment
+from fourfold.cli.evaluating import EvaluateCommand, evaluate
 from fourfold.cli.exporting import export
 from fourfold.cli.launching import launch
 from fourfold.cli.terminal import (
@@ -131,17 +132,7 @@ def data(
             raise typer.Exit(1)
 
 
-@app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)
-def evaluate(context: typer.Context, config: ConfigFile, json: Json = False, verbose: Verbose = False) -> None:
-    """Measure a run: loss and exact match on held-out rows, perplexity on text."""
-    with reporting_errors(json):
-        run_config = _read_config(config, context.args)
-        quiet_libraries(verbose)
-        from fourfold import pipeline
-
-        with _stdout_for_result(json):
-            results = pipeline.evaluate(run_config, progress="plain" if json else progress_style(json))
-        print_result(results, json)
+app.command(cls=EvaluateCommand, context_settings=WITH_OVERRIDES, epilog=OVERRIDES)(evaluate)
 
 
 @app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)

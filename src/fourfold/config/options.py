@@ -15,6 +15,8 @@ from fourfold.data.mixture import check_weights
 from fourfold.data.preference import PREFERENCE_ROWS
 from fourfold.data.sources import DataSource
 from fourfold.errors import ConfigError
+from fourfold.evaluation.harness import HarnessOptions
+from fourfold.evaluation.tasks import EvaluationOptions
 from fourfold.inference import GenerationOptions
 from fourfold.memory.gpus import parse_bytes
 from fourfold.models.loading import default_device, default_dtype
@@ -34,6 +36,7 @@ __all__ = [
     "data_sources",
     "device",
     "eval_datasets",
+    "evaluation_options",
     "generation_options",
     "group_options",
     "load_options",
@@ -219,6 +222,33 @@ def generation_options(config: RunConfig) -> GenerationOptions:
     """Of the comparison by generation: greedy, so that it can be repeated."""
     return GenerationOptions(
         max_new_tokens=config.eval_max_new_tokens, batch_size=config.eval_generate_batch_size, seed=config.seed
+    )
+
+
+def evaluation_options(config: RunConfig) -> EvaluationOptions:
+    """What a model is measured by."""
+    include = config.harness_include_path
+    return EvaluationOptions(
+        batch_size=config.per_device_eval_batch_size,
+        generate_rows=config.eval_generate_rows,
+        generation=generation_options(config),
+        comparison=config.eval_comparison,
+        pattern=config.eval_pattern,
+        text_metrics=tuple(config.eval_metrics),
+        perplexity_text=None if config.perplexity_text is None else Path(config.perplexity_text),
+        perplexity_max_length=config.perplexity_max_length,
+        perplexity_stride=config.perplexity_stride,
+        perplexity_max_tokens=config.perplexity_max_tokens,
+        choices_source=config.multiple_choice_dataset,
+        choices_rows=config.multiple_choice_rows,
+        apply_chat_template=config.eval_apply_chat_template,
+        harness=HarnessOptions(
+            tasks=tuple(config.harness_tasks),
+            include_path=None if include is None else Path(include),
+            num_fewshot=config.harness_num_fewshot,
+            limit=config.harness_limit,
+            seed=config.seed,
+        ),
     )
 
 

@@ -43,7 +43,15 @@ _OF_NO_ACCOUNT = frozenset(
         *("dataset_num_proc", "dataloader_num_workers", "logging_steps", "save_steps", "save_total_limit", "report_to"),
         *("run_name", "project", "sample_prompts", "sample_rows", "sample_steps", "sample_max_new_tokens"),
         *("eval_generate_rows", "eval_max_new_tokens", "eval_generate_batch_size", "eval_comparison"),
+        *(
+            "eval_pattern",
+            "eval_metrics",
+            "eval_apply_chat_template",
+            "multiple_choice_dataset",
+            "multiple_choice_rows",
+        ),
         *("perplexity_text", "perplexity_max_length", "perplexity_stride", "perplexity_max_tokens"),
+        *("harness_tasks", "harness_include_path", "harness_num_fewshot", "harness_limit"),
         *("per_device_eval_batch_size", "plan", "on_out_of_memory", "gpu_memory_limit", "stream_base", "cuda_graphs"),
     }
 )

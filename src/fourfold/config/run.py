@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from fourfold.config.datasets import Datasets, EvalDatasets, RowFormat
 from fourfold.config.distributed import DistributedKeys, distributed_contradictions
+from fourfold.config.evaluation import EvaluationKeys, evaluation_contradictions
 from fourfold.config.life import LifeKeys, life_contradictions
 from fourfold.config.methods import Contradiction, MethodKeys, method_contradictions
 from fourfold.config.precision import precision_contradictions
@@ -46,7 +47,7 @@ Optimizer = Literal[
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class RunConfig(DistributedKeys, LifeKeys, MethodKeys):
+class RunConfig(EvaluationKeys, DistributedKeys, LifeKeys, MethodKeys):
     """All choices of one run. Frozen; an unknown key or a wrong type is refused, nothing is coerced.
 
     Raises:
@@ -246,21 +247,6 @@ class RunConfig(DistributedKeys, LifeKeys, MethodKeys):
         [], description="Trackers that get the metrics besides the run folder."
     )
 
-    # Evaluation
-    eval_generate_rows: CountOrZero = Field(
-        0, description="Held-out rows to answer by generation and compare exactly; 0: none."
-    )
-    eval_max_new_tokens: Count = Field(256, description="Longest answer in that comparison, in tokens.")
-    eval_generate_batch_size: Count = Field(16, description="Conversations answered at a time.")
-    eval_comparison: Literal["strip", "json", "number"] = Field(
-        "strip",
-        description="When an answer is right: equal text, equal JSON value, or equal number after ####.",
-    )
-    perplexity_text: str | None = Field(None, min_length=1, description="Text file on which perplexity is measured.")
-    perplexity_max_length: int = Field(1024, ge=2, description="Window of that measure, in tokens.")
-    perplexity_stride: Count = Field(512, description="Tokens by which the window moves on.")
-    perplexity_max_tokens: Count | None = Field(None, description="Tokens of the text to use; null: all.")
-
     @model_validator(mode="after")
     def _without_contradictions(self) -> Self:
         found = [f"{contradiction.what}; {contradiction.hint}" for contradiction in contradictions(self)]
@@ -342,6 +328,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "choose another folder for the run",
         )
     yield from _data_contradictions(config)
+    yield from (Contradiction(*each) for each in evaluation_contradictions(config))
     yield from (Contradiction(*each) for each in precision_contradictions(config))
     yield from (Contradiction(*each) for each in streaming_contradictions(config))
     yield from _adapter_contradictions(config)
@@ -364,24 +351,17 @@ def _data_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "give train_dataset",
         )
     has_held_out = config.eval_dataset is not None or config.eval_split_fraction > 0
-    for key in ("eval_steps", "eval_generate_rows"):
-        if getattr(config, key) and not has_held_out:
-            yield Contradiction(
-                (key, "eval_dataset", "eval_split_fraction"),
-                f"{key} is given, but no rows are held out",
-                "give eval_dataset or eval_split_fraction",
-            )
+    if config.eval_steps and not has_held_out:
+        yield Contradiction(
+            ("eval_steps", "eval_dataset", "eval_split_fraction"),
+            "eval_steps is given, but no rows are held out",
+            "give eval_dataset or eval_split_fraction",
+        )
     if config.packing and config.group_by_length:
         yield Contradiction(
             ("packing", "group_by_length"),
             "packed rows are all of one length, and group_by_length sorts by length",
             "give one of them",
-        )
-    if config.perplexity_stride >= config.perplexity_max_length:
-        yield Contradiction(
-            ("perplexity_stride", "perplexity_max_length"),
-            "perplexity_stride is not below perplexity_max_length: tokens between windows would be skipped",
-            "lower perplexity_stride",
         )
 
 

@@ -22,7 +22,7 @@ Direction = Literal["minimize", "maximize"]
 # These are the trial's own.
 _NOT_SEARCHED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "distributed", "report_to", "project")
 # Of figures whose direction is not given, those with one of these in their name are the better the higher they are.
-_THE_HIGHER = ("accurac", "exact_match", "margin", "reward", "per_second")
+_THE_HIGHER = ("acc", "exact_match", "margin", "reward", "per_second", "rouge", "bleu", "chrf", "f1")
 _RANGE_KEYS = ("low", "high", "log", "step")
 
 

@@ -1,6 +1,6 @@
 """Exact match: how many held-out rows a model answers rightly, by generation.
 
-A new way to compare is one function and one row of `COMPARISONS`.
+A new way to compare is one function and one row of `COMPARISONS`. A pattern takes out of an answer what is compared.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def exact_match(
     conversations: Sequence[list[Message]],
     options: GenerationOptions,
     normalise: str = "strip",
+    pattern: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ExactMatch:
     """Generate the last turn of each conversation and compare it with the one that stands there.
@@ -54,10 +55,13 @@ def exact_match(
         conversations: Turns that end with the assistant's reference answer.
         options: How to generate.
         normalise: What counts as the same answer; a name in `COMPARISONS`.
+        pattern: Regular expression whose last match in an answer is compared, its first group if it has one; an answer
+            without a match is wrong. References are read so too, unless it matches in none of them: then they are
+            what is to be found.
         on_progress: Called after each batch with the rows done and their number.
 
     Raises:
-        ConfigError: An unknown `normalise`.
+        ConfigError: An unknown `normalise`, or a `pattern` that is none.
         DataError: No rows, a row whose last turn is not the assistant's, or a reference that cannot be
             compared.
     """
@@ -66,28 +70,61 @@ def exact_match(
     read = COMPARISONS[normalise]
     if not conversations:
         raise DataError("no rows to evaluate", found="0 rows", allowed="at least one")
-    references = []
     for number, conversation in enumerate(conversations, start=1):
         if not conversation or conversation[-1]["role"] != "assistant":
             raise DataError(
                 f"row {number}: the last turn is not the assistant's",
                 found=[message["role"] for message in conversation],
             )
-        try:
-            references.append(read(conversation[-1]["content"]))
-        except ValueError as error:
-            raise DataError(
-                f"row {number}: the reference cannot be compared as {normalise!r}",
-                found=f"{conversation[-1]['content'][:120]!r} ({error})",
-            ) from error
+    expected = [conversation[-1]["content"] for conversation in conversations]
+    if pattern is not None:
+        read = _reading_matches(pattern, read)
+    references = _read_references(expected, normalise, read, COMPARISONS[normalise], pattern)
     prompts = [list(conversation[:-1]) for conversation in conversations]
     answers = generate_replies(model, tokenizer, prompts, options, on_progress)
     samples = [
-        Sample(prompt, conversation[-1]["content"], answer, _reads_as(answer, reference, read))
-        for prompt, conversation, answer, reference in zip(prompts, conversations, answers, references, strict=True)
+        Sample(prompt, wanted, answer, _reads_as(answer, reference, read))
+        for prompt, wanted, answer, reference in zip(prompts, expected, answers, references, strict=True)
     ]
     num_correct = sum(sample.correct for sample in samples)
     return ExactMatch(num_correct / len(samples), num_correct, len(samples), samples)
+
+
+def _read_references(
+    expected: Sequence[str],
+    normalise: str,
+    read: Callable[[str], object],
+    read_whole: Callable[[str], object],
+    pattern: str | None,
+) -> list[object]:
+    if pattern is not None and not any(re.search(pattern, text) for text in expected):
+        read = read_whole
+    references = []
+    for number, text in enumerate(expected, start=1):
+        try:
+            references.append(read(text))
+        except ValueError as error:
+            raise DataError(
+                f"row {number}: the reference cannot be compared as {normalise!r}", found=f"{text[:120]!r} ({error})"
+            ) from error
+    return references
+
+
+def _reading_matches(pattern: str, read: Callable[[str], object]) -> Callable[[str], object]:
+    """`read` of the last match. Raises ConfigError for no regular expression."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError("key pattern is no regular expression", found=f"{pattern!r}: {error}") from error
+
+    def read_match(text: str) -> object:
+        matches = list(compiled.finditer(text))
+        taken = matches[-1][1 if compiled.groups else 0] if matches else None
+        if taken is None:
+            raise ValueError(f"{pattern!r} does not match")
+        return read(taken)
+
+    return read_match
 
 
 def _reads_as(answer: str, reference: object, read: Callable[[str], object]) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fourfold.data import IGNORE_INDEX
 from fourfold.errors import ConfigError, DataError
-from fourfold.evaluation.token_loss import summed_loss
+from fourfold.evaluation.token_loss import row_losses
 from fourfold.inference import eval_mode
 
 __all__ = ["Perplexity", "perplexity"]
@@ -28,11 +28,15 @@ class Perplexity:
         value: exp(loss).
         loss: Mean negative log likelihood of a token, in nats.
         num_tokens: Tokens scored: all but the first, before which nothing stands.
+        window_losses: Summed loss of what each window scores, in nats.
+        window_tokens: Tokens that each window scores.
     """
 
     value: float
     loss: float
     num_tokens: int
+    window_losses: list[float] = field(default_factory=list, repr=False)
+    window_tokens: list[int] = field(default_factory=list, repr=False)
 
 
 def perplexity(
@@ -78,19 +82,21 @@ def perplexity(
     if len(ids) < 2:
         raise DataError("the text is too short for a perplexity", found=f"{len(ids)} tokens", allowed="2 or more")
     windows = list(_windows(len(ids), max_length, stride))
-    total, num_tokens, done = 0.0, 0, 0
+    losses: list[float] = []
+    counts: list[int] = []
     with eval_mode(model), torch.no_grad():
         for group in _batches(windows, batch_size):
             input_ids = torch.stack([ids[start:stop] for start, stop, _ in group])
             labels = input_ids.clone()
             for row, (start, _, first) in enumerate(group):
                 labels[row, : first - start] = IGNORE_INDEX
-            loss, count = summed_loss(model, {"input_ids": input_ids, "labels": labels})
-            total, num_tokens, done = total + loss, num_tokens + count, done + len(group)
+            sums, scored = row_losses(model, {"input_ids": input_ids, "labels": labels})
+            losses += sums
+            counts += scored
             if on_progress is not None:
-                on_progress(done, len(windows))
-    loss = total / num_tokens
-    return Perplexity(value=math.exp(loss), loss=loss, num_tokens=num_tokens)
+                on_progress(len(losses), len(windows))
+    loss = sum(losses) / sum(counts)
+    return Perplexity(math.exp(loss), loss, sum(counts), losses, counts)
 
 
 Window = tuple[int, int, int]

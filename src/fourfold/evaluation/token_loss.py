@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from fourfold.data import IGNORE_INDEX, model_inputs
 
-__all__ = ["summed_loss"]
+__all__ = ["row_losses"]
 
 
-def summed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[float, int]:
-    """Summed cross entropy of the labels of a batch, and how many labels there are.
+def row_losses(model: Any, batch: Mapping[str, Any]) -> tuple[list[float], list[int]]:
+    """Summed cross entropy of the labels of each row of a batch, and how many labels each has.
 
     The output layer runs only on positions of the sequence that predict a label in some row of the batch,
     which is where its logits would fill the memory. The loss of each token is computed in float32 (float64
@@ -33,7 +33,7 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[float, int]:
     targets = labels[:, 1:]  # [batch, seq - 1]: position t predicts token t + 1
     predicting = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)  # [kept]
     if len(predicting) == 0:
-        return 0.0, 0
+        return [0.0] * len(labels), [0] * len(labels)
     # Without use_cache=False, Transformers takes a packed row for one document.
     logits = model(**inputs, logits_to_keep=predicting, use_cache=False).logits
     if logits.shape[1] != len(predicting):  # a model that does not know logits_to_keep
@@ -43,5 +43,8 @@ def summed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[float, int]:
     chosen = logits[supervised]  # [tokens, vocab]
     if chosen.dtype != torch.float64:
         chosen = chosen.float()
-    losses = functional.cross_entropy(chosen, targets[supervised], reduction="none")
-    return float(losses.double().sum()), int(supervised.sum())
+    losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+    losses[supervised] = functional.cross_entropy(chosen, targets[supervised], reduction="none").double()
+    sums: list[float] = losses.sum(dim=1).tolist()
+    counts: list[int] = supervised.sum(dim=1).tolist()
+    return sums, counts

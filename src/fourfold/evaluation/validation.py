@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fourfold.errors import DataError
-from fourfold.evaluation.token_loss import summed_loss
+from fourfold.evaluation.token_loss import row_losses
 from fourfold.inference import eval_mode
 
 __all__ = ["ValidationLoss", "validation_loss"]
@@ -22,10 +22,14 @@ class ValidationLoss:
     Attributes:
         loss: Mean negative log likelihood of a supervised token, in nats.
         num_tokens: Supervised tokens.
+        row_losses: Summed loss of each row, in nats.
+        row_tokens: Supervised tokens of each row.
     """
 
     loss: float
     num_tokens: int
+    row_losses: list[float] = field(default_factory=list, repr=False)
+    row_tokens: list[int] = field(default_factory=list, repr=False)
 
 
 def validation_loss(
@@ -47,14 +51,17 @@ def validation_loss(
     Raises:
         DataError: No row has a supervised token.
     """
-    total, num_tokens = 0.0, 0
+    losses: list[float] = []
+    counts: list[int] = []
     with eval_mode(model), torch.no_grad():
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            loss, count = summed_loss(model, collator(rows))
-            total, num_tokens = total + loss, num_tokens + count
+            sums, supervised = row_losses(model, collator(rows))
+            losses += sums
+            counts += supervised
             if on_progress is not None:
                 on_progress(start + len(rows), len(dataset))
+    num_tokens = sum(counts)
     if num_tokens == 0:
         raise DataError("the held-out rows have no supervised token", found=f"{len(dataset)} rows, all masked")
-    return ValidationLoss(loss=total / num_tokens, num_tokens=num_tokens)
+    return ValidationLoss(sum(losses) / num_tokens, num_tokens, losses, counts)

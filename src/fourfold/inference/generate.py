@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
@@ -33,6 +33,7 @@ class GenerationOptions:
         top_p: Share of probability that is sampled from; only with a temperature.
         batch_size: Conversations at a time.
         seed: Seed of the sampling; the caller's random state is left as it was.
+        stop: Texts before which a reply ends; of `generate_replies` alone.
 
     Raises:
         ConfigError: A value that is not allowed.
@@ -43,8 +44,11 @@ class GenerationOptions:
     top_p: float = 1.0
     batch_size: int = 16
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(self.stop):
+            raise ConfigError("key stop", found=self.stop, allowed="texts that are not empty")
         if self.max_new_tokens < 1:
             raise ConfigError("key max_new_tokens", found=self.max_new_tokens, allowed="at least 1")
         if self.temperature < 0:
@@ -58,11 +62,11 @@ class GenerationOptions:
 def generate_replies(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[list[Message] | str],
+    conversations: Sequence[list[Message] | list[int] | str],
     options: GenerationOptions,
     on_progress: Progress | None = None,
 ) -> list[str]:
-    """The assistant's next turn in each conversation, or what follows a text, in the order given.
+    """The assistant's next turn in each conversation, or what follows a text or tokens, in the order given.
 
     Conversations of like length share a batch, padded on the left under an attention mask. Neither the
     tokenizer nor the model's mode is changed. Of the model's generation config, all but length, sampling and
@@ -71,14 +75,14 @@ def generate_replies(
     Args:
         model: A causal LM of Transformers, or a PEFT model around one, on any device.
         tokenizer: Its tokenizer, for conversations with a chat template.
-        conversations: Turns up to the one to be generated; or a text, which is continued as it is.
+        conversations: Turns up to the one to be generated; or a text or token ids, which are continued as they are.
         options: How to generate.
         on_progress: Called after each batch with the conversations done and their number.
 
     Raises:
         DataError: The tokenizer has no chat template.
     """
-    if any(not isinstance(conversation, str) for conversation in conversations):
+    if any(_is_turns(conversation) for conversation in conversations):
         _require_template(tokenizer)
     config = _generation_config(model, tokenizer, options)
     prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
@@ -93,10 +97,11 @@ def generate_replies(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=config,
+                **({"stop_strings": list(options.stop), "tokenizer": tokenizer} if options.stop else {}),
             )
             texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
-                replies[index] = text
+                replies[index] = _until(text, options.stop)
             if on_progress is not None:
                 on_progress(start + len(chosen), len(order))
     return replies
@@ -226,10 +231,21 @@ def _require_template(tokenizer: Any) -> None:
         raise DataError("the tokenizer has no chat template", hint="set the key chat_template")
 
 
-def _prompt_ids(tokenizer: Any, messages: list[Message] | str) -> list[int]:
+def _is_turns(conversation: list[Message] | list[int] | str) -> bool:
+    return not isinstance(conversation, str) and not (conversation and isinstance(conversation[0], int))
+
+
+def _until(text: str, stop: tuple[str, ...]) -> str:
+    """What stands before the first of the stop texts."""
+    return text[: min((text.find(end) for end in stop if end in text), default=len(text))]
+
+
+def _prompt_ids(tokenizer: Any, messages: list[Message] | list[int] | str) -> list[int]:
     if isinstance(messages, str):
         text_ids: list[int] = tokenizer(messages)["input_ids"]
         return text_ids
+    if not _is_turns(messages):
+        return cast(list[int], messages)
     ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     return ids
 

@@ -120,7 +120,8 @@ _LOSS = re.compile(r"eval_(?:(?P<name>.+)_)?loss")
 # Figures that are told elsewhere, or say nothing by step.
 _NOT_DRAWN = re.compile(
     r"step|epoch|num_tokens|total_flos|train_loss|train_.*|(eval_)?(.+_)?(runtime|per_second)|.*_bytes|.*num_tokens|"
-    r"exact_match.*|perplexity.*|eval_rewards/(chosen|rejected)|eval_logps/.*"
+    r"(eval_.+_)?(exact_match|rouge|bleu|chrf).*|perplexity.*|multiple_choice_.*|harness/.*|"
+    r"eval_rewards/(chosen|rejected)|eval_logps/.*"
 )
 _SMOOTHED_FROM, _WIDEST = 80, 501
 _LARGEST = 1e100  # beyond, differences are no numbers any more
