@@ -324,7 +324,15 @@ def inspect(config: RunConfig) -> Inspection:
     return inspect_checkpoint(folder, quantization)
 
 
-def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | None = None) -> MergeReport:
+def merge(
+    adapter: str,
+    out: Path,
+    onto: str = "dequantized",
+    bound: float | None = None,
+    *,
+    bound_kl: float | None = None,
+    bound_top1: float | None = None,
+) -> MergeReport:
     """Merge a run's adapter into its base and write an ordinary 16-bit model, if its logits are the trained model's.
 
     Args:
@@ -332,11 +340,12 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
         out: Folder to write; must not exist, or be empty.
         onto: A key of `ONTO`.
         bound: Largest relative error of the logits.
+        bound_kl, bound_top1: Of predictions, see `write_merged`.
 
     Raises:
         CheckpointError: No finished run at `adapter`, or `out` is not free.
         ConfigError: The adapter has no 16-bit base to merge onto.
-        VerificationError: Above the bound; nothing is written.
+        VerificationError: Past a bound; nothing is written.
         SaveError: The disk is full; nothing is written.
     """
     if onto not in ONTO:
@@ -385,6 +394,8 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
             onto=onto,
             load_original=load_original,
             bound=bound,
+            bound_kl=bound_kl,
+            bound_top1=bound_top1,
         )
 
 

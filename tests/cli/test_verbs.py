@@ -229,8 +229,8 @@ def test_merge_goes_onto_the_trained_weights_unless_told_otherwise(pipeline):
     assert invoke("merge", "a", "out").exit_code == 0
     assert invoke("merge", "a", "out", "--onto", "original", "--bound", "0.5").exit_code == 0
     assert [call[2] for call in pipeline.calls] == [
-        {"onto": "dequantized", "bound": None},
-        {"onto": "original", "bound": 0.5},
+        {"onto": "dequantized", "bound": None, "bound_kl": None, "bound_top1": None},
+        {"onto": "original", "bound": 0.5, "bound_kl": None, "bound_top1": None},
     ]
     assert invoke("merge", "a", "out", "--onto", "elsewhere").exit_code == 2
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,31 @@ def test_what_cannot_be_compared_is_named_with_its_row(model: Any, tokenizer: An
     broken = [user, {"role": "assistant", "content": "{"}]
     with pytest.raises(DataError, match="row 2: the reference cannot be compared as 'json'"):
         exact_match(model, tokenizer, [good, broken], OPTIONS, "json")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "normalise", "answer", "reference", "expected"),
+    [
+        (r"answer is (\w+)", "strip", "I think the answer is A. No: the answer is B.", "B", True),
+        (r"answer is (\w+)", "strip", "The answer is A", "So the answer is A!", True),
+        (r"answer is (\w+)", "strip", "B", "B", False),
+        (r"\d+", "strip", "first 3, then 12.", "12", True),
+        (r"\{.*\}", "json", 'Here it is: {"a": 1.0} done', '{"a": 1}', True),
+        (r"a(b)?", "strip", "a", "ab", False),
+    ],
+)
+def test_a_pattern_takes_out_of_an_answer_what_is_compared(
+    monkeypatch, pattern: str, normalise: str, answer: str, reference: str, expected: bool
+) -> None:
+    module = importlib.import_module("fourfold.evaluation.exact_match")
+    monkeypatch.setattr(module, "generate_replies", lambda *_: [answer])
+    rows = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": reference}]]
+    assert exact_match(None, None, rows, OPTIONS, normalise, pattern).samples[0].correct is expected
+
+
+def test_a_pattern_that_some_references_lack_is_told_and_so_is_one_that_is_none() -> None:
+    rows = [[{"role": "assistant", "content": text}] for text in ("the answer is A", "B")]
+    with pytest.raises(DataError, match=r"row 2: the reference(.|\n)*does not match"):
+        exact_match(None, None, rows, OPTIONS, pattern=r"answer is (\w)")
+    with pytest.raises(ConfigError, match="no regular expression"):
+        exact_match(None, None, rows, OPTIONS, pattern="(")

@@ -12,7 +12,7 @@ from datasets import disable_progress_bars
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from fourfold import pipeline
+from fourfold import exporting, pipeline
 from fourfold.errors import CheckpointError, ConfigError, SaveError, VerificationError
 from fourfold.export import merging
 from fourfold.inference import generate_replies
@@ -67,6 +67,8 @@ def test_merging_onto_the_original_weights_is_another_model_and_says_how_far(run
     report = pipeline.merge(str(run), tmp_path / "merged", onto="original", bound=0.9)
     assert 0.02 < report.difference.relative_error < 0.9
     assert any("original" in line for line in report.lines())
+    record = json.loads((tmp_path / "merged" / "verification.json").read_text())
+    assert record["bounds"] == {"kl": None, "top1": 0.0, "relative_error": 0.9}
 
 
 @pytest.mark.parametrize("wrong", ["one layer is left out", "scaling is off by a tenth", "one matrix is noisy"])
@@ -89,6 +91,34 @@ def test_a_wrong_merge_is_caught_and_nothing_is_written(run, tmp_path, monkeypat
     monkeypatch.setattr(merging, "merge_adapter", broken)
     with pytest.raises(VerificationError, match="dequantized weights does not answer as the trained model"):
         pipeline.merge(str(run), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_compared_stands_beside_the_model_as_beside_an_export(run, tmp_path) -> None:
+    report = pipeline.merge(str(run), tmp_path / "merged")
+    exporting.export(str(run), tmp_path / "exported", "safetensors")
+    ours, theirs = (json.loads((tmp_path / name / "verification.json").read_text()) for name in ("merged", "exported"))
+    assert ours.keys() == theirs.keys()
+    assert ours["bounds"] == {"kl": 2e-3, "top1": 0.99, "relative_error": 0.02}
+    assert theirs["bounds"].keys() < ours["bounds"].keys()
+    (reading,), (other,) = ours["readers"].values(), theirs["readers"].values()
+    assert reading.keys() == other.keys()
+    assert reading["agreement"].keys() == other["agreement"].keys()
+    assert reading["agreement"]["mean_kl"] == report.difference.mean_kl <= 2e-3
+    assert reading["checks"].keys() - {"relative_error"} == other["checks"].keys()
+    files = [file for file in (tmp_path / "merged").iterdir() if file.name != "verification.json"]
+    assert ours["num_bytes"] == sum(file.stat().st_size for file in files)
+    assert str(tmp_path) not in json.dumps(ours)
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert settings.eos_token_id == reading["checks"]["stop_tokens"] == other["checks"]["stop_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"), [({"bound_kl": 1e-12}, "mean KL of at most 1e-12"), ({"bound_top1": 1.1}, "110")]
+)
+def test_each_bound_fails_the_command_and_nothing_is_written(run, tmp_path, bound, said) -> None:
+    with pytest.raises(VerificationError, match=rf"dequantized weights does not answer(.|\n)*{said}"):
+        pipeline.merge(str(run), tmp_path / "merged", **bound)
     assert list(tmp_path.iterdir()) == []
 
 

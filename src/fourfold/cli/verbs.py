@@ -204,6 +204,13 @@ def merge(
         float | None,
         typer.Option(min=0, help="Fail if the merged model's logits differ by more than this, relatively."),
     ] = None,
+    bound_kl: Annotated[
+        float | None, typer.Option("--bound-kl", min=0, help="Fail above this mean KL, in nats a token.")
+    ] = None,
+    bound_top1: Annotated[
+        float | None,
+        typer.Option("--bound-top1", min=0, max=1, help="Fail below this share of same likeliest tokens."),
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -213,7 +220,9 @@ def merge(
         from fourfold import pipeline
 
         with _stdout_for_result(json):
-            report = pipeline.merge(adapter, Path(out), onto=onto.value, bound=bound)
+            report = pipeline.merge(
+                adapter, Path(out), onto=onto.value, bound=bound, bound_kl=bound_kl, bound_top1=bound_top1
+            )
         print_result(report, json)
 
 

@@ -7,8 +7,10 @@ offered, and for both the logits are compared with the trained model's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,17 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fourfold.export.agreement import Agreement, Bounds
+from fourfold.export.record import folder_bytes, write_verification
+from fourfold.export.trained import Reading, check_beside, generation_config
 from fourfold.export.verification import LogitDifference, compare_logits, reference_logits
 from fourfold.files import whole_folder
+from fourfold.inference import stop_token_ids
 from fourfold.models.loading import load_model
+from fourfold.models.underlying import underlying
 from fourfold.quantization.hf_quantizer import FourfoldQuantizer
 
-__all__ = ["DEFAULT_BOUND", "ONTO", "MergeReport", "merge_adapter", "write_merged"]
+__all__ = ["BOUNDS", "DEFAULT_BOUND", "ONTO", "MergeReport", "merge_adapter", "write_merged"]
 
 # What the adapter may be merged onto, and what that means.
 ONTO: dict[str, str] = {
@@ -33,6 +40,9 @@ ONTO: dict[str, str] = {
 # Above what rounding the merged weights to bf16 does (0.006 to 0.012), and a fifth of what a scale wrong by a tenth
 # does: the table in `write_merged` has the figures.
 DEFAULT_BOUND = 0.02
+# What that relative error comes to in predictions, of a few hundred positions: a mean KL grows with its square, and
+# 0.012 made 0.0006 nats and one near tie of 512.
+BOUNDS = Bounds(kl=2e-3, top1=0.99)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class MergeReport:
     onto: str
     dtype: str
     bound: float
+    bounds: Bounds
     difference: LogitDifference
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,13 +61,15 @@ class MergeReport:
 
     def lines(self) -> list[str]:
         difference = self.difference
+        kl = f"  (bound {self.bounds.kl:g})" if math.isfinite(self.bounds.kl) else ""
+        top1 = f"  (bound {self.bounds.top1:.2%})" if self.bounds.top1 else ""
         return [
             f"merged onto {ONTO[self.onto]}",
             f"  logits against the trained model, {difference.num_tokens} positions of {difference.num_texts} prompts:",
             f"    relative error  {difference.relative_error:.5f}  (bound {self.bound})",
             f"    largest         {difference.max_abs_difference:.4f}",
-            f"    mean KL         {difference.mean_kl:.2e} nats, at most {difference.max_kl:.2e}",
-            f"    same top token  {difference.top1_agreement:.2%}",
+            f"    mean KL         {difference.mean_kl:.2e} nats, at most {difference.max_kl:.2e}{kl}",
+            f"    same top token  {difference.top1_agreement:.2%}{top1}",
             f"written to {self.folder} in {self.dtype}",
         ]
 
@@ -88,6 +101,8 @@ def write_merged(
     onto: str = "dequantized",
     load_original: Callable[[], PeftModel] | None = None,
     bound: float | None = None,
+    bound_kl: float | None = None,
+    bound_top1: float | None = None,
 ) -> MergeReport:
     """Merge, write, read back what was written, compare, and only then let it stand.
 
@@ -116,12 +131,17 @@ def write_merged(
         onto: A key of `ONTO`.
         load_original: Gives the original 16-bit base with the adapter on it; needed for "original".
         bound: Largest relative error of the logits that is let stand (default: `DEFAULT_BOUND`).
+        bound_kl, bound_top1: Largest mean KL in nats, smallest share of same likeliest tokens (default: `BOUNDS`; none
+            where `bound` says what is near enough).
 
     Raises:
-        VerificationError: Above the bound; nothing is written.
+        VerificationError: Past a bound, or another tokenizer, template or stop token; nothing is written.
         SaveError: The disk is full; nothing is written.
     """
+    default = BOUNDS if bound is None else Bounds(kl=math.inf, top1=0.0)
+    bounds = Bounds(default.kl if bound_kl is None else bound_kl, default.top1 if bound_top1 is None else bound_top1)
     bound = DEFAULT_BOUND if bound is None else bound
+    stops = stop_token_ids(underlying(trained), tokenizer)
     compute_dtype, device = trained.get_base_model().dtype, trained.device
     reference = reference_logits(trained, prompts)
     if onto == "original":
@@ -129,6 +149,7 @@ def write_merged(
         trained = load_original()
     with whole_folder(out) as partial:
         merged = merge_adapter(trained, dtype)
+        merged.generation_config = generation_config(stops, merged.generation_config)
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _release(merged)
@@ -141,7 +162,20 @@ def write_merged(
             if onto == "original"
             else "train again, or raise the bound if that is near enough; what is written differs by rounding alone",
         )
-    return MergeReport(str(out), onto, str(dtype).removeprefix("torch."), bound, difference)
+        agreement = Agreement(
+            difference.num_texts,
+            difference.num_tokens,
+            difference.mean_kl,
+            difference.max_kl,
+            difference.top1_agreement,
+        )
+        agreement.require(bounds, f"the model merged onto the {onto} weights")
+        checks = check_beside(partial, tokenizer, prompts, stops)
+        reading = Reading(agreement, version("fourfold"), {**checks, "relative_error": difference.relative_error})
+        kl = bounds.kl if math.isfinite(bounds.kl) else None
+        limits = {"kl": kl, "top1": bounds.top1, "relative_error": bound}
+        write_verification(partial, "safetensors", None, folder_bytes(partial), limits, {"fourfold": reading})
+    return MergeReport(str(out), onto, str(dtype).removeprefix("torch."), bound, bounds, difference)
 
 
 def _release(model: nn.Module) -> None:

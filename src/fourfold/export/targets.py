@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,13 +12,12 @@ import torch
 from fourfold.errors import ConfigError
 from fourfold.export import to_adapter, to_bnb_4bit, to_gguf, to_safetensors
 from fourfold.export.agreement import Agreement, Bounds
+from fourfold.export.record import folder_bytes, write_verification
 from fourfold.export.trained import Reading, Trained
 from fourfold.export.verification import reference_logits
-from fourfold.files import whole_folder, write_whole
+from fourfold.files import whole_folder
 
-__all__ = ["EXPORTS", "VERIFICATION_FILE", "Export", "ExportReport", "check_target", "export_model"]
-
-VERIFICATION_FILE = "verification.json"
+__all__ = ["EXPORTS", "Export", "ExportReport", "check_target", "export_model"]
 
 
 class _Write(Protocol):
@@ -125,9 +122,9 @@ def export_model(
         for reader, reading in readings.items():
             its_bounds = replace(bounds, top1=0.0) if reading.is_sample else bounds
             reading.agreement.require(its_bounds, f"the export to {target} {quantization or ''}, read by {reader},")
-        num_bytes = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        num_bytes = folder_bytes(partial)
         report = ExportReport(str(out), target, quantization, num_bytes, bounds, readings, next_steps)
-        write_whole(partial / VERIFICATION_FILE, json.dumps(_record(report), indent=2) + "\n")
+        write_verification(partial, target, quantization, num_bytes, asdict(bounds), readings)
     return replace(report, next_steps=[step.replace(str(partial), str(out)) for step in next_steps])
 
 
@@ -144,16 +141,3 @@ def check_target(target: str, quantization: str | None) -> str:
             allowed=[name for name in known if name] or "none: leave --quantization out",
         )
     return quantization
-
-
-def _record(report: ExportReport) -> dict[str, Any]:
-    """What `verification.json` holds: nothing in it names a place of this machine."""
-    packages = ("fourfold", "torch", "transformers", "peft", "gguf", "safetensors")
-    return {
-        "format": report.format,
-        "quantization": report.quantization,
-        "num_bytes": report.num_bytes,
-        "bounds": asdict(report.bounds),
-        "readers": {name: asdict(reading) for name, reading in report.readings.items()},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }

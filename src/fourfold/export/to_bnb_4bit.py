@@ -32,7 +32,7 @@ def write(trained: Trained, folder: Path, quantization: str | None) -> list[str]
         options = FourfoldConfig(bnb_4bit_quant_type=quantization or "nf4")
         model = load_model(merged, quantization=options, dtype=trained.dtype, device=trained.model.device)
         model.save_pretrained(folder)
-        generation_config(trained, model.generation_config).save_pretrained(folder)
+        generation_config(trained.stops, model.generation_config).save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
     return [f"serve it: vllm serve {folder} --quantization bitsandbytes"]
 

@@ -62,7 +62,7 @@ def write_model(trained: Trained, folder: Path, max_shard_bytes: int) -> None:
         del config.quantization_config
     config.architectures = [type(base).__name__]
     config.save_pretrained(folder)
-    generation_config(trained, base.generation_config).save_pretrained(folder)
+    generation_config(trained.stops, base.generation_config).save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)
 
 

@@ -16,7 +16,7 @@ from fourfold.errors import VerificationError
 from fourfold.export.agreement import Agreement, agreement, require_same_texts
 from fourfold.export.verification import reference_logits
 
-__all__ = ["Reading", "Trained", "generation_config", "read_folder"]
+__all__ = ["Reading", "Trained", "check_beside", "generation_config", "read_folder"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Reading:
     is_sample: bool = False
 
 
-def generation_config(trained: Trained, settings: GenerationConfig) -> GenerationConfig:
+def generation_config(stops: list[int], settings: GenerationConfig) -> GenerationConfig:
     """Settings of generation in which all of the trained model's stop tokens end a reply."""
     settings = GenerationConfig.from_dict(settings.to_dict())
-    settings.eos_token_id = trained.stops
+    settings.eos_token_id = stops
     return settings
 
 
@@ -77,17 +77,28 @@ def read_folder(
     Raises:
         VerificationError: Another tokenizer, chat template or stop tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = require_same_texts(
-        trained.tokenizer, trained.prompts, lambda text: list(tokenizer(text)["input_ids"]), "Transformers"
-    )
-    if tokenizer.chat_template != trained.tokenizer.chat_template:
+    checks = check_beside(folder, trained.tokenizer, trained.prompts, trained.stops)
+    return Reading(agreement(reference, reference_logits(model, trained.prompts)), version, checks)
+
+
+def check_beside(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], stops: list[int]
+) -> dict[str, Any]:
+    """Compare what lies beside a model in its folder with what the trained one has.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        VerificationError: Another tokenizer, chat template or stop tokens.
+    """
+    found = AutoTokenizer.from_pretrained(folder)
+    texts = require_same_texts(tokenizer, prompts, lambda text: list(found(text)["input_ids"]), "Transformers")
+    if found.chat_template != tokenizer.chat_template:
         raise VerificationError("the exported chat template is not the model's; nothing was written")
-    stops = GenerationConfig.from_pretrained(folder).eos_token_id
-    if stops != trained.stops:
+    written = GenerationConfig.from_pretrained(folder).eos_token_id
+    if written != stops:
         raise VerificationError(
-            "the exported stop tokens are not the model's; nothing was written", found=stops, allowed=str(trained.stops)
+            "the exported stop tokens are not the model's; nothing was written", found=written, allowed=str(stops)
         )
-    found = agreement(reference, reference_logits(model, trained.prompts))
-    checks = {"tokenizer": texts, "chat_template": "same", "stop_tokens": trained.stops}
-    return Reading(found, version, checks)
+    return {"tokenizer": texts, "chat_template": "same", "stop_tokens": stops}
