@@ -25,6 +25,7 @@ def choices(key: str) -> set[str]:
         ("distributed", "fourfold.training.distributed", "DISTRIBUTED", {"auto"}),
         ("row_format", "fourfold.data.row_formats", "ROW_FORMATS", {"auto"}),
         ("overlong", "fourfold.data.overlong", "OVERLONG", set()),
+        ("eval_metrics", "fourfold.evaluation.text_metrics", "TEXT_METRICS", set()),
         ("eval_comparison", "fourfold.evaluation.exact_match", "COMPARISONS", set()),
     ],
 )
@@ -37,3 +38,12 @@ def test_the_losses_are_those_of_the_methods() -> None:
     from fourfold.training.methods import PREFERENCE_METHODS
 
     assert choices("loss_type") == set(PREFERENCE_METHODS["dpo"]) | set(PREFERENCE_METHODS["kto"])
+
+
+def test_the_keys_of_each_task_are_keys_and_all_keys_of_evaluation_are_a_tasks() -> None:
+    from fourfold.config.evaluation import EvaluationKeys
+    from fourfold.evaluation.tasks import TASKS
+
+    keys = {key for task in TASKS.values() for key in task.keys}
+    assert keys <= RunConfig.model_fields.keys()
+    assert EvaluationKeys.model_fields.keys() <= keys

@@ -35,8 +35,11 @@ class EvaluateCommand(TyperCommand):
             if word != "--compare":
                 words.append(word)
                 continue
+            named: list[str] = []
             while rest and not rest[0].startswith("--"):
-                words += ["--compare", rest.pop(0)]
+                named += ["--compare", rest.pop(0)]
+            # Without a model it is an option without its value, which is refused.
+            words += named or ["--compare"]
         parsed: list[str] = super().parse_args(ctx, words)
         return parsed
 
@@ -110,7 +113,11 @@ def _config_of(names: list[str], words: list[str]) -> RunConfig:
 
 def _title(comparison: Comparison) -> str:
     level = comparison.options.level
-    return f"{level:.0%} intervals, {', '.join(f'{count:,} {name}' for name, count in comparison.counts.items())}"
+    return f"{level:.0%} intervals; {_counts(comparison)}"
+
+
+def _counts(comparison: Comparison) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in comparison.counts.items())
 
 
 def print_comparison(comparison: Comparison, picture: Path | None, as_json: bool) -> None:
@@ -119,7 +126,7 @@ def print_comparison(comparison: Comparison, picture: Path | None, as_json: bool
         print_json({**comparison.to_dict(), "picture": picture})
         return
     names = [model.name for model in comparison.models]
-    table = Table(box=None, pad_edge=False, show_lines=False, collapse_padding=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in names:
         table.add_column(Text(name), justify="right", no_wrap=True)
@@ -129,7 +136,9 @@ def print_comparison(comparison: Comparison, picture: Path | None, as_json: bool
         table.add_row("", *(_interval(cells.get(name)) for name in names), style="dim")
         if any(cell.difference for cell in cells.values()):
             against = Text(f"  against {names[0]}")
-            table.add_row(against, *(_difference(cells.get(name)) for name in names), end_section=True)
+            # Losses and perplexities have no scale of their own.
+            in_percent = not comparison.higher_is_better[figure]
+            table.add_row(against, *(_difference(cells.get(name), in_percent) for name in names))
     table.add_row("")
     for label, values in _costs(comparison).items():
         if any(values):
@@ -156,17 +165,19 @@ def _interval(cell: Cell | None) -> str:
     return f"{low:.4g} to {high:.4g}"
 
 
-def _difference(cell: Cell | None) -> Text:
-    """The difference with its interval."""
-    if cell is None or cell.difference is None:
+def _difference(cell: Cell | None, in_percent: bool) -> Text:
+    """The difference with its interval: as it is, or in percent of the first model's figure."""
+    found = None if cell is None else cell.difference
+    if found is None:
         return Text("")
-    found = cell.difference
-    if found.interval is None:
-        return Text(f"{found.value:+.3g}")
-    low, high = found.interval
+    value, interval, form = found.value, found.interval, "+.3g"
+    if in_percent and found.relative is not None:
+        value, interval, form = found.relative, found.relative_interval, "+.2%"
+    if interval is None:
+        return Text(f"{value:{form}}")
+    low, high = interval
     # An interval around 0 is no difference that these rows could tell.
-    style = "dim" if low <= 0 <= high else ""
-    return Text(f"{found.value:+.3g} ({low:+.3g} to {high:+.3g})", style=style)
+    return Text(f"{value:{form}} ({low:{form}} to {high:{form}})", style="dim" if low <= 0 <= high else "")
 
 
 def _costs(comparison: Comparison) -> dict[str, list[str | None]]:
@@ -186,9 +197,9 @@ def _speed(tokens: float | None) -> str | None:
 
 def _notes(comparison: Comparison) -> list[str]:
     options = comparison.options
-    counts = ", ".join(f"{name} {count:,}" for name, count in comparison.counts.items())
     lines = [
-        f"{options.level:.0%} intervals over rows, {options.num_resamples:,} samples; differences are paired. {counts}"
+        f"{options.level:.0%} intervals over rows, {options.num_resamples:,} samples; differences are paired",
+        _counts(comparison),
     ]
     for model in comparison.models:
         lines += [f"{model.name} without {task}: {reason}" for task, reason in model.left_out.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import os
 import random
@@ -78,11 +79,11 @@ def run_harness(
     check_harness(options)
     if apply_chat_template and not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template", hint="set the key chat_template")
-    import lm_eval
+    with _process_left_as_it_was():
+        import lm_eval
 
-    from fourfold.evaluation.harness_model import HarnessModel
+        from fourfold.evaluation.harness_model import HarnessModel
 
-    with _own_random_state():
         try:
             results: Mapping[str, Any] | None = lm_eval.simple_evaluate(
                 model=HarnessModel(model, tokenizer, batch_size),
@@ -111,6 +112,7 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
+@functools.lru_cache(maxsize=1)
 def _task_manager(options: HarnessOptions) -> Any:
     """What finds the tasks: in the given folder alone where they are all there, since the harness's own are thousands.
 
@@ -174,18 +176,16 @@ def _figure(name: str, value: float, scores: Sequence[Any], higher_is_better: bo
 
 
 @contextmanager
-def _own_random_state() -> Iterator[None]:
-    """The harness seeds Python's, numpy's and torch's generators, and lets tokenizers use no threads."""
-    states = random.getstate(), np.random.get_state()
-    threads = os.environ.get("TOKENIZERS_PARALLELISM")
+def _process_left_as_it_was() -> Iterator[None]:
+    """The harness seeds Python's, numpy's and torch's generators, and it and what it imports set variables."""
+    of_python, of_numpy, variables = random.getstate(), np.random.get_state(), dict(os.environ)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            if threads is None:
-                os.environ.pop("TOKENIZERS_PARALLELISM", None)
-            else:
-                os.environ["TOKENIZERS_PARALLELISM"] = threads
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+            for name in os.environ.keys() - variables.keys():
+                del os.environ[name]
+            os.environ.update(variables)
