@@ -61,11 +61,10 @@ def invoke(*words: str):
 def test_compare_takes_all_words_up_to_the_next_option_wherever_it_stands(evaluating, config_file) -> None:
     orders = (
         [config_file, "--compare", "base16", "base4", "adapter", "--perplexity_max_length", "2048", "--json"],
-        ["--compare", "base16", "base4", "adapter", "--perplexity_max_length", "2048", "--json", config_file],
+        ["--compare", "base16", "base4", "adapter", "--json", config_file, "--perplexity_max_length", "2048"],
         [config_file, "--perplexity_max_length", "2048", "--json", "--compare", "base16", "base4", "adapter"],
     )
     for words in orders:
-        # A CONFIG behind a key would be the key's value; behind --json it is CONFIG.
         result = invoke(*words)
         assert result.exit_code == 0, result.output
         config, names = evaluating.calls.pop()
