@@ -99,7 +99,7 @@ def test_what_was_compared_stands_beside_the_model_as_beside_an_export(run, tmp_
     exporting.export(str(run), tmp_path / "exported", "safetensors")
     ours, theirs = (json.loads((tmp_path / name / "verification.json").read_text()) for name in ("merged", "exported"))
     assert ours.keys() == theirs.keys()
-    assert ours["bounds"] == {"kl": 2e-3, "top1": 0.99, "relative_error": 0.02}
+    assert ours["bounds"] == {"kl": 2e-3, "top1": 0.95, "relative_error": 0.02}
     assert theirs["bounds"].keys() < ours["bounds"].keys()
     (reading,), (other,) = ours["readers"].values(), theirs["readers"].values()
     assert reading.keys() == other.keys()
