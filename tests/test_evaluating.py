@@ -186,6 +186,18 @@ def test_an_adapter_of_another_base_is_named(config, tiny_tokenizer, tmp_path) -
         compare(asked, ["base4", str(tmp_path / "alone")], progress="silent")
 
 
+def test_a_run_is_computed_as_the_comparison_is_and_not_as_it_was_trained(config, comparison, tmp_path) -> None:
+    shutil.copytree(config.output_dir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(
+        settings.read_text().replace("bnb_4bit_compute_dtype: float32", "bnb_4bit_compute_dtype: bfloat16")
+    )
+    asked = config.model_copy(update={"eval_generate_rows": 0})
+    found = compare(asked, ["adapter", str(tmp_path / "run")], progress="silent")
+    values = [cell.value for cell in found.cells["perplexity"].values()]
+    assert values == [pytest.approx(figure(comparison, "perplexity", "adapter"), rel=1e-6)] * 2
+
+
 def test_a_run_that_is_not_trained_has_no_adapter_and_a_stored_base_no_16_bits(config, tmp_path) -> None:
     untrained = config.model_copy(update={"output_dir": str(tmp_path / "none")})
     with pytest.raises(CheckpointError, match=r"adapter: there is no adapter in .*none"):

@@ -28,6 +28,8 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 _ADAPTER_FILE = "adapter_config.json"
 _FORMATS: tuple[str, ...] = get_args(RunConfig.model_fields["bnb_4bit_quant_type"].annotation)
 _INT8 = "llm_int8"
+# What is the comparison's, and not each run's own.
+_HOW = ("device", "bnb_4bit_compute_dtype", "attn_implementation", "stream_base", "fused_blocks")
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,15 @@ def find_variants(names: Sequence[str], config: RunConfig) -> list[Variant]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError("a comparison names a model twice", found=", ".join(twice))
-    if config.method == "reward":
-        raise ConfigError("the run trained a model that gives scores, and comparisons are of models that write")
+    _require_writing(config)
     return [_find(name, config) for name in names]
+
+
+def _require_writing(config: RunConfig) -> None:
+    if config.method == "reward":
+        raise ConfigError(
+            f"the run at {config.output_dir} trained a model that gives scores, and comparisons are of models that write"
+        )
 
 
 def _is_run(path: Path) -> bool:
@@ -124,7 +132,13 @@ def _find(name: str, config: RunConfig) -> Variant:
         of_run = kind or ("adapter" if found.config.adapter else "model")
         if of_run not in OF_RUNS:
             raise ConfigError(f"{name}: a run has no such model", found=of_run, allowed=OF_RUNS)
-        return OF_RUNS[of_run](name, _Run(found.config, found.adapter))
+        if found.config.method == "reward":
+            raise ConfigError(
+                f"{name}: the run trained a model that gives scores, and comparisons are of models that write"
+            )
+        # Its own model, computed as all others of the comparison are.
+        alike = found.config.model_copy(update={key: getattr(config, key) for key in _HOW})
+        return OF_RUNS[of_run](name, _Run(alike, found.adapter))
     if (path / _ADAPTER_FILE).is_file():
         if kind is not None:
             raise ConfigError(f"{name}: an adapter is measured as it is", found=f"@{kind}", hint=f"name it {source}")

@@ -40,8 +40,8 @@ ONTO: dict[str, str] = {
 # Above what rounding the merged weights to bf16 does (0.006 to 0.012), and a fifth of what a scale wrong by a tenth
 # does: the table in `write_merged` has the figures.
 DEFAULT_BOUND = 0.02
-# What that relative error comes to in predictions: a mean KL grows with its square, and 0.012 made 0.0006 nats. Of a few
-# hundred positions several can be near ties: of a small random model 2 of 174 were, at a KL of 6e-8.
+# What that relative error comes to in predictions: a mean KL grows with its square, and 0.012 made 0.0006 nats. Of a
+# few hundred positions several can be near ties: of a small random model 2 of 174 were, at a KL of 6e-8.
 BOUNDS = Bounds(kl=2e-3, top1=0.95)
 
 
