@@ -131,13 +131,15 @@ def test_a_comparison_is_data_and_a_picture(comparison, tmp_path) -> None:
 def test_models_are_named_by_folders_too(config, comparison, tiny_llama, tmp_path) -> None:
     """The run, its base in another format, an adapter without its run, and a merged folder."""
     pipeline.merge(config.output_dir, tmp_path / "merged")
-    shutil.copytree(Path(config.output_dir) / "adapter", tmp_path / "alone")
+    # A model that lies beside a file of that name is no part of a run.
+    (tmp_path / "config.yaml").write_text("model_name_or_path: another\n")
+    shutil.copytree(Path(config.output_dir) / "adapter", tmp_path / "elsewhere" / "alone")
     names = [
         config.output_dir,
         f"{config.output_dir}@base4",
         f"{tiny_llama}@int8",
         str(tiny_llama),
-        str(tmp_path / "alone"),
+        str(tmp_path / "elsewhere" / "alone"),
         str(tmp_path / "merged"),
     ]
     found = compare(config.model_copy(update={"eval_generate_rows": 0}), names, progress="silent")

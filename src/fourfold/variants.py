@@ -99,14 +99,18 @@ def find_variants(names: Sequence[str], config: RunConfig) -> list[Variant]:
 def _require_writing(config: RunConfig) -> None:
     if config.method == "reward":
         raise ConfigError(
-            f"the run at {config.output_dir} trained a model that gives scores, and comparisons are of models that write"
+            f"the run at {config.output_dir} trained a model that gives scores",
+            allowed="runs that trained models that write",
         )
 
 
 def _is_run(path: Path) -> bool:
-    """Whether `find_run` would look for a run there."""
-    folders = (path, path.absolute().parent) if path.is_dir() else ()
-    return any((folder / run_folder.CONFIG_FILE).is_file() for folder in folders)
+    """Whether it is the folder of a run, or in one that of its adapter, model or checkpoint."""
+    if (path / run_folder.CONFIG_FILE).is_file():
+        return True
+    is_part = path.name in run_folder.RESULTS or path.name.startswith("checkpoint-")
+    is_part = is_part or (path / _ADAPTER_FILE).is_file()
+    return is_part and (path.absolute().parent / run_folder.CONFIG_FILE).is_file()
 
 
 def _allowed() -> list[str]:
@@ -132,10 +136,7 @@ def _find(name: str, config: RunConfig) -> Variant:
         of_run = kind or ("adapter" if found.config.adapter else "model")
         if of_run not in OF_RUNS:
             raise ConfigError(f"{name}: a run has no such model", found=of_run, allowed=OF_RUNS)
-        if found.config.method == "reward":
-            raise ConfigError(
-                f"{name}: the run trained a model that gives scores, and comparisons are of models that write"
-            )
+        _require_writing(found.config)
         # Its own model, computed as all others of the comparison are.
         alike = found.config.model_copy(update={key: getattr(config, key) for key in _HOW})
         return OF_RUNS[of_run](name, _Run(alike, found.adapter))
