@@ -257,3 +257,41 @@ def test_nothing_to_measure_on_is_refused(config) -> None:
     nothing = {"eval_dataset": None, "perplexity_text": None, "eval_generate_rows": 0}
     with pytest.raises(ConfigError, match=r"nothing to evaluate on(.|\n)*harness_tasks"):
         compare(config.model_copy(update=nothing), ["base4", "adapter"], progress="silent")
+
+
+def test_evaluate_gives_what_each_task_of_the_configuration_measures(config, tmp_path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = Path(config.perplexity_text).with_name("choices.jsonl")
+    task = {
+        "task": "paid",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "paid.yaml").write_text(json.dumps(task))
+    asked = {
+        "eval_metrics": ["rouge", "bleu"],
+        "eval_pattern": r"\d+",
+        "multiple_choice_dataset": str(rows),
+        "multiple_choice_rows": 3,
+        "harness_tasks": [str(tmp_path / "paid.yaml")],
+    }
+    found = pipeline.evaluate(config.model_copy(update=asked), progress="silent")
+    assert list(found) == [
+        *("eval_loss", "eval_num_tokens", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "exact_match_rows"),
+        *("perplexity", "perplexity_num_tokens"),
+        *("multiple_choice_acc", "multiple_choice_acc_norm", "multiple_choice_rows"),
+        *("harness/paid/acc", "harness/paid/rows"),
+    ]
+    # The harness asks the same questions in the same way.
+    whole = pipeline.evaluate(config.model_copy(update=asked | {"multiple_choice_rows": None}), progress="silent")
+    assert whole["harness/paid/acc"] == whole["multiple_choice_acc"]
+    with pytest.raises(ConfigError, match=r"not there(.|\n)*none\.yaml"):
+        pipeline.train(
+            config.model_copy(update={"harness_tasks": ["none.yaml"], "overwrite_output_dir": True}), "silent"
+        )

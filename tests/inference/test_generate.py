@@ -168,3 +168,18 @@ def test_smollm2_knows_the_capital_of_france_and_stops(smollm2_path: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     replies = generate_replies(model, tokenizer, [CONVERSATIONS[1]], GenerationOptions(max_new_tokens=24))
     assert replies == ["The capital of France is Paris."]
+
+
+def test_tokens_are_continued_as_the_text_they_are_and_a_reply_ends_before_a_stop_text(
+    model: Any, tokenizer: Any
+) -> None:
+    texts = ["Paid Nordwind", "What is the capital of France?"]
+    whole = generate_replies(model, tokenizer, texts, GenerationOptions(max_new_tokens=16))
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    assert generate_replies(model, tokenizer, ids, GenerationOptions(max_new_tokens=16)) == whole
+    stop = (whole[0][4:7], "never written")
+    cut = generate_replies(model, tokenizer, texts, GenerationOptions(max_new_tokens=16, stop=stop))
+    assert cut[0] == whole[0][: whole[0].index(stop[0])]
+    assert cut[1] == whole[1].partition(stop[0])[0]
+    with pytest.raises(ConfigError, match="key stop"):
+        GenerationOptions(stop=("",))
