@@ -357,7 +357,8 @@ class Engine:
         sequence = running.sequence
         if sequence.finish_reason is not None:
             return
-        logger.warning("Sequence %d ends with an error: %s", sequence.number, error, exc_info=error)
+        logger.warning("Sequence %d ends with an error: %s", sequence.number, error)
+        logger.debug("where it comes from", exc_info=error)
         sequence.error = str(error) or type(error).__name__
         # What the slot holds now is not certain.
         running.slot.tokens.clear()
