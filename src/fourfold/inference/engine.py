@@ -128,6 +128,7 @@ class Engine:
         self._chunks: list[Chunk] = []
         self._seen: Tensor | None = None
         self._num_steps = 0
+        self._most_running = options.max_sequences
 
     @property
     def free_slots(self) -> int:
@@ -191,7 +192,9 @@ class Engine:
         return chunks
 
     def _admit(self) -> None:
-        while self._waiting and self._free:
+        if not self._running:
+            self._most_running = self.options.max_sequences
+        while self._waiting and len(self._running) < self._most_running:
             sequence = self._waiting.popleft()
             request = sequence.request
             prompt = list(request.prompt_ids)
@@ -230,6 +233,12 @@ class Engine:
                     logits = self._read(running, part)
                     if not running.todo:
                         self._choose([running], logits[None])
+                except torch.OutOfMemoryError as error:
+                    if len(self._running) == 1:
+                        self._fail(running, error)
+                    else:
+                        self._wait_again(running)
+                    break
                 except Exception as error:
                     self._fail(running, error)
                 left -= len(part)
@@ -237,6 +246,15 @@ class Engine:
                     if keep_short:
                         return
                     left = self.options.prefill_chunk
+
+    def _wait_again(self, running: _Running) -> None:
+        """There is no memory for this prompt beside those that run: it comes next when one of them has ended."""
+        logger.warning("No memory for a prompt of %d tokens now: it waits", len(running.request.prompt_ids))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._release(running)
+        self._waiting.appendleft(running.sequence)
+        self._most_running = len(self._running)
 
     def _read(self, running: _Running, part: list[int]) -> Tensor:
         slot = running.slot
@@ -375,13 +393,15 @@ class Engine:
         sequence.text += text
         sequence.finish_reason = reason
         sequence.finished_at = time.monotonic()
-        for running in self._running:
-            if running.sequence is sequence:
-                running.slot.used_at = self._num_steps
-                self._free.append(running.slot)
-                self._free.sort(key=lambda slot: slot.index)
-        self._running = [running for running in self._running if running.sequence is not sequence]
+        for running in [running for running in self._running if running.sequence is sequence]:
+            self._release(running)
         self._chunks.append(Chunk(sequence, text, token_ids, logprobs, reason))
+
+    def _release(self, running: _Running) -> None:
+        running.slot.used_at = self._num_steps
+        self._free.append(running.slot)
+        self._free.sort(key=lambda slot: slot.index)
+        self._running.remove(running)
 
 
 def _common(one: list[int], other: list[int]) -> int:
