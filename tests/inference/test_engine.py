@@ -39,9 +39,7 @@ def engine(tiny_tokenizer: Any) -> Engine:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_generate_alone_whoever_joins_and_leaves(
-    family: str, tiny_tokenizer: Any
-) -> None:
+def test_greedy_answers_are_those_of_generate_alone_whoever_joins_and_leaves(family: str, tiny_tokenizer: Any) -> None:
     model = small_model(family)
     engine = Engine(model, tiny_tokenizer, OPTIONS)
     draw = random.Random(1)
@@ -151,9 +149,7 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(engine: Engine, tiny_
             continue
         start = draw.randrange(2, len(whole.text) - 4)
         stop = whole.text[start : start + 3]
-        first_pieces = [
-            tiny_tokenizer.decode(whole.token_ids[:count]) for count in range(len(whole.token_ids))
-        ]
+        first_pieces = [tiny_tokenizer.decode(whole.token_ids[:count]) for count in range(len(whole.token_ids))]
         across += not any(piece.endswith(whole.text[: whole.text.find(stop)]) for piece in first_pieces)
         sequence = engine.submit(Request(tokens, max_new_tokens=24, ignore_eos=True, stop=(stop, "never there")))
         chunks = run(engine)
