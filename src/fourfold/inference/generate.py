@@ -279,7 +279,10 @@ _ENGINE_KNOWS = {
 def not_in_engine(config: GenerationConfig) -> str | None:
     """What a model's generation config asks for beside sampling and stop tokens; None for nothing."""
     asked = config.to_diff_dict()
-    return ", ".join(f"{name}={value}" for name, value in asked.items() if name not in _ENGINE_KNOWS) or None
+    return (
+        ", ".join(f"{name}={value}" for name, value in asked.items() if name not in _ENGINE_KNOWS and name[0] != "_")
+        or None
+    )
 
 
 def _stopping(tokenizer: Any, options: GenerationOptions) -> dict[str, Any]:
