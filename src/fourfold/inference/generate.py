@@ -252,8 +252,9 @@ def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -
         do_sample=sampling,
         temperature=options.temperature if sampling else 1.0,
         top_p=options.top_p if sampling else 1.0,
-        min_p=options.min_p if sampling and options.min_p else None,
-        repetition_penalty=None if chosen.repetition_penalty == 1 else chosen.repetition_penalty,
+        # What is None here is filled in from the model's own again.
+        min_p=options.min_p if sampling else None,
+        repetition_penalty=chosen.repetition_penalty,
         num_beams=1,
         use_cache=True,
         eos_token_id=stops,
