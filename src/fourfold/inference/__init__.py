@@ -17,8 +17,9 @@ from fourfold.inference.generate import (
     stream_reply,
 )
 from fourfold.inference.generic_step import GenericStep
+from fourfold.inference.logprobs import TokenLogprob
 from fourfold.inference.options import EngineOptions
-from fourfold.inference.requests import Chunk, Constraint, FinishReason, Request, Sequence, TokenLogprob
+from fourfold.inference.requests import Chunk, Constraint, FinishReason, Request, Sequence
 from fourfold.inference.sampling import SamplingOptions
 from fourfold.inference.steps import Step
 

@@ -95,7 +95,7 @@ def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions,
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     heads = int(getattr(config, "num_attention_heads", 1))
     kv_heads = min((layer.kv_heads for layer in shape.layers if layer is not None), default=heads)
-    chunk = min(options.prefill_chunk, length)
+    chunk = min(max(options.prefill_chunk, options.prefill_alone), length)
     expanded = [module.quantized.num_elements for module in model.modules() if isinstance(module, QuantizedWeight)]
     layer = length * shape.layer_token_bytes
     repeated = max(1, heads // kv_heads) * layer
