@@ -3,7 +3,7 @@
     python benchmarks/answers.py --shape 8b --batches 1 8 32 --json benchmarks/results/answers.json   # a GPU
     python benchmarks/answers.py --model MODEL_OR_RUN --batches 1 8 16 --generate
 
-Each row answers random prompts of `--prompt-tokens` tokens, greedily over `--new-tokens` tokens, by as many sequences at
+Each row answers random prompts of `--prompt-tokens` tokens, greedily over `--new-tokens` tokens, as many sequences at
 a time as the row says, after a round that is not measured. `--generate` sets Transformers' own generate over the same
 prompts beside it. With `--clock process` seconds are those of this process alone, on a machine that others use, too.
 """
