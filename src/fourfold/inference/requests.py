@@ -13,7 +13,7 @@ from fourfold.errors import InferenceError
 from fourfold.inference.logprobs import TokenLogprob
 from fourfold.inference.sampling import SamplingOptions
 
-__all__ = ["Chunk", "Constraint", "FinishReason", "Request", "Sequence"]
+__all__ = ["Chunk", "Constraint", "FinishReason", "Request", "Sequence", "TokenLogprob"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
