@@ -9,8 +9,6 @@ from compiling import Variant
 
 from fourfold.kernels import decode_linear_triton as ours
 
-ONE, THREE, TWO = ("row_1",), ("row_1", "row_2"), ("row_1",)
-
 
 def launch(
     columns: int,
@@ -45,7 +43,7 @@ def launch(
         **dict.fromkeys(["num_inputs", "row_1", "row_2", "num_rows"], "i32"),
         **dict.fromkeys(["x_scale", "out_scale"], "fp32"),
         **{"COLUMNS": columns, "NESTED_SHIFT": 8 if nested else 0, "LOOKUP": lookup, "BLOCK_M": block_m},
-        **{"ROWS": ours.ROWS, "WARPS": ours.WARPS, "SPANS": -(-columns // (256 * ours.WARPS))},
+        **{"ROWS": ours.ROWS[block_m], "WARPS": ours.WARPS, "SPANS": -(-columns // (256 * ours.WARPS))},
         **{"RANK": rank, "RANKS": members * rank, "ACTIVATION": "silu" if gated else ""},
         **{"DTYPE": dtype, "EARLY": early},
     }
@@ -55,12 +53,12 @@ def launch(
 
 
 VARIANTS = [
-    *(launch(4096, 3, block_m, rank=16, bias=True) for block_m in (8, 16, 32)),
-    *(launch(4096, 1, block_m, residual=True) for block_m in (8, 32)),
-    *(launch(14336, 1, block_m, residual=True, rank=64) for block_m in (8, 32)),
-    *(launch(4096, 2, block_m, gated=True, rank=16) for block_m in (8, 16, 32)),
+    *(launch(4096, 3, block_m, rank=16, bias=True) for block_m in (8, 16)),
+    *(launch(4096, 1, block_m, residual=True) for block_m in (8, 16)),
+    *(launch(14336, 1, block_m, residual=True, rank=64) for block_m in (8, 16)),
+    *(launch(4096, 2, block_m, gated=True, rank=16) for block_m in (8, 16)),
     launch(4096, 3, 8, lookup="shuffle"),
     launch(576, 2, 8, nested=False, gated=True, dtype=tl.float16),
     launch(4096, 3, 8, early=False),
-    launch(4096, 2, 32, gated=True, rank=16, early=False),
+    launch(4096, 2, 16, gated=True, rank=16, early=False),
 ]

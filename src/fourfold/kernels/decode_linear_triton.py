@@ -22,15 +22,16 @@ from torch import Tensor
 from fourfold.kernels.blockwise_triton import code_points
 from fourfold.kernels.decode_norm_triton import to_operand
 from fourfold.kernels.group_expansion_triton import of_member
-from fourfold.kernels.launching import cdiv, launches_early, next_power_of_2, on_device
+from fourfold.kernels.launching import cdiv, launches_early, on_device
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
 from fourfold.kernels.small_batch_triton import operand
 
 __all__ = ["LOOKUP", "MAX_MEMBERS", "ROWS", "WARPS", "decode_linear"]
 
 MAX_MEMBERS = 3
-# Of W, to a program: two tiles of the tensor cores; where gate and up are multiplied, one of each.
-ROWS = 32
+# Of W, to a program, by the rows of x in its tile; where gate and up are multiplied, half are gate's. Fewer leave
+# registers to more programs at a time, more spare reading x.
+ROWS = {8: 16, 16: 32}
 # That share the columns, by the columns: a warp of less than a span has nothing to do.
 WARPS = 8
 # How codes are looked up: "table" in shared memory, or "shuffle" among the lanes of a warp.
@@ -119,6 +120,28 @@ def block_words(codes_ptr: tl.tensor, word: tl.tensor, block: tl.tensor) -> tl.t
     """[places, 2] words of codes: those of a block of 64 that a lane decodes. They are read once."""
     at = (codes_ptr + (word + block * 8))[:, None] + tl.arange(0, 2)[None, :]
     return tl.load(at, eviction_policy="evict_first")
+
+
+@triton.jit
+def block_sums(
+    total: tl.tensor,
+    weight0: tl.tensor,
+    weight1: tl.tensor,
+    factor: tl.tensor,
+    x_ptr: tl.tensor,
+    x_at: tl.tensor,
+    WARPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """`total` [WARPS, rows of W, BLOCK_M] and factor times the sums over a block of 64 columns, of which a lane has two
+    words."""
+    eight = tl.arange(0, 8)[None, :]
+    x0 = tl.load(x_ptr + (x_at[:, None] + eight))
+    x1 = tl.load(x_ptr + ((x_at + 8)[:, None] + eight))
+    sums = tl.full(total.shape, 0.0, tl.float32)
+    sums = tl.dot(weight0, operand(x0, BLOCK_M, WARPS).permute(0, 2, 1), sums)
+    sums = tl.dot(weight1, operand(x1, BLOCK_M, WARPS).permute(0, 2, 1), sums)
+    return tl.fma(sums, factor, total)
 
 
 # One kernel for all numbers of rows that share a tile.
@@ -219,10 +242,9 @@ def decode_linear_kernel(
     if LOOKUP == "table":
         table = fill_table(codebook_ptr)
     x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
-    m = tl.minimum(x_block * 8 + x_r, num_inputs - 1)
+    m = tl.program_id(1) * BLOCK_M + x_block * 8 + x_r
     x_first = x_warp * SPANS
-    x_place = (m * COLUMNS + x_q * 16) // 16 * 16
-    eight = tl.arange(0, 8)[None, :]
+    x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
     total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -255,14 +277,10 @@ def decode_linear_kernel(
                 words3 = ahead
             factor = of_sums(from_quad(absmax, q * 0 + j, PLACES), ROWS, WARPS, BLOCK_M)
             word0, word1 = tl.split(words)
-            sums = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
-            x_at = x_place + tl.minimum((x_first + step) * 4 + j, LAST) * 64
-            for i in tl.static_range(2):
-                held = (word0 if i == 0 else word1).reshape(PLACES, 1)
-                weight = decoded(held, table, codebook_ptr, LOOKUP)
-                x = tl.load(x_ptr + ((x_at + i * 8)[:, None] + eight))
-                sums = tl.dot(operand(weight, ROWS, WARPS), operand(x, BLOCK_M, WARPS).permute(0, 2, 1), sums)
-            total = tl.fma(sums, factor, total)
+            weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+            weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+            x_at = tl.minimum((x_first + step) * 4 + j, LAST) * 64
+            total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
     result = tl.sum(total, axis=0) * x_scale
     rows = tl.arange(0, ROWS)
     row = first_row + rows
@@ -271,7 +289,7 @@ def decode_linear_kernel(
         row = first_row + rows % OUT_ROWS
         is_row = row < row_1
         row += tl.where(rows < OUT_ROWS, 0, row_1)
-    inputs = tl.arange(0, BLOCK_M)
+    inputs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_input = inputs < num_inputs
     if RANK > 0:
         ranks = tl.arange(0, RANK)
@@ -324,6 +342,7 @@ def decode_linear(
     dtype: torch.dtype,
     lookup: str | None = None,
     early: bool | None = None,
+    rows: int | None = None,
 ) -> Tensor:
     """`fourfold.kernels.decode_linear.decode_linear` for what `serves` says."""
     num_inputs, num_columns = x.shape
@@ -338,16 +357,19 @@ def decode_linear(
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]
+    # More rows share the programs' W by the L2 cache.
+    block_m = 8 if num_inputs <= 8 else 16
+    rows = rows or ROWS[block_m]
     with on_device(x):
-        decode_linear_kernel[(cdiv(width, ROWS // 2 if activation else ROWS),)](
+        decode_linear_kernel[(cdiv(width, rows // 2 if activation else rows), cdiv(num_inputs, block_m))](
             *(out, x, *_three(codes), codebook, *_three(scales), code_map),
             *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
             *(num_inputs, row_1, row_2, total, float(x_scale), float(out_scale)),
             COLUMNS=num_columns,
             NESTED_SHIFT=nested_block_size.bit_length() - 1,
             LOOKUP=lookup,
-            BLOCK_M=max(8, next_power_of_2(num_inputs)),
-            ROWS=ROWS,
+            BLOCK_M=block_m,
+            ROWS=rows,
             WARPS=WARPS,
             SPANS=cdiv(num_columns, 256 * WARPS),
             RANK=rank,
