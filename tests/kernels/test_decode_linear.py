@@ -1,4 +1,4 @@
-"""The linear layers of a decode step: the kernel, interpreted, against float64; the operator against the layers alone."""
+"""A decode step's linear layers: the kernel, interpreted, against float64; the operator against the layers alone."""
 
 from __future__ import annotations
 
@@ -54,18 +54,12 @@ def test_kernel_is_as_near_to_float64_as_its_output_can_be(
     x, total = torch.randn(inputs, columns).half(), sum(rows)
     bias, residual = torch.randn(total).half(), torch.randn(inputs, total).half()
     low, up = torch.randn(inputs, 16 * len(rows)).half(), torch.randn(total, 16).half()
-    plain = decode_linear_triton.decode_linear(
-        x, *parts(weights), None, None, None, None, "", 2.0, 1.0, torch.float16
-    )
+    plain = decode_linear_triton.decode_linear(x, *parts(weights), None, None, None, None, "", 2.0, 1.0, torch.float16)
     expected = 2 * exact(x, weights)
     assert error(plain, expected) < 4e-4
-    whole = decode_linear_triton.decode_linear(
-        x, *parts(weights), bias, residual, low, up, "", 2.0, 1.0, torch.float16
-    )
+    whole = decode_linear_triton.decode_linear(x, *parts(weights), bias, residual, low, up, "", 2.0, 1.0, torch.float16)
     owns = low.double().split(16, dim=1)
-    adapted = torch.cat(
-        [own @ each.double().T for own, each in zip(owns, up.split(rows), strict=True)], dim=1
-    )
+    adapted = torch.cat([own @ each.double().T for own, each in zip(owns, up.split(rows), strict=True)], dim=1)
     assert error(whole, expected + adapted + bias.double() + residual.double()) < 6e-4
 
 

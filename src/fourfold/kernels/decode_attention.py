@@ -1,4 +1,4 @@
-"""Attention of a decode step: a token for each of some slots of a cache, from q, k and v as the linear layers leave them.
+"""Attention of a decode step: a token for each of some slots of a cache, from q, k and v as linear layers leave them.
 
     q, k = RMSNorm of each head (Qwen3);  q, k = rotated;  k, v written to the slot at the token's position;
     out = softmax(scale q k^T) v over the slot's tokens, the new one among them

@@ -213,7 +213,7 @@ def decode_attention_(
     size: int | None = None,
     early: bool | None = None,
 ) -> Tensor:
-    """`fourfold.kernels.decode_attention.decode_attention_` for what `serves` says; `size`: another part than its own."""
+    """`fourfold.kernels.decode_attention.decode_attention_` for what `serves` says; `size`: of a part."""
     rows = len(qkv)
     kv_heads, length, head_dim = keys.shape[1:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -221,9 +221,7 @@ def decode_attention_(
     parts = cdiv(length, size)
     sums = torch.empty(rows, heads, parts, head_dim, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=qkv.device)
-    out = torch.empty(
-        rows, heads * head_dim, dtype=torch.float16 if as_operand else qkv.dtype, device=qkv.device
-    )
+    out = torch.empty(rows, heads * head_dim, dtype=torch.float16 if as_operand else qkv.dtype, device=qkv.device)
     early = launches_early(qkv.device) if early is None else early
     with on_device(qkv):
         decode_attention_kernel[(parts, kv_heads, rows)](

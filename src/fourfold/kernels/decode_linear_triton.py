@@ -3,7 +3,7 @@
 Two things keep it so. A lane has 128 bytes of codes on their way while it works on as many, and a byte of codes is
 decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of which each lane has a
 copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes to the tensor cores as
-it is, for the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
+it is: the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
 The scale of a block is multiplied with the block's sums, in fp32.
 
 A warp takes ROWS rows of W and a share of the columns; the warps of a program add their sums up at the end, always in
@@ -38,8 +38,8 @@ WARPS = 8
 LOOKUP = "table"
 
 
-# Of 256 threads each fills one entry, 32 copies of it: sixteen bytes at a time, each thread beginning with another part of
-# its row, so that no two meet in a bank.
+# Of 256 threads each fills one entry, 32 copies of it: sixteen bytes at a time, each thread beginning with another part
+# of its row, so that no two meet in a bank.
 _STORE = "st.shared.v4.b32 [place], {value, value, value, value};"
 _NEXT = "add.u32 part, part, 16; and.b32 part, part, 112; add.u32 place, row, part;"
 _FILL = tl.constexpr(
@@ -79,9 +79,7 @@ def fill_table(codebook_ptr: tl.tensor) -> tl.tensor:
 
     An entry is fp16 twice, the code point of the upper four bits first.
     """
-    return tl.inline_asm_elementwise(
-        _FILL, "=r,l", [codebook_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise(_FILL, "=r,l", [codebook_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -194,7 +192,6 @@ def decode_linear_kernel(
     """
     BLOCKS: tl.constexpr = COLUMNS // 64
     IS_EVEN: tl.constexpr = SPANS * WARPS * 4 == BLOCKS
-    SHIFT: tl.constexpr = 6 + NESTED_SHIFT
     PLACES: tl.constexpr = 4 * ROWS * WARPS
     OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     q, r, warp, block = places(ROWS, WARPS)

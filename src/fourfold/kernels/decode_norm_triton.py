@@ -51,8 +51,7 @@ def decode_norm_kernel(
     else:
         x *= x_scale
     if out_ptr is not None:
-        if part == 0:
-            tl.store(out_ptr + m * K + columns, to_operand(x), mask=inside)
+        tl.store(out_ptr + m * K + columns, to_operand(x), mask=inside & (part == 0))
     if lora_a_ptr is not None:
         for i in tl.static_range(BLOCK_R):
             rank = part * BLOCK_R + i
@@ -101,8 +100,6 @@ def decode_norm(
     return out, _launch(x, out, weight, eps, lora_a, 1.0, x.dtype, early)
 
 
-def low_products(
-    x: Tensor, lora_a: Tensor, x_scale: float, dtype: torch.dtype, early: bool | None = None
-) -> Tensor:
+def low_products(x: Tensor, lora_a: Tensor, x_scale: float, dtype: torch.dtype, early: bool | None = None) -> Tensor:
     """`decode_norm.low_products`."""
     return _launch(x, None, None, 0.0, lora_a, x_scale, dtype, early)
