@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fourfold.inference.cache import CacheShape, LayerShape, SlotCache
+from fourfold.inference.choosing import step_for
 from fourfold.inference.engine import Engine
 from fourfold.inference.footprint import ServingFootprint, serving_footprint
 from fourfold.inference.generate import (
@@ -47,6 +48,7 @@ __all__ = [
     "prompt_ids",
     "require_template",
     "serving_footprint",
+    "step_for",
     "stop_token_ids",
     "stream_reply",
 ]

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fourfold.errors import InferenceError
 from fourfold.inference.cache import SlotCache
+from fourfold.inference.choosing import step_for
 from fourfold.inference.footprint import ServingFootprint, fitting_options, free_bytes, serving_footprint
 from fourfold.inference.generate import stop_token_ids
-from fourfold.inference.generic_step import GenericStep
 from fourfold.inference.logprobs import TokenLogprob, token_logprobs
 from fourfold.inference.options import EngineOptions
 from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence
@@ -96,7 +96,7 @@ class Engine:
         base = underlying(model)
         self.device: torch.device = base.device
         model.eval()
-        self.step_of_model: Step = step or GenericStep(model)
+        self.step_of_model: Step = step or step_for(model)
         context = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
         shape = self.step_of_model.shape
         free = options.memory_bytes or free_bytes(self.device)
