@@ -154,9 +154,7 @@ class FusedStep:
         return self._logits(x[-1:])[0]
 
     @torch.no_grad()
-    def decode(
-        self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: HeldCache, adapter: str | None
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: HeldCache, adapter: str | None) -> Tensor:
         """Write a token to each of some slots.
 
         Args:
@@ -235,4 +233,3 @@ class FusedStep:
             rotates=bool(getattr(attention, "use_rope", True)),
             activation=activation,
         )
-
