@@ -129,9 +129,7 @@ class DecodeLinears:
         if self.lora_a is not None and low is None:
             low = low_products(x, self.lora_a, x_scale, self.dtype)
         extras = {"low": low, "up": self.lora_b} if self.lora_a is not None else {}
-        return decode_linear(
-            x, *self.arguments, dtype=self.dtype, bias=self.bias, x_scale=x_scale, **extras, **others
-        )
+        return decode_linear(x, *self.arguments, dtype=self.dtype, bias=self.bias, x_scale=x_scale, **extras, **others)
 
     def one_by_one(self, x: Tensor) -> Tensor:
         """[M, out_features], by each layer itself."""
@@ -267,4 +265,3 @@ class DecodeLayer:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         out = F.scaled_dot_product_attention(q[None], k, v, attn_mask=mask, scale=self.scale)
         return out[0].transpose(0, 1).reshape(length, -1)
-

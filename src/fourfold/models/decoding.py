@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -154,9 +153,7 @@ class FusedStep:
         return self._logits(x[-1:])[0]
 
     @torch.no_grad()
-    def decode(
-        self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: HeldCache, adapter: str | None
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: HeldCache, adapter: str | None) -> Tensor:
         """Write a token to each of some slots.
 
         Args:
@@ -235,4 +232,3 @@ class FusedStep:
             rotates=bool(getattr(attention, "use_rope", True)),
             activation=activation,
         )
-
