@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from fourfold.models import decode_layer
 from fourfold.models.decoding import FusedStep
 from fourfold.models.linear_group import Unsupported
 from fourfold.models.streaming import stream_base
@@ -69,7 +70,7 @@ def prompts() -> list[Tensor]:
 
 
 def with_two_adapters(model: PreTrainedModel) -> PeftModel:
-    """"default" on all layers, "other" on two, of another rank and scaling."""
+    """ "default" on all layers, "other" on two, of another rank and scaling."""
     prepared = adapted(model, fused=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -128,17 +129,26 @@ def test_fused_blocks_are_no_hindrance_and_adapters_that_learned_are_read_anew()
     torch.testing.assert_close(by_step(step, prompts(), steps, "default"), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_a_16_bit_model_is_as_near_as_its_rounding_allows(dtype: torch.dtype) -> None:
-    model = decoder("llama-gqa", dtype).eval()
-    step, steps = FusedStep(model), tokens(3, 3)
-    cache = empty_cache(step, dtype)
-    slots = torch.tensor([1, 0, 2])
-    first = torch.stack([step.prefill(int(s), p, cache, None) for s, p in zip(slots, prompts(), strict=True)])
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-biases", "qwen3-head-norms", "mistral-window"])
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_a_16_bit_model_is_as_near_as_its_rounding_allows(
+    name: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The operators of the GPU's way, of which the references run here.
+    monkeypatch.setattr(decode_layer, "serves", lambda *_: by_kernels)
+    model = with_two_adapters(decoder(name, torch.bfloat16)).eval()
+    step, steps = FusedStep(model), tokens(1, 3)
+    assert step._view(None)[0].served == by_kernels
     positions = torch.tensor([len(prompt) for prompt in prompts()])
-    ours = torch.stack([first, step.decode(steps[0], slots, positions, cache, None)], dim=1).float()
-    expected = by_transformers(model, prompts(), steps[:1]).float()
-    assert (ours - expected).norm() / expected.norm() < 0.02
+    slots = torch.tensor([1, 0, 2])
+    for adapter in ("default", "other"):
+        cache = empty_cache(step, torch.bfloat16)
+        for slot, prompt in zip(slots.tolist(), prompts(), strict=True):
+            step.prefill(slot, prompt, cache, adapter)
+        ours = step.decode(steps[0], slots, positions, cache, adapter).float()
+        model.set_adapter(adapter)
+        expected = by_transformers(model, prompts(), steps)[:, 1].float()
+        assert (ours - expected).norm() / expected.norm() < 0.02
 
 
 def unsupported() -> dict[str, Any]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
