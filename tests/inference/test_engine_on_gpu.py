@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import VOCAB, generated, small_model
 
-from fourfold.inference import Engine, EngineOptions, GenericStep, Request, SamplingOptions, SlotCache
+from fourfold.inference import Engine, EngineOptions, GenericStep, Request, SamplingOptions, SlotCache, step_for
 from fourfold.inference.sampling import RowSampling, sample
 
 pytestmark = pytest.mark.gpu
@@ -29,6 +29,22 @@ def test_greedy_answers_on_a_gpu_are_those_of_the_cpu(family: str, tiny_tokenize
     for sequence in sequences:
         assert sequence.error is None
         assert sequence.token_ids == generated(small_model(family), sequence.request.prompt_ids, 12)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_answers_of_captured_passes_are_those_of_the_cpu_while_the_cache_grows(
+    fused: bool, tiny_tokenizer: Any
+) -> None:
+    model = small_model("llama").cuda()
+    step = step_for(model, fused=fused)
+    engine = Engine(model, tiny_tokenizer, OPTIONS, step=step)
+    sequences = [engine.submit(Request(tokens, max_new_tokens=40)) for tokens in prompts(5, seed=3)]
+    while engine.has_work:
+        engine.step()
+    assert step._graphs  # none was given up
+    for sequence in sequences:
+        assert sequence.error is None
+        assert sequence.token_ids == generated(small_model("llama"), sequence.request.prompt_ids, 40)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
