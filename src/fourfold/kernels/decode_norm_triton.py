@@ -51,7 +51,7 @@ def decode_norm_kernel(
     else:
         x *= x_scale
     if out_ptr is not None:
-        tl.store(out_ptr + m * K + columns, to_operand(x), mask=inside & (part == 0))
+        tl.store(out_ptr + m * K + columns, to_operand(x), mask=columns < K * (1 - part))
     if lora_a_ptr is not None:
         for i in tl.static_range(BLOCK_R):
             rank = part * BLOCK_R + i
