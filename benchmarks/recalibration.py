@@ -26,9 +26,9 @@ from fourfold.data import Collator
 from fourfold.inputs import read_data, read_tokenizer
 from fourfold.models.loading import load_model
 from fourfold.models.preparing import prepare
+from fourfold.training.building import build_trainer
 from fourfold.training.requantizing import RequantizeCallback
 from fourfold.training.run_folder import installed_versions
-from fourfold.training.trainer import build_trainer
 
 RESULTS = Path(__file__).parent / "results" / "recalibration.json"
 

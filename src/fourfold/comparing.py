@@ -15,13 +15,14 @@ from fourfold.config import options as choices
 from fourfold.config.methods import PREFERENCE_METHODS
 from fourfold.data import Collator, PreparedData
 from fourfold.data.streamed import StreamedData
+from fourfold.training.building import build_trainer
 from fourfold.training.evaluation_sets import as_the_trainer_takes_them, by_name, prefix_of
 from fourfold.training.options import TrainingOptions
 from fourfold.training.preference import DPOTrainer, PreferenceTrainer, build_preference_trainer
 from fourfold.training.reference import read_reference
 from fourfold.training.streamed import build_streamed_trainer
 from fourfold.training.trackers import without_trackers
-from fourfold.training.trainer import FourfoldTrainer, build_trainer
+from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = ["compare_answers", "preferences_of", "trainer_for"]
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import fourfold
 from fourfold.cli import app
-from fourfold.errors import DataError, VerificationError
+from fourfold.errors import DataError, InferenceError, VerificationError
 
 MAIN = "from fourfold.cli import main; main()"
 
@@ -46,6 +46,11 @@ class Inspection:
 
 
 class Session:
+    figures = None
+
+    def lines(self) -> list[str]:
+        return ["memory for 1 sequence"]
+
     def reply(self, messages: list[dict[str, str]]) -> Iterator[str]:
         yield f"{len(messages)} turns, "
         yield f"last: {messages[-1]['content']}"
@@ -240,6 +245,33 @@ def test_chat_answers_a_prompt_from_the_standard_input(pipeline):
     assert result.exit_code == 0
     assert "2 turns, last: hello" in result.stdout
     assert pipeline.calls[0][2] == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+
+
+def test_chat_hands_on_how_tokens_are_chosen_and_where_answers_end(pipeline):
+    words = ["--top-k", "5", "--min-p", "0.1", "--repetition-penalty", "1.2", "--stop", "a", "--stop", "b c"]
+    result = invoke("chat", "m", "--prompt", "hello", *words)
+    assert result.exit_code == 0
+    asked = pipeline.calls[0][2]
+    assert {name: asked[name] for name in ("top_k", "min_p", "repetition_penalty", "stop")} == {
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "stop": ("a", "b c"),
+    }
+
+
+def test_chat_goes_on_after_a_conversation_that_is_too_long(pipeline, monkeypatch):
+    class Short(Session):
+        def reply(self, messages):
+            if len(messages) > 1:
+                raise InferenceError("the prompt is longer than the context")
+            yield from super().reply(messages)
+
+    monkeypatch.setattr(pipeline, "chat", lambda *args, **kwargs: Short())
+    result = invoke("chat", "m", stdin="one\ntwo\n/reset\nthree\n/exit\n")
+    assert result.exit_code == 0
+    assert "longer than the context" in result.stderr
+    assert "1 turns, last: three" in result.stdout
 
 
 def test_chat_remembers_the_conversation_until_reset(pipeline):

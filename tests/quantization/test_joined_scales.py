@@ -18,16 +18,19 @@ from fourfold.quantization.linear import QuantizedLinear
 )
 # 33 * 30 codes of 4 bits are no multiple of 16 bytes.
 @pytest.mark.parametrize("shape", [(64, 128), (33, 30)], ids=str)
-def test_joined_scales_give_the_same_weight_bit_for_bit(options: dict[str, Any], shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16], ids=str)
+def test_joined_scales_give_the_same_weight_bit_for_bit(
+    options: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     layer = QuantizedLinear.from_linear(nn.Linear(shape[1], shape[0]), **options)
     before, x = layer.quantized.dequantize(), torch.randn(3, shape[1])
     wanted, num_bytes = layer(x), layer.quantized.num_bytes
-    layer.join_scales(torch.device("cpu"))
-    layer.join_scales(torch.device("cpu"))
+    layer.join_scales(torch.device("cpu"), dtype)
+    layer.join_scales(torch.device("cpu"), dtype)
     assert torch.equal(layer.quantized.dequantize(), before)
     assert torch.equal(layer(x), wanted)
     # One parameter has all but what is one in ten thousand, and a gap.
-    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.dtype == dtype
     assert layer.scales is not None
-    assert num_bytes <= layer.weight.numel() + layer.scales.num_bytes < num_bytes + 16
+    assert num_bytes <= layer.weight.nbytes + layer.scales.num_bytes < num_bytes + 16 + dtype.itemsize

@@ -17,10 +17,10 @@ import fourfold
 from fourfold.data import Collator
 from fourfold.models.block import FusedDecoderLayer
 from fourfold.models.sharding import held_bytes
+from fourfold.training.building import build_trainer
 from fourfold.training.distributed import processes
 from fourfold.training.options import TrainingOptions
 from fourfold.training.processes import join
-from fourfold.training.trainer import build_trainer
 
 STEPS, SEQ, VOCAB = 10, 256, 4096
 

@@ -18,13 +18,14 @@ from datasets import Dataset
 from fourfold.data import Collator, pack
 from fourfold.inference import GenerationOptions
 from fourfold.training.best import BestOptions, best_of
+from fourfold.training.building import build_trainer
 from fourfold.training.methods import MethodOptions
 from fourfold.training.options import TrainingOptions
 from fourfold.training.out_of_memory import OutOfMemory
 from fourfold.training.parameter_groups import GroupOptions, LrGroup
 from fourfold.training.preference import build_preference_trainer
 from fourfold.training.samples import Prompt, SampleCallback
-from fourfold.training.trainer import FourfoldTrainer, build_trainer
+from fourfold.training.trainer import FourfoldTrainer
 
 # Of a log, what tells of the machine and not of the run.
 MEASURED = ("_runtime", "_per_second", "memory_", "total_flos")

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fourfold.training.building import build_trainer
 from fourfold.training.options import TrainingOptions
-from fourfold.training.trainer import FourfoldTrainer, build_trainer
+from fourfold.training.trainer import FourfoldTrainer
 
 VOCAB = 96
 

@@ -5,9 +5,9 @@ not fit a base like this one: it makes the output head a unit with hooks, around
 weight, would compute a shard; it first copies the whole state dict, scales included; and it leaves scales, which are no
 parameters, on the device that the model was loaded to.
 
-- Of a decoder layer, codes (uint8) and adapters (fp32) are one group: FSDP2 gathers mixed dtypes as bytes. The fused
-  block reads its weights anew in each pass; what it holds between the passes are the gathered parameters' own tensors,
-  whose memory FSDP2 empties and fills.
+- Of a decoder layer, codes (shown as bf16) and adapters (fp32) are one group: FSDP2 gathers mixed dtypes as bytes. The
+  fused block reads its weights anew in each pass; what it holds between the passes are the gathered parameters' own
+  tensors, whose memory FSDP2 empties and fills.
 - Scales stand behind their codes in one parameter (`QuantizedWeight.join_scales`). What is one in ten thousand, nested
   scales and frozen vectors, such as norms, stays whole.
 - The input embedding is a group, which is needed in the forward pass alone; with a weight that is tied it belongs to
@@ -36,6 +36,10 @@ from fourfold.quantization.linear import QuantizedWeight
 __all__ = ["gathered_head", "give_back", "held_bytes", "shard_model"]
 
 logger = logging.getLogger(__name__)
+
+# Before torch 2.13, FSDP2 makes parameters of its parts that want a gradient at first, which bytes cannot. They are
+# copied and gathered, and never computed with.
+_SHOWN_AS = torch.bfloat16
 
 
 def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Module], None] | None = None) -> None:
@@ -108,7 +112,7 @@ def _bring(module: nn.Module, device: torch.device) -> set[nn.Parameter]:
     whole = set[nn.Parameter]()
     for part in module.modules():
         if isinstance(part, QuantizedWeight):
-            part.join_scales(device)
+            part.join_scales(device, _SHOWN_AS)
         for parameter in part.parameters(recurse=False):
             # Needed by passes in which nothing else of their group is.
             if parameter.dim() < 2 and not parameter.requires_grad and not is_sharded(parameter):

@@ -47,6 +47,7 @@ class QuantizedWeight:
     # Shape of the codes, where the scales stand behind them in `weight`.
     _joined: torch.Size | None = None
     _num_scale_bytes = 0
+    _joined_bytes = 0
     streamed: Streamed | None = None
     _computes_on: torch.device
     _parameters: dict[str, nn.Parameter | None]
@@ -58,8 +59,9 @@ class QuantizedWeight:
             raise RuntimeError("the weight has not been loaded yet")
         if self._joined is None:
             return replace(self._rest, codes=self.weight.data)
-        held, shape = self.weight.data.view(-1), self._joined
-        scales = held[len(held) - self._num_scale_bytes :]
+        held, shape = self.weight.data.view(-1).view(torch.uint8), self._joined
+        end = self._joined_bytes
+        scales = held[end - self._num_scale_bytes : end]
         return replace(
             self._rest,
             codes=held[: shape.numel()].view(self._rest.codes.dtype).view(shape),
@@ -78,10 +80,14 @@ class QuantizedWeight:
         self._rest = replace(value, codes=value.codes[:0])
         self.number_format = value.format
 
-    def join_scales(self, device: torch.device) -> None:
+    def join_scales(self, device: torch.device, dtype: torch.dtype = torch.uint8) -> None:
         """Put the scales behind the codes, in the parameter `weight`, for whoever shards that; all else to `device`.
 
         The weight is the same; only what is saved of the module from now on is not: a state dict wants the two apart.
+
+        Args:
+            device: Where all but the parameter goes.
+            dtype: As which the parameter shows its bytes [n, 1]; nothing is converted, and nothing may be from then on.
         """
         if self._joined is not None:
             return
@@ -90,8 +96,10 @@ class QuantizedWeight:
         # Kernels load scales by vectors.
         gap = -whole.codes.nbytes % 16
         parts = [whole.codes.view(torch.uint8).view(-1), scales.new_zeros(gap), scales]
+        self._joined_bytes = sum(map(len, parts))
+        parts.append(scales.new_zeros(-self._joined_bytes % dtype.itemsize))
         rest = replace(whole, codes=whole.codes[:0], scales=whole.scales.with_bytes(scales[:0]))
-        self.weight = nn.Parameter(torch.cat(parts).view(-1, 1), requires_grad=False)
+        self.weight = nn.Parameter(torch.cat(parts).view(dtype).view(-1, 1), requires_grad=False)
         self._rest, self._joined, self._num_scale_bytes = rest.to(device), whole.codes.shape, len(scales)
 
     def stream_from(self, streamed: Streamed) -> None:

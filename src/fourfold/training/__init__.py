@@ -1,6 +1,6 @@
 """The trainer, its callbacks and the run folder.
 
-trainer.py      FourfoldTrainer and build_trainer: TRL's SFTTrainer with our loss, checkpoints and way out
+trainer.py      FourfoldTrainer: TRL's SFTTrainer with our loss, checkpoints and way out; made by building.py
 options.py      TrainingOptions, by Hugging Face's names, and the tables of optimizers and schedules
 loss.py         cross entropy over the supervised positions only
 methods.py      MethodOptions: what is learned, by TRL's names

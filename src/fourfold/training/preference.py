@@ -33,6 +33,7 @@ from fourfold.data.preference import (
 from fourfold.errors import ConfigError
 from fourfold.models.underlying import underlying
 from fourfold.training.batches import ROW_NUMBERS, Collator
+from fourfold.training.building import trainer_arguments
 from fourfold.training.checkpoint import find_checkpoint
 from fourfold.training.evaluation_sets import EvalDataset, as_the_trainer_takes_them, by_name, prefix_of
 from fourfold.training.hidden_states import takes_logits_to_keep
@@ -42,7 +43,7 @@ from fourfold.training.options import TrainingOptions
 from fourfold.training.preference_losses import DPO_LOSSES, KTO_LOSSES, Pairs, odds_ratio_loss
 from fourfold.training.reference import read_reference, write_reference
 from fourfold.training.token_losses import TokenLosses, losses_of_logits, token_losses
-from fourfold.training.trainer import FourfoldTrainer, trainer_arguments
+from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = ["DPOTrainer", "KTOTrainer", "ORPOTrainer", "PreferenceTrainer", "RewardTrainer", "build_preference_trainer"]
 

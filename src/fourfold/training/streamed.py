@@ -20,9 +20,10 @@ from transformers.trainer_utils import TrainOutput
 
 from fourfold.errors import CheckpointError, ConfigError, DataError
 from fourfold.training.batches import Collator, require_labels
+from fourfold.training.building import trainer_arguments
 from fourfold.training.checkpoint import find_checkpoint
 from fourfold.training.options import TrainingOptions
-from fourfold.training.trainer import FourfoldTrainer, trainer_arguments
+from fourfold.training.trainer import FourfoldTrainer
 
 __all__ = ["Stream", "StreamedBatches", "StreamedTrainer", "build_streamed_trainer", "place_in_stream"]
 
@@ -181,7 +182,7 @@ def build_streamed_trainer(
     options: TrainingOptions,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> StreamedTrainer:
-    """A trainer for a stream of rows that are tokenized and masked; see `fourfold.training.trainer.build_trainer`.
+    """A trainer for a stream of rows that are tokenized and masked; see `fourfold.training.building.build_trainer`.
 
     Args:
         stream: The rows.

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -27,9 +21,6 @@ from fourfold.models.block import drop_graphs
 from fourfold.models.underlying import underlying
 from fourfold.training.batches import (
     ROW_NUMBERS,
-    Collator,
-    NumberedCollator,
-    require_labels,
     without_repeated,
 )
 from fourfold.training.best import KeepsBest, evaluation_is_due, name_best
@@ -46,8 +37,8 @@ from fourfold.training.checkpoint import (
     write_manifest,
 )
 from fourfold.training.distributed import DISTRIBUTED, DistributedRow
-from fourfold.training.early_stopping import early_stopping, keep_callback_states
-from fourfold.training.evaluation_sets import EvalDataset, by_name
+from fourfold.training.early_stopping import keep_callback_states
+from fourfold.training.evaluation_sets import by_name
 from fourfold.training.guard import StepGuard, own_optimizer
 from fourfold.training.hidden_states import last_hidden_states, takes_logits_to_keep
 from fourfold.training.interrupt import (
@@ -57,13 +48,6 @@ from fourfold.training.interrupt import (
     catch_interrupts,
 )
 from fourfold.training.loss import SupervisedLoss, logits_agree, supervised_cross_entropy
-from fourfold.training.options import (
-    COMPUTE_DTYPES,
-    TrainingOptions,
-    keep_in_fp32,
-    optimizer_arguments,
-    to_sft_config,
-)
 from fourfold.training.out_of_memory import (
     OutOfMemory,
     is_out_of_memory,
@@ -74,13 +58,12 @@ from fourfold.training.out_of_memory import (
     with_rest,
 )
 from fourfold.training.parameter_groups import rates_of_groups, require_groups
-from fourfold.training.processes import follow_main
 from fourfold.training.progress import ProgressCallback
 from fourfold.training.requantizing import save_changed_base
 from fourfold.training.running import load_running, save_running
 from fourfold.training.tally import Tally
 
-__all__ = ["FourfoldTrainer", "build_trainer", "trainer_arguments"]
+__all__ = ["FourfoldTrainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -394,69 +377,3 @@ class FourfoldTrainer(KeepsBest):
             set_seed(self.args.seed + index)  # the run had fewer processes
         else:
             load_rng_state(path, index)
-
-
-def build_trainer(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Dataset,
-    eval_dataset: EvalDataset,
-    collator: Collator,
-    options: TrainingOptions,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> FourfoldTrainer:
-    """A trainer for rows that are tokenized and masked.
-
-    Args:
-        model: Its adapters, or without any all of it, are trained as they are; their dtype is not changed.
-        train_dataset, eval_dataset: Rows of `input_ids` and `labels`, -100 where there is no label; several held-out
-            sets by name.
-        collator: From rows to tensors: input_ids, labels, and attention_mask or (packed) position_ids;
-            with what else `fourfold.data.Collator` gives, the host never waits for the device to count labels.
-
-    Raises:
-        ConfigError: Evaluation is asked for without rows for it, or nothing in the model can be trained.
-        DataError: There are no rows, or no row has a label.
-    """
-    require_labels("training", train_dataset)
-    for name, dataset in by_name(eval_dataset).items():
-        require_labels(f"evaluation ({name})" if name else "evaluation", dataset)
-    return FourfoldTrainer(
-        **trainer_arguments(model, tokenizer, train_dataset, eval_dataset, collator, options, callbacks)
-    )
-
-
-def trainer_arguments(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Dataset,
-    eval_dataset: EvalDataset,
-    collator: Collator,
-    options: TrainingOptions,
-    callbacks: Sequence[TrainerCallback],
-) -> dict[str, Any]:
-    """The arguments of `FourfoldTrainer` and of what is derived from it; see `build_trainer`."""
-    if options.eval_strategy != "no" and eval_dataset is None:
-        raise ConfigError(
-            "eval_strategy asks for evaluation, but there are no rows to evaluate on",
-            found=options.eval_strategy,
-            hint="give an evaluation data set, or set eval_strategy: no",
-        )
-    keep_in_fp32(model, COMPUTE_DTYPES[options.compute_dtype])
-    arguments, row = to_sft_config(options), options.row
-    if row.shard is not None:
-        row.shard(model, arguments.device)
-    else:
-        # DDP brings parameters along, codes among them, but not their scales.
-        follow_main(model, with_codes=False)
-    return {
-        "model": model,
-        "args": arguments,
-        "row": row,
-        "data_collator": NumberedCollator(collator),
-        "train_dataset": train_dataset.add_column(ROW_NUMBERS, list(range(len(train_dataset)))),
-        "eval_dataset": eval_dataset,
-        "processing_class": tokenizer,
-        "callbacks": [*callbacks, *early_stopping(options.best)],
-        "optimizer_cls_and_kwargs": optimizer_arguments(options, model, arguments),
-    }
