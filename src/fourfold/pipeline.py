@@ -29,16 +29,12 @@ from fourfold.inputs import (
     BASE_FOLDER,
     base_of,
     checkpoint_folder,
-    claim_output_dir,
-    clear_former_run,
     find_run,
-    going_on,
     merge_prompts,
     read_data,
     read_held_out,
     read_tokenizer,
     require_free,
-    resumption,
     write_base,
 )
 from fourfold.kernels.host_memory import spare_bytes
@@ -64,6 +60,7 @@ from fourfold.planning import (
 from fourfold.prompting import add_samples, prompts_of
 from fourfold.quantization.inspection import Inspection, inspect_checkpoint
 from fourfold.recording import Recorder
+from fourfold.run_start import claim_output_dir, clear_former_run, going_on, resumption
 from fourfold.telling import PROGRESS, Speaker, tracked
 from fourfold.together import least_of_all, require_alike, together
 from fourfold.training import run_folder
