@@ -1,0 +1,73 @@
+"""Listening: the socket, uvicorn, and an orderly end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from fourfold.errors import ConfigError
+from fourfold.serving.app import build_app
+from fourfold.serving.options import ServerOptions
+from fourfold.serving.served import Served
+
+__all__ = ["open_socket", "serve"]
+
+_BACKLOG = 2048
+
+
+def open_socket(options: ServerOptions) -> socket.socket:
+    """Listen, before anything is loaded that takes long.
+
+    Raises:
+        ConfigError: The address is taken, or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"{options.host} is no address to listen on", found=error.strerror) from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {options.host}, port {options.port}",
+            found=error.strerror,
+            hint="take another with --port; 0 is any that is free",
+        ) from error
+    return listener
+
+
+def serve(
+    served: Served,
+    options: ServerOptions,
+    listener: socket.socket,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Answer requests until SIGTERM or SIGINT, then let those at work end within `shutdown_timeout`.
+
+    Args:
+        served: The model.
+        options: How.
+        listener: From `open_socket`.
+        on_ready: Called when requests are answered.
+    """
+    config = uvicorn.Config(
+        build_app(served, options, on_ready),
+        access_log=False,
+        log_config=None,
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        # Beyond those that are answered, some to be told that too many wait, and the page's.
+        limit_concurrency=4 * (served.engine.options.max_sequences + options.max_waiting) + 64,
+        timeout_graceful_shutdown=int(max(options.shutdown_timeout, 1)),
+        h11_max_incomplete_event_size=2**16,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
