@@ -7,6 +7,7 @@ FourfoldError
 ├── AdapterError         LoRA targets or initialisation that do not fit the model
 ├── DataError            rows, templates and tokenizers
 ├── TrainingError        a run that cannot go on
+├── InferenceError       a request that cannot be answered, or a model that the engine cannot run
 ├── SaveError            a folder that could not be written
 └── VerificationError    what was exported is not what was trained
 """
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FourfoldError",
+    "InferenceError",
     "QuantizationError",
     "SaveError",
     "TrainingError",
@@ -95,6 +97,10 @@ class DataError(FourfoldError):
 
 class TrainingError(FourfoldError):
     """A run that cannot go on."""
+
+
+class InferenceError(FourfoldError):
+    """A request that cannot be answered, or a model that the engine cannot run."""
 
 
 class SaveError(FourfoldError):

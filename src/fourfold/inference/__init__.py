@@ -1,7 +1,9 @@
-"""Replies of a model: batched for evaluation, streamed for a chat."""
+"""Replies of a model: an engine of many sequences at a time, batches for evaluation, pieces for a chat."""
 
 from __future__ import annotations
 
+from fourfold.inference.cache import CacheShape, LayerShape, SlotCache
+from fourfold.inference.engine import Engine, EngineOptions
 from fourfold.inference.generate import (
     GenerationOptions,
     Message,
@@ -10,10 +12,28 @@ from fourfold.inference.generate import (
     stop_token_ids,
     stream_reply,
 )
+from fourfold.inference.generic_step import GenericStep
+from fourfold.inference.requests import Chunk, Constraint, FinishReason, Request, Sequence, TokenLogprob
+from fourfold.inference.sampling import SamplingOptions
+from fourfold.inference.steps import Step
 
 __all__ = [
+    "CacheShape",
+    "Chunk",
+    "Constraint",
+    "Engine",
+    "EngineOptions",
+    "FinishReason",
     "GenerationOptions",
+    "GenericStep",
+    "LayerShape",
     "Message",
+    "Request",
+    "SamplingOptions",
+    "Sequence",
+    "SlotCache",
+    "Step",
+    "TokenLogprob",
     "eval_mode",
     "generate_replies",
     "stop_token_ids",

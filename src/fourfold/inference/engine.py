@@ -1,0 +1,410 @@
+"""Continuous batching: requests come and go while others run.
+
+A step fills free slots from the queue, reads a share of the prompts that are not read yet, and gives each sequence that
+runs one more token. A slot whose sequence has ended keeps its tokens: a prompt that begins with them, as the next turn
+of a conversation does, is read from there on.
+
+The engine belongs to one thread. What goes wrong in one sequence ends that one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.errors import InferenceError
+from fourfold.inference.cache import FIRST_BUCKET, SlotCache
+from fourfold.inference.generate import stop_token_ids
+from fourfold.inference.generic_step import GenericStep
+from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence, TokenLogprob
+from fourfold.inference.sampling import RowSampling, sample
+from fourfold.inference.steps import Step
+from fourfold.inference.text import Detokenizer, StopStrings
+from fourfold.models.underlying import underlying
+
+__all__ = ["Engine", "EngineOptions"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much an engine does at a time.
+
+    Args:
+        max_sequences: Sequences that run at a time: slots of the cache.
+        max_length: Tokens of prompt and answer together, at most the model's context.
+        prefill_chunk: Tokens of prompts that a step reads while sequences run, so that these do not stall for long.
+        first_bucket: Tokens a slot has room for at first; it doubles as needed.
+        reuse_prefixes: Whether a prompt may go on from what an ended sequence left in its slot.
+
+    Raises:
+        InferenceError: A value that is not allowed.
+    """
+
+    max_sequences: int = 8
+    max_length: int = 2048
+    prefill_chunk: int = 512
+    first_bucket: int = FIRST_BUCKET
+    reuse_prefixes: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_length", "prefill_chunk", "first_bucket"):
+            if getattr(self, name) < 1:
+                raise InferenceError(name, found=getattr(self, name), allowed="at least 1")
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One row of the cache.
+
+    Attributes:
+        tokens: What stands in it.
+        adapter: What wrote them.
+        used_at: Number of the step that last had it.
+    """
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    adapter: str | None = None
+    used_at: int = 0
+
+
+@dataclass(eq=False)
+class _Running:
+    """A sequence in a slot. `todo` are tokens that are still to be written; the last one's logits give the next."""
+
+    sequence: Sequence
+    slot: _Slot
+    todo: list[int]
+    detokenizer: Detokenizer
+    stop: StopStrings
+    most_tokens: int
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
+
+
+class Engine:
+    """A model that continues many prompts at a time.
+
+    Args:
+        model: A causal LM of Transformers, or a PEFT model around one; it is put into evaluation mode.
+        tokenizer: Its tokenizer.
+        options: How much at a time.
+        step: What computes logits; without it the fastest that the model has.
+
+    Raises:
+        InferenceError: The model cannot be run so.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, options: EngineOptions | None = None, *, step: Step | None = None
+    ) -> None:
+        self.options = options = options or EngineOptions()
+        self.tokenizer = tokenizer
+        base = underlying(model)
+        self.device: torch.device = base.device
+        model.eval()
+        self.step_of_model: Step = step or GenericStep(model)
+        context = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.max_length = min(options.max_length, context or options.max_length)
+        self.cache = SlotCache(
+            self.step_of_model.shape, options.max_sequences, self.max_length, self.device, options.first_bucket
+        )
+        self.stop_ids = frozenset(stop_token_ids(base, tokenizer))
+        self._adapters: tuple[str, ...] = tuple(getattr(model, "peft_config", ()))
+        self._free = [_Slot(index) for index in range(options.max_sequences)]
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[_Running] = []
+        self._chunks: list[Chunk] = []
+        self._seen: Tensor | None = None
+        self._num_steps = 0
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no sequence has."""
+        return len(self._free)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences that have one."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do, or tell, anything."""
+        return bool(self._waiting or self._running or self._chunks)
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            InferenceError: Its prompt leaves no room for an answer, has tokens the model does not know, or asks for an
+                adapter that is not there.
+        """
+        length = len(request.prompt_ids)
+        if length >= self.max_length:
+            raise InferenceError(
+                "the prompt is longer than the context",
+                found=f"{length} tokens",
+                allowed=f"up to {self.max_length - 1}, which leaves one for the answer",
+            )
+        vocab = self.step_of_model.vocab_size
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab:
+            raise InferenceError("a token of the prompt that the model does not have", allowed=f"0 to {vocab - 1}")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise InferenceError("unknown adapter", found=request.adapter, allowed=self._adapters or "none")
+        sequence = Sequence(request)
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence; its slot is free at once, and the next step tells it. One that has ended stays as it is."""
+        if sequence.finish_reason is not None:
+            return
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._finish(sequence, "cancelled")
+
+    def step(self) -> list[Chunk]:
+        """Go on by a token: the pieces that sequences got."""
+        self._num_steps += 1
+        decoding = [running for running in self._running if len(running.todo) == 1 and running.sequence.token_ids]
+        self._admit()
+        self._prefill(keep_short=bool(decoding))
+        self._decode([running for running in decoding if running.sequence.finish_reason is None])
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            request = sequence.request
+            prompt = list(request.prompt_ids)
+            slot, reused = self._choose_slot(prompt, request.adapter)
+            self._free.remove(slot)
+            del slot.tokens[reused:]
+            slot.adapter = request.adapter
+            sequence.reused = reused
+            most = min(request.max_new_tokens, self.max_length - len(prompt))
+            running = _Running(
+                sequence, slot, prompt[reused:], Detokenizer(self.tokenizer), StopStrings(request.stop), most
+            )
+            self._running.append(running)
+            if request.sampling.repetition_penalty != 1:
+                self._see(slot.index, prompt, anew=True)
+
+    def _choose_slot(self, prompt: list[int], adapter: str | None) -> tuple[_Slot, int]:
+        """The free slot that holds most of the prompt's beginning, or else was not used for longest."""
+        best, most = min(self._free, key=lambda slot: slot.used_at), 0
+        if self.options.reuse_prefixes:
+            for slot in self._free:
+                if slot.adapter == adapter:
+                    common = _common(slot.tokens, prompt)
+                    if common > most:
+                        best, most = slot, common
+        # The last token is read again, for its logits.
+        return best, min(most, len(prompt) - 1)
+
+    def _prefill(self, keep_short: bool) -> None:
+        left = self.options.prefill_chunk
+        for running in list(self._running):
+            sequence = running.sequence
+            while sequence.finish_reason is None and not sequence.token_ids:
+                part = running.todo[: min(left, self.options.prefill_chunk)]
+                try:
+                    logits = self._read(running, part)
+                    if not running.todo:
+                        self._choose([running], logits[None])
+                except Exception as error:
+                    self._fail(running, error)
+                left -= len(part)
+                if left <= 0:
+                    if keep_short:
+                        return
+                    left = self.options.prefill_chunk
+
+    def _read(self, running: _Running, part: list[int]) -> Tensor:
+        slot = running.slot
+        start = len(slot.tokens)
+        self.cache.ensure(start + len(part))
+        input_ids = torch.tensor(part, device=self.device)
+        logits = self.step_of_model.prefill(slot.index, input_ids, self.cache, running.request.adapter, start)
+        slot.tokens += part
+        del running.todo[: len(part)]
+        return logits
+
+    def _decode(self, decoding: list[_Running]) -> None:
+        by_adapter: dict[str | None, list[_Running]] = {}
+        for running in decoding:
+            by_adapter.setdefault(running.request.adapter, []).append(running)
+        for adapter, group in by_adapter.items():
+            try:
+                self._decode_group(group, adapter)
+            except Exception as error:
+                if len(group) == 1:
+                    self._fail(group[0], error)
+                    continue
+                # Whose fault it is shows when each goes alone. Writing a token again changes nothing.
+                logger.warning("A pass over %d sequences failed; each goes alone: %s", len(group), error)
+                for running in group:
+                    try:
+                        self._decode_group([running], adapter)
+                    except Exception as own:
+                        self._fail(running, own)
+
+    def _decode_group(self, group: list[_Running], adapter: str | None) -> None:
+        self.cache.ensure(max(len(running.slot.tokens) for running in group) + 1)
+        state = [
+            [running.todo[0] for running in group],
+            [running.slot.index for running in group],
+            [len(running.slot.tokens) for running in group],
+        ]
+        tokens, slots, positions = torch.tensor(state, device=self.device)
+        logits = self.step_of_model.decode(tokens, slots, positions, self.cache, adapter)
+        for running in group:
+            running.slot.tokens += running.todo
+            running.todo.clear()
+        self._choose(group, logits)
+
+    def _choose(self, group: list[_Running], logits: Tensor) -> None:
+        """Sample a token for each of these, and take it in."""
+        allowed = self._allowed(group, logits.shape[1])
+        # Those whose constraint failed have ended.
+        rows = RowSampling.of([running.request.sampling for running in group], self.device)
+        positions = torch.tensor([len(running.slot.tokens) for running in group], device=self.device)
+        seen = None
+        if rows.has_penalty and self._seen is not None:
+            seen = self._seen[[running.slot.index for running in group]]
+        tokens = sample(logits, rows, positions, seen, allowed).tolist()
+        logprobs = _logprobs(group, logits, tokens)
+        for running, token, logprob in zip(group, tokens, logprobs, strict=True):
+            if running.sequence.finish_reason is not None:
+                continue
+            try:
+                self._take(running, token, logprob)
+            except Exception as error:
+                self._fail(running, error)
+
+    def _allowed(self, group: list[_Running], vocab: int) -> Tensor | None:
+        if all(running.request.constraint is None for running in group):
+            return None
+        allowed = torch.ones(len(group), vocab, dtype=torch.bool)
+        for row, running in zip(allowed, group, strict=True):
+            constraint = running.request.constraint
+            if constraint is not None:
+                try:
+                    mask = constraint.mask(running.sequence.token_ids)
+                    row[:] = False
+                    row[: len(mask)] = mask[:vocab]
+                except Exception as error:
+                    self._fail(running, error)
+        return allowed.to(self.device)
+
+    def _take(self, running: _Running, token: int, logprob: TokenLogprob | None) -> None:
+        sequence, request = running.sequence, running.request
+        if token < 0:
+            raise InferenceError("no token can be chosen: logits are not finite, or the constraint allows none")
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        sequence.token_ids.append(token)
+        logprobs = () if logprob is None else (logprob,)
+        if token in self.stop_ids and not request.ignore_eos:
+            self._finish(sequence, "stop", self._rest(running), (token,), logprobs)
+            return
+        if request.constraint is not None:
+            request.constraint.advance(token)
+        if request.sampling.repetition_penalty != 1:
+            self._see(running.slot.index, [token])
+        text, is_stopped = running.stop.add(running.detokenizer.add(token))
+        if is_stopped:
+            self._finish(sequence, "stop", text, (token,), logprobs)
+        elif len(sequence.token_ids) >= running.most_tokens:
+            self._finish(sequence, "length", text + self._rest(running), (token,), logprobs)
+        else:
+            running.todo.append(token)
+            sequence.text += text
+            self._chunks.append(Chunk(sequence, text, (token,), logprobs))
+
+    def _rest(self, running: _Running) -> str:
+        """Text that was held back, if no stop string is in it."""
+        text, is_stopped = running.stop.add(running.detokenizer.end())
+        return text if is_stopped else text + running.stop.end()
+
+    def _see(self, slot: int, tokens: Iterable[int], anew: bool = False) -> None:
+        if self._seen is None:
+            shape = (self.options.max_sequences, self.step_of_model.vocab_size)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if anew:
+            self._seen[slot] = False
+        self._seen[slot, torch.tensor(list(tokens), device=self.device)] = True
+
+    def _fail(self, running: _Running, error: Exception) -> None:
+        sequence = running.sequence
+        if sequence.finish_reason is not None:
+            return
+        logger.warning("Sequence %d ends with an error: %s", sequence.number, error, exc_info=error)
+        sequence.error = str(error) or type(error).__name__
+        # What the slot holds now is not certain.
+        running.slot.tokens.clear()
+        self._finish(sequence, "error")
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        text: str = "",
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> None:
+        sequence.text += text
+        sequence.finish_reason = reason
+        sequence.finished_at = time.monotonic()
+        for running in self._running:
+            if running.sequence is sequence:
+                running.slot.used_at = self._num_steps
+                self._free.append(running.slot)
+                self._free.sort(key=lambda slot: slot.index)
+        self._running = [running for running in self._running if running.sequence is not sequence]
+        self._chunks.append(Chunk(sequence, text, token_ids, logprobs, reason))
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with."""
+    for index, (mine, theirs) in enumerate(zip(one, other, strict=False)):
+        if mine != theirs:
+            return index
+    return min(len(one), len(other))
+
+
+def _logprobs(group: list[_Running], logits: Tensor, tokens: list[int]) -> list[TokenLogprob | None]:
+    """Of each row that asks for them, of the token that was chosen and of the likeliest."""
+    wanted = [running.request.logprobs for running in group]
+    told: list[TokenLogprob | None] = [None] * len(group)
+    rows = [row for row, count in enumerate(wanted) if count is not None]
+    if not rows:
+        return told
+    scores = logits[rows].float().log_softmax(dim=1)
+    chosen = torch.tensor([max(tokens[row], 0) for row in rows], device=logits.device)
+    own = scores.gather(1, chosen[:, None])[:, 0].tolist()
+    most = scores.topk(max(count or 0 for count in wanted), dim=1)
+    values, indices = most.values.tolist(), most.indices.tolist()
+    for place, row in enumerate(rows):
+        count = wanted[row]
+        top = tuple(zip(indices[place][:count], values[place][:count], strict=True))
+        told[row] = TokenLogprob(tokens[row], own[place], top)
+    return told
