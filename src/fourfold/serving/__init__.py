@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fourfold.serving.app import build_app
 from fourfold.serving.options import ServerOptions
-from fourfold.serving.server import open_socket, serve
 from fourfold.serving.served import Served
+from fourfold.serving.server import open_socket, serve
 
 __all__ = ["Served", "ServerOptions", "build_app", "open_socket", "serve"]

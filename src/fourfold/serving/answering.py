@@ -22,7 +22,7 @@ from fourfold.serving.requests import ChatRequest, CompletionRequest, Sampling
 from fourfold.serving.responses import usage_of
 from fourfold.serving.runner import Answers, Runner
 from fourfold.serving.served import Prompter, Served
-from fourfold.serving.streaming import ClientGone, EventStream, collect, unless_gone
+from fourfold.serving.streaming import ClientGoneError, EventStream, collect, unless_gone
 
 __all__ = ["Answering"]
 
@@ -40,15 +40,16 @@ class Answering:
 
     def __init__(self, served: Served, options: ServerOptions, runner: Runner) -> None:
         self._models = served.models
-        self._max_length = served.max_length
-        self._vocab_size = served.vocab_size
+        engine = served.engine
+        self._max_length = engine.max_length
+        self._vocab_size = engine.step_of_model.vocab_size
         self._options = options
-        self._max_tokens = min(options.max_tokens or served.max_length, served.max_length)
+        self._max_tokens = min(options.max_tokens or self._max_length, self._max_length)
         self._runner = runner
         # Copies: the engine's own is used by its thread meanwhile.
-        self._prompter = Prompter(deepcopy(served.tokenizer), served.max_length, served.vocab_size)
+        self._prompter = Prompter(deepcopy(engine.tokenizer), self._max_length, self._vocab_size)
         self._grammars = Grammars(
-            deepcopy(served.tokenizer), served.vocab_size, served.stop_ids, options.max_schema_bytes
+            deepcopy(engine.tokenizer), self._vocab_size, sorted(engine.stop_ids), options.max_schema_bytes
         )
         self._prompting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
 
@@ -157,13 +158,12 @@ class Answering:
             return EventStream(answers, body, deadline, asked.wants_usage)
         try:
             pieces = await unless_gone(http.receive, collect(answers, deadline))
-        except ClientGone:
+        except ClientGoneError:
             return Response(status_code=499)  # nobody reads it
         finally:
             answers.close()
         usage = usage_of(
             sum(len(part.request.prompt_ids) for part in answers.parts),
             sum(piece.num_tokens for piece in pieces),
-            sum(piece.num_cached for piece in pieces),
         )
         return JSONResponse(body.whole(pieces, usage))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,7 +14,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-import fourfold
 from fourfold.serving.answering import Answering
 from fourfold.serving.errors import ApiError, answer_api_error, answer_http_error, answer_invalid
 from fourfold.serving.guard import Guard
@@ -76,7 +76,7 @@ def build_app(served: Served, options: ServerOptions, on_ready: Callable[[], Non
         answering.close()
 
     # No pages of documentation: they would load scripts from elsewhere.
-    app = FastAPI(title="Fourfold", version=fourfold.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Fourfold", version=version("fourfold"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, options=options, count=metrics.count)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
@@ -88,7 +88,7 @@ def build_app(served: Served, options: ServerOptions, on_ready: Callable[[], Non
         adapter = served.models[name]
         root = base if adapter is not None else None
         found = ModelCard(
-            id=name, created=began, root=root, is_adapter=adapter is not None, max_model_len=served.max_length
+            id=name, created=began, root=root, is_adapter=adapter is not None, max_model_len=engine.max_length
         )
         return found.model_dump()
 

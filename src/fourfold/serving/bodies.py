@@ -29,14 +29,12 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     num_tokens: int = 0
-    num_cached: int = 0
 
     def add(self, chunk: Chunk) -> None:
         self.text += chunk.text
         self.logprobs += chunk.logprobs or ()
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self.num_tokens += len(chunk.token_ids)
-        self.num_cached = chunk.sequence.reused
 
 
 def merged(chunks: list[tuple[int, Chunk]]) -> dict[int, Piece]:

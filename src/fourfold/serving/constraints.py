@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llguidance.hf
 import numpy as np
@@ -15,10 +15,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from fourfold.serving.errors import ApiError, as_text
 from fourfold.serving.requests import JsonObject, JsonSchema, ResponseFormat
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 __all__ = ["Grammars", "JsonConstraint"]
 
 # A small model may go on with white space for ever; one piece is enough to write JSON in any common way.
-_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n]?"}
+_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[ \n]?"}
 _NUM_KEPT = 64
 
 
@@ -92,7 +95,7 @@ class Grammars:
 
     def _compile(self, schema: str) -> LLMatcher:
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)  # type: ignore[typeddict-item]
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         except ValueError as error:
             raise _refusal(str(error)) from error
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))

@@ -25,15 +25,10 @@ __all__ = [
 FinishReason = Literal["stop", "length"]
 
 
-class CachedTokens(BaseModel):
-    cached_tokens: int
-
-
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
 
 
 class TopLogprob(BaseModel):
@@ -123,12 +118,12 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def usage_of(num_prompt: int, num_completion: int, num_cached: int) -> dict[str, Any]:
+def usage_of(num_prompt: int, num_completion: int) -> dict[str, Any]:
+    """What was cached is not told: it would say how another user's prompt begins."""
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
 

@@ -1,4 +1,4 @@
-"""What a server serves: an engine, the names of its models, and the tokenizer's side of requests and answers."""
+"""What a server serves: an engine, the names of its models; and prompts of what requests hold."""
 
 from __future__ import annotations
 
@@ -21,20 +21,12 @@ class Served:
 
     Args:
         engine: It, on its device; from now on the server alone calls it.
-        tokenizer: Of Transformers, with the chat template.
         models: The names by which requests ask, each with the name of its adapter in the engine; None: the base.
             The first is the page's choice.
-        stop_ids: Tokens that end an answer.
-        max_length: Tokens of a prompt and its answer together.
-        vocab_size: Logits of a position.
     """
 
     engine: Engine
-    tokenizer: Any
     models: Mapping[str, str | None]
-    stop_ids: Sequence[int]
-    max_length: int
-    vocab_size: int
 
 
 class Prompter:

@@ -15,7 +15,7 @@ from fourfold.serving.errors import ApiError
 from fourfold.serving.responses import usage_of
 from fourfold.serving.runner import Answers
 
-__all__ = ["ClientGone", "EventStream", "collect", "unless_gone"]
+__all__ = ["ClientGoneError", "EventStream", "collect", "unless_gone"]
 
 # A comment, which clients leave out, so that nothing between takes a waiting stream for dead.
 _STILL_HERE, _STILL_HERE_SECONDS = b": waiting\n\n", 15.0
@@ -25,7 +25,7 @@ _LAST_EVENT_SECONDS = 5.0
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client has hung up."""
 
 
@@ -33,14 +33,14 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of some work, which ends where the client hangs up.
 
     Raises:
-        ClientGone: It did.
+        ClientGoneError: It did.
     """
     working = asyncio.ensure_future(work)
     listening = asyncio.ensure_future(_hangs_up(receive))
     try:
         await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise ClientGoneError
         return working.result()
     finally:
         for task in (working, listening):
@@ -94,7 +94,7 @@ class EventStream(Response):
         try:
             async with asyncio.timeout_at(self._deadline + _LAST_EVENT_SECONDS):
                 await unless_gone(receive, self._send(send))
-        except (ClientGone, TimeoutError):
+        except (ClientGoneError, TimeoutError):
             pass  # without its end, the server closes the connection
         finally:
             self._answers.close()
@@ -109,17 +109,15 @@ class EventStream(Response):
         body, parts = self._body, self._answers.parts
         opening = [body.opening(index) for index in range(len(parts))]
         yield b"".join(_event(first) for first in opening if first is not None)
-        num_left, num_tokens, num_cached = len(parts), 0, 0
+        num_left, num_tokens = len(parts), 0
         try:
             while num_left:
                 pieces = await self._next()
                 if pieces is None:
                     yield _STILL_HERE
                     continue
-                for index, piece in pieces.items():
-                    num_tokens += piece.num_tokens
-                    num_left -= piece.finish_reason is not None
-                    num_cached += piece.num_cached if piece.finish_reason is not None else 0
+                num_tokens += sum(piece.num_tokens for piece in pieces.values())
+                num_left -= sum(piece.finish_reason is not None for piece in pieces.values())
                 events = (
                     _event(body.piece(index, piece))
                     for index, piece in pieces.items()
@@ -132,7 +130,7 @@ class EventStream(Response):
             return
         if self._with_usage:
             num_prompt = sum(len(part.request.prompt_ids) for part in parts)
-            yield _event(body.usage(usage_of(num_prompt, num_tokens, num_cached)))
+            yield _event(body.usage(usage_of(num_prompt, num_tokens)))
 
     async def _next(self) -> dict[int, Piece] | None:
         """What has come; None where nothing has for a while."""
