@@ -7,7 +7,6 @@ length as well: any slot can then be taken up again from any of its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,8 +116,8 @@ class SlotCache:
         self.keys: list[Tensor | None] = []
         self.values: list[Tensor | None] = []
         for layer in shape.layers:
-            self.keys.append(layer and self._empty(layer.kv_heads, self.length, layer.key_dim))
-            self.values.append(layer and self._empty(layer.kv_heads, self.length, layer.value_dim))
+            self.keys.append(None if layer is None else self._empty(layer.kv_heads, self.length, layer.key_dim))
+            self.values.append(None if layer is None else self._empty(layer.kv_heads, self.length, layer.value_dim))
 
     @property
     def num_bytes(self) -> int:
@@ -145,10 +144,6 @@ class SlotCache:
                 new[:, :, : old.shape[2]] = old
                 self.version += 1
         self.length = size
-
-    def written(self, slots: Sequence[int]) -> int:
-        """Bytes of these slots."""
-        return self.shape.num_bytes(len(slots), self.length)
 
     def _empty(self, heads: int, length: int, width: int) -> Tensor:
         # Zeros: what is masked counts nothing, but nothing times NaN is NaN.

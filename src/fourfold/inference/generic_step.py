@@ -10,16 +10,16 @@ gathered, padded on the left.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -60,7 +60,8 @@ def cache_shape(model: PreTrainedModel | PeftModel) -> CacheShape:
         base(input_ids=token, use_cache=True, **{argument: cache})
     layers: list[LayerShape | None] = []
     for layer in cache.layers:
-        if isinstance(layer, DummyLayer):
+        # Newer than the oldest Transformers there may be.
+        if type(layer).__name__ == "DummyLayer":
             layers.append(None)
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
@@ -131,15 +132,21 @@ class GenericStep:
     @torch.no_grad()
     def prefill(self, slot: int, input_ids: Tensor, cache: SlotCache, adapter: str | None, start: int = 0) -> Tensor:
         self.use(adapter)
-        self._view.one(cache, slot, start)
+        self._view.now = _OneSlot(cache, slot, start)
         positions = torch.arange(start, start + len(input_ids), device=input_ids.device)
         return self._forward(input_ids[None], positions[None], None)[0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: SlotCache, adapter: str | None) -> Tensor:
         self.use(adapter)
-        mask = self._view.many(cache, slots, positions, self._gathers)
-        return self._forward(tokens[:, None], positions[:, None], mask)
+        if cache.device.type == "cpu":
+            start, first = int(positions.max()), int(slots[0])
+            lie_together = torch.equal(slots, torch.arange(first, first + len(slots)))
+            run = (first, first + len(slots)) if lie_together else None
+        else:
+            start, run = cache.length - 1, None
+        self._view.now = now = _ManySlots(cache, slots, positions, start, run, self._gathers)
+        return self._forward(tokens[:, None], positions[:, None], now.mask())
 
     def _forward(self, input_ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         arguments: dict[str, Any] = {self._argument: self._view, "use_cache": True, **self._keeps_last}
@@ -156,98 +163,118 @@ def _cache_argument(base: PreTrainedModel) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
+@dataclass(frozen=True)
+class _OneSlot:
+    """A pass over tokens of one slot, from `start` on.
+
+    Attributes:
+        start: Keys before the pass, as its queries count them.
+    """
+
+    cache: SlotCache
+    slot: int
+    start: int
+
+    def write(self, index: int, keys: Tensor, values: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Keep a layer's new keys and values [1, kv_heads, tokens, dim]; gives those from the first one on."""
+        end = self.start + keys.shape[2]
+        given = []
+        for held, new in ((self.cache.keys[index], keys), (self.cache.values[index], values)):
+            assert held is not None
+            held[self.slot, :, self.start : end] = new[0]
+            given.append(held[self.slot : self.slot + 1, :, first:end])
+        return given[0], given[1]
+
+
+@dataclass(frozen=True)
+class _ManySlots:
+    """A pass over one token of each of some slots.
+
+    Attributes:
+        start: Keys before the pass, as its queries count them.
+        run: The slots where they lie side by side: the first and the one behind the last.
+        gathers: Whether rows end together, padded on the left; else they begin together, padded on the right.
+    """
+
+    cache: SlotCache
+    slots: Tensor
+    positions: Tensor
+    start: int
+    run: tuple[int, int] | None
+    gathers: bool
+
+    def mask(self) -> Tensor:
+        """Which keys a row may look at: bool [n, start + 1]."""
+        column = torch.arange(self.start + 1, device=self.positions.device)
+        if self.gathers:
+            return column >= self.start - self.positions[:, None]
+        return column <= self.positions[:, None]
+
+    def write(self, index: int, keys: Tensor, values: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Keep a layer's new keys and values [n, kv_heads, 1, dim]; gives those from the first one on."""
+        given = []
+        for held, new in ((self.cache.keys[index], keys), (self.cache.values[index], values)):
+            assert held is not None
+            held[self.slots, :, self.positions] = new[:, :, 0]
+            given.append(self._read(held, first))
+        return given[0], given[1]
+
+    def _read(self, held: Tensor, first: int) -> Tensor:
+        if self.gathers:
+            column = torch.arange(first, self.start + 1, device=held.device)
+            places = (column - (self.start - self.positions[:, None])).clamp(min=0)
+            return held[self.slots[:, None], :, places].transpose(1, 2)
+        if self.run is not None:
+            return held[self.run[0] : self.run[1], :, : self.start + 1]
+        return held[:, :, : self.start + 1].index_select(0, self.slots)
+
+
 class _View(Cache):
-    """The slots of one pass, as Transformers' cache."""
+    """The slots of the pass at hand, as Transformers' cache."""
+
+    now: _OneSlot | _ManySlots
 
     def __init__(self, shape: CacheShape) -> None:
-        self.slot_layers = [_SlotLayer(index, layer.window) for index, layer in enumerate(shape.layers) if layer]
-        slot_layers = iter(self.slot_layers)
-        super().__init__(layers=[next(slot_layers) if layer else DummyLayer() for layer in shape.layers])
-
-    def one(self, cache: SlotCache, slot: int, start: int) -> None:
-        """Tokens of one slot from `start` on."""
-        for layer in self.slot_layers:
-            layer.open(cache, start)
-            layer.slot = slot
-
-    def many(self, cache: SlotCache, slots: Tensor, positions: Tensor, gathers: bool) -> Tensor:
-        """A token of each slot. Returns the attention mask [n, span] of what each row may look at."""
-        if cache.device.type == "cpu":
-            span = int(positions.max()) + 1
-            first = int(slots[0])
-            lie_together = bool((slots == torch.arange(first, first + len(slots))).all())
-            run = (first, len(slots)) if lie_together else None
-        else:
-            span, run = cache.length, None
-        row = torch.arange(span, device=positions.device)
-        for layer in self.slot_layers:
-            layer.open(cache, span - 1)
-            layer.slots, layer.positions, layer.run, layer.gathers = slots, positions, run, gathers
-            # Then Transformers makes its masks without reading the one that they are made of.
-            layer.is_compileable = True
-        if gathers:
-            return row >= span - 1 - positions[:, None]
-        return row <= positions[:, None]
+        layers = [
+            cache_utils.DummyLayer() if layer is None else _SlotLayer(self, index, layer.window)
+            for index, layer in enumerate(shape.layers)
+        ]
+        super().__init__(layers=layers)
 
 
 class _SlotLayer(CacheLayerMixin):
-    """A layer's keys and values of the slots of one pass."""
+    """A layer of it."""
 
     supports_early_init = False
 
-    def __init__(self, index: int, window: int | None) -> None:
+    def __init__(self, view: _View, index: int, window: int | None) -> None:
         super().__init__()
+        self.view = view
         self.index = index
         self.window = window
         self.is_sliding = window is not None
         self.is_initialized = True
-        self.is_compileable = False
 
-    def open(self, cache: SlotCache, start: int) -> None:
-        self.cache, self.start = cache, start
-        self.slot: int | None = None
-        self.is_compileable = False
-        self.slots: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.run: tuple[int, int] | None = None
-        self.gathers = False
+    @property
+    def is_compileable(self) -> bool:
+        """Where it is, Transformers makes its masks without reading the one that they are made of."""
+        return isinstance(self.view.now, _ManySlots)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache.keys[self.index], self.cache.values[self.index]
-        assert keys is not None and values is not None
-        if self.slot is not None:
-            end = self.start + key_states.shape[2]
-            keys[self.slot, :, self.start : end] = key_states[0]
-            values[self.slot, :, self.start : end] = value_states[0]
-            _, first = self.get_mask_sizes(key_states.shape[2])
-            rows = slice(self.slot, self.slot + 1)
-            return keys[rows, :, first:end], values[rows, :, first:end]
-        slots, positions, span = self.slots, self.positions, self.start + 1
-        assert slots is not None and positions is not None
-        keys[slots, :, positions] = key_states[:, :, 0]
-        values[slots, :, positions] = value_states[:, :, 0]
-        if self.gathers:
-            width, _ = self.get_mask_sizes(1)
-            places = (positions[:, None] - (width - 1) + torch.arange(width, device=positions.device)).clamp(min=0)
-            rows = slots[:, None]
-            return keys[rows, :, places].transpose(1, 2), values[rows, :, places].transpose(1, 2)
-        if self.run is not None:
-            first, count = self.run
-            return keys[first : first + count, :, :span], values[first : first + count, :, :span]
-        return keys[:, :, :span].index_select(0, slots), values[:, :, :span].index_select(0, slots)
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _, first = self.get_mask_sizes(key_states.shape[2])
+        return self.view.now.write(self.index, key_states, value_states, first)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys a pass gives, and which is the first: of a sliding window what its first query may look at."""
-        first = 0 if self.window is None else max(self.start - self.window + 1, 0)
-        return self.start + query_length - first, first
+        """How many keys a pass gives, and which is the first: of a window, what the first query may look at."""
+        start = self.view.now.start
+        first = 0 if self.window is None else max(start - self.window + 1, 0)
+        return start + query_length - first, first
 
     def get_seq_length(self) -> int:
-        return self.start
+        return self.view.now.start
 
     def get_max_length(self) -> int:
-        return self.cache.max_length
-
-    get_max_cache_shape = get_max_length  # its name before Transformers 5.20
+        return self.view.now.cache.max_length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """There is nothing to do: the slots are there."""

@@ -66,7 +66,7 @@ class Request:
     """
 
     prompt_ids: tuple[int, ...]
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int = 512
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
