@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from fourfold.serving.errors import ApiError, as_text
+from fourfold.serving.errors import ApiError
 from fourfold.serving.requests import JsonObject, JsonSchema, ResponseFormat
 
 if TYPE_CHECKING:
@@ -83,9 +83,12 @@ class Grammars:
             schema = {"type": "object"}
         else:
             return None
-        text = as_text(json.dumps(schema, ensure_ascii=False, sort_keys=False))
-        if len(text.encode()) > self._max_bytes:
-            raise _refusal(f"it has {len(text.encode())} bytes; allowed are {self._max_bytes}")
+        try:
+            text = json.dumps(schema)
+        except RecursionError as error:
+            raise _refusal("it is nested too deeply") from error
+        if len(text) > self._max_bytes:
+            raise _refusal(f"it has {len(text)} bytes; allowed are {self._max_bytes}")
         return JsonConstraint(self._compiled(text).deep_copy(), self._vocab_size)
 
     def token_bytes(self, token_id: int) -> bytes:

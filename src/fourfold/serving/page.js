@@ -125,6 +125,7 @@ function refresh() {
 function showSettings(open) {
   $("settings").hidden = !open;
   $("open").setAttribute("aria-expanded", String(open));
+  $("open").textContent = open ? "Close" : "Settings";
 }
 
 function body() {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "ChatRequest",
@@ -27,6 +27,19 @@ _LARGEST = 2**63 - 1
 TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
 
 
+def _whole(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no text."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a surrogate without its other half") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -35,14 +48,14 @@ class TextPart(_Body):
     """A part of a message; a model of language takes texts alone."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Body):
     """One turn."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
+    content: Text | list[TextPart] | None = None
     name: str | None = None
 
     def text(self) -> str:
@@ -85,14 +98,14 @@ ResponseFormat = Annotated[PlainText | JsonObject | JsonSchema, Field(discrimina
 class Sampling(_Body):
     """What chat and completions share."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    model: Annotated[Text, Field(min_length=1, max_length=1024)]
     max_tokens: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=_LARGEST)] | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
@@ -160,8 +173,8 @@ class CompletionRequest(Sampling):
     """The body of `/v1/completions`."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )

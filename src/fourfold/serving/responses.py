@@ -148,6 +148,14 @@ def completion_logprobs(logprobs: Sequence[TokenLogprob], grammars: Grammars, of
     def text(token_id: int) -> str:
         return grammars.token_bytes(token_id).decode("utf-8", "replace")
 
+    def key(token_id: int) -> str:
+        """Parts of characters are told apart, as OpenAI does it."""
+        raw = grammars.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
     tokens = [text(token.token_id) for token in logprobs]
     offsets = []
     for token in tokens:
@@ -156,7 +164,7 @@ def completion_logprobs(logprobs: Sequence[TokenLogprob], grammars: Grammars, of
     return {
         "tokens": tokens,
         "token_logprobs": [_finite(token.logprob) for token in logprobs],
-        "top_logprobs": [{text(each): _finite(value) for each, value in reversed(token.top)} for token in logprobs],
+        "top_logprobs": [{key(each): _finite(value) for each, value in reversed(token.top)} for token in logprobs],
         "text_offset": offsets,
     }
 

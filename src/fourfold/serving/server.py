@@ -12,7 +12,7 @@ from fourfold.serving.app import build_app
 from fourfold.serving.options import ServerOptions
 from fourfold.serving.served import Served
 
-__all__ = ["open_socket", "serve"]
+__all__ = ["make_server", "open_socket", "serve"]
 
 _BACKLOG = 2048
 
@@ -58,6 +58,13 @@ def serve(
         listener: From `open_socket`.
         on_ready: Called when requests are answered.
     """
+    make_server(served, options, on_ready).run(sockets=[listener])
+
+
+def make_server(
+    served: Served, options: ServerOptions, on_ready: Callable[[], None] | None = None
+) -> uvicorn.Server:
+    """uvicorn over the application, not running yet."""
     config = uvicorn.Config(
         build_app(served, options, on_ready),
         access_log=False,
@@ -67,7 +74,6 @@ def serve(
         server_header=False,
         # Beyond those that are answered, some to be told that too many wait, and the page's.
         limit_concurrency=4 * (served.engine.options.max_sequences + options.max_waiting) + 64,
-        timeout_graceful_shutdown=int(max(options.shutdown_timeout, 1)),
-        h11_max_incomplete_event_size=2**16,
+        timeout_graceful_shutdown=max(round(options.shutdown_timeout), 1),
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)
