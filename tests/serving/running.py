@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,9 +73,11 @@ class Scripted(Engine):
         engine: An engine whose tokenizer and vocabulary it shows.
         seconds: A step takes.
         num_slots: Sequences at a time.
+        repeats: How often a token's text is repeated.
     """
 
-    def __init__(self, engine: Engine, seconds: float = 0.0, num_slots: int = 2) -> None:
+    def __init__(self, engine: Engine, seconds: float = 0.0, num_slots: int = 2, repeats: int = 1) -> None:
+        self.repeats = repeats
         self.options = EngineOptions(max_sequences=num_slots)
         self.tokenizer = engine.tokenizer
         self.step_of_model = engine.step_of_model
@@ -121,7 +122,7 @@ class Scripted(Engine):
             sequence.token_ids.append(place)
             sequence.first_token_at = sequence.first_token_at or time.monotonic()
             reason: FinishReason | None = "length" if place + 1 == sequence.request.max_new_tokens else None
-            text = f"{next(itertools.islice(itertools.cycle('abcdefghij'), place % 10, None))} "
+            text = f"{'abcdefghij'[place % 10]} " * self.repeats
             chunks.append(Chunk(sequence, text, (place,), (), reason))
             if reason is not None:
                 self.active.remove(sequence)

@@ -36,13 +36,11 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
         404: "No such model",
         408: "The body did not come in time",
         413: "The body is too long",
-        422: "Not used",
         429: "Too many requests wait",
         500: "The engine failed",
         503: "The server is ending, or the engine has failed for good",
         504: "The answer did not come in time",
     }.items()
-    if status != 422
 }
 _EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -138,5 +136,9 @@ def build_app(served: Served, options: ServerOptions, on_ready: Callable[[], Non
         async def chat_page() -> Response:
             return HTMLResponse(page(), headers=PAGE_HEADERS)
 
+    # FastAPI writes into it what it would answer to a body of another form, where we answer 400.
+    for operations in app.openapi()["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
     app.state.runner = runner
     return app

@@ -20,7 +20,7 @@ __all__ = ["ClientGoneError", "EventStream", "collect", "unless_gone"]
 # A comment, which clients leave out, so that nothing between takes a waiting stream for dead.
 _STILL_HERE, _STILL_HERE_SECONDS = b": waiting\n\n", 15.0
 # For sending the last event, when a request's time is over.
-_LAST_EVENT_SECONDS = 5.0
+_LAST_EVENT_SECONDS = 2.0
 
 T = TypeVar("T")
 
