@@ -74,10 +74,15 @@ class Scripted(Engine):
         seconds: A step takes.
         num_slots: Sequences at a time.
         repeats: How often a token's text is repeated.
+
+    Attributes:
+        words: Texts of tokens, again and again.
+        requests: What it was asked.
     """
 
     def __init__(self, engine: Engine, seconds: float = 0.0, num_slots: int = 2, repeats: int = 1) -> None:
-        self.repeats = repeats
+        self.words = [f"{letter} " * repeats for letter in "abcdefghij"]
+        self.requests: list[Request] = []
         self.options = EngineOptions(max_sequences=num_slots)
         self.tokenizer = engine.tokenizer
         self.step_of_model = engine.step_of_model
@@ -102,6 +107,7 @@ class Scripted(Engine):
         return bool(self.active or self.queued)
 
     def submit(self, request: Request) -> Sequence:
+        self.requests.append(request)
         self.queued.append(Sequence(request))
         return self.queued[-1]
 
@@ -122,7 +128,7 @@ class Scripted(Engine):
             sequence.token_ids.append(place)
             sequence.first_token_at = sequence.first_token_at or time.monotonic()
             reason: FinishReason | None = "length" if place + 1 == sequence.request.max_new_tokens else None
-            text = f"{'abcdefghij'[place % 10]} " * self.repeats
+            text = self.words[place % len(self.words)]
             chunks.append(Chunk(sequence, text, (place,), (), reason))
             if reason is not None:
                 self.active.remove(sequence)

@@ -26,13 +26,13 @@ def script() -> Any:
 
 def test_fuzzed_requests_leave_the_server_whole(script: Any, tiny_server: Running) -> None:
     fuzz = script.Fuzz(tiny_server.url, tiny_server.models, concurrency=4)
-    fuzz.run(300)
+    fuzz.run(200)
     fuzz.end()
     assert fuzz.failures == []
-    assert fuzz.num_sent == 300
+    assert fuzz.num_sent == 200
     # They reached the engine, and did not only fail at the door.
-    assert fuzz.statuses["200"] > 30
-    assert fuzz.statuses["400"] > 30
+    assert fuzz.statuses["200"] > 20
+    assert fuzz.statuses["400"] > 20
     assert fuzz.statuses["left"] > 5
-    assert fuzz.statuses["known"] == 6
+    assert fuzz.statuses["known"] == 4
     tiny_server.wait_until_idle()

@@ -42,7 +42,9 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
         504: "The answer did not come in time",
     }.items()
 }
-_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+# Of each event, as OpenAPI has it before version 3.2.
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_EVENTS: dict[str, Any] = {"text/event-stream": {"schema": _EVENT}}
 
 
 def build_app(served: Served, options: ServerOptions, on_ready: Callable[[], None] | None = None) -> FastAPI:
