@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fourfold.inference.cache import CacheShape, LayerShape, SlotCache
-from fourfold.inference.engine import Engine, EngineOptions
+from fourfold.inference.engine import Engine
+from fourfold.inference.footprint import ServingFootprint, serving_footprint
 from fourfold.inference.generate import (
     GenerationOptions,
     Message,
@@ -13,6 +14,7 @@ from fourfold.inference.generate import (
     stream_reply,
 )
 from fourfold.inference.generic_step import GenericStep
+from fourfold.inference.options import EngineOptions
 from fourfold.inference.requests import Chunk, Constraint, FinishReason, Request, Sequence, TokenLogprob
 from fourfold.inference.sampling import SamplingOptions
 from fourfold.inference.steps import Step
@@ -31,11 +33,13 @@ __all__ = [
     "Request",
     "SamplingOptions",
     "Sequence",
+    "ServingFootprint",
     "SlotCache",
     "Step",
     "TokenLogprob",
     "eval_mode",
     "generate_replies",
+    "serving_footprint",
     "stop_token_ids",
     "stream_reply",
 ]

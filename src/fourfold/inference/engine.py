@@ -20,45 +20,20 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import InferenceError
-from fourfold.inference.cache import FIRST_BUCKET, SlotCache
+from fourfold.inference.cache import SlotCache
+from fourfold.inference.footprint import ServingFootprint, fitting_options, free_bytes, serving_footprint
 from fourfold.inference.generate import stop_token_ids
 from fourfold.inference.generic_step import GenericStep
+from fourfold.inference.options import EngineOptions
 from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence, TokenLogprob
 from fourfold.inference.sampling import RowSampling, sample
 from fourfold.inference.steps import Step
 from fourfold.inference.text import Detokenizer, StopStrings
 from fourfold.models.underlying import underlying
 
-__all__ = ["Engine", "EngineOptions"]
+__all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How much an engine does at a time.
-
-    Args:
-        max_sequences: Sequences that run at a time: slots of the cache.
-        max_length: Tokens of prompt and answer together, at most the model's context.
-        prefill_chunk: Tokens of prompts that a step reads while sequences run, so that these do not stall for long.
-        first_bucket: Tokens a slot has room for at first; it doubles as needed.
-        reuse_prefixes: Whether a prompt may go on from what an ended sequence left in its slot.
-
-    Raises:
-        InferenceError: A value that is not allowed.
-    """
-
-    max_sequences: int = 8
-    max_length: int = 2048
-    prefill_chunk: int = 512
-    first_bucket: int = FIRST_BUCKET
-    reuse_prefixes: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_length", "prefill_chunk", "first_bucket"):
-            if getattr(self, name) < 1:
-                raise InferenceError(name, found=getattr(self, name), allowed="at least 1")
 
 
 @dataclass(eq=False)
@@ -96,6 +71,10 @@ class _Running:
 class Engine:
     """A model that continues many prompts at a time.
 
+    Attributes:
+        max_sequences, max_length: How many at a time, and tokens of each: as asked for, or what fits.
+        footprint: What it takes of the device's memory with all of them at their full length.
+
     Args:
         model: A causal LM of Transformers, or a PEFT model around one; it is put into evaluation mode.
         tokenizer: Its tokenizer.
@@ -103,7 +82,7 @@ class Engine:
         step: What computes logits; without it the fastest that the model has.
 
     Raises:
-        InferenceError: The model cannot be run so.
+        InferenceError: The model cannot be run so, or what is asked for does not fit.
     """
 
     def __init__(
@@ -116,18 +95,20 @@ class Engine:
         model.eval()
         self.step_of_model: Step = step or GenericStep(model)
         context = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.max_length = min(options.max_length, context or options.max_length)
-        self.cache = SlotCache(
-            self.step_of_model.shape, options.max_sequences, self.max_length, self.device, options.first_bucket
-        )
+        shape = self.step_of_model.shape
+        free = options.memory_bytes or free_bytes(self.device)
+        self.max_sequences, self.max_length = fitting_options(model, shape, options, context, free)
+        self.footprint: ServingFootprint = serving_footprint(model, shape, options, self.max_sequences, self.max_length)
+        self.cache = SlotCache(shape, self.max_sequences, self.max_length, self.device, options.first_bucket)
         self.stop_ids = frozenset(stop_token_ids(base, tokenizer))
         self._adapters: tuple[str, ...] = tuple(getattr(model, "peft_config", ()))
-        self._free = [_Slot(index) for index in range(options.max_sequences)]
+        self._free = [_Slot(index) for index in range(self.max_sequences)]
         self._waiting: deque[Sequence] = deque()
         self._running: list[_Running] = []
         self._chunks: list[Chunk] = []
         self._seen: Tensor | None = None
         self._num_steps = 0
+        self._most_running = self.max_sequences
 
     @property
     def free_slots(self) -> int:
@@ -191,7 +172,9 @@ class Engine:
         return chunks
 
     def _admit(self) -> None:
-        while self._waiting and self._free:
+        if not self._running:
+            self._most_running = self.max_sequences
+        while self._waiting and len(self._running) < self._most_running:
             sequence = self._waiting.popleft()
             request = sequence.request
             prompt = list(request.prompt_ids)
@@ -230,6 +213,12 @@ class Engine:
                     logits = self._read(running, part)
                     if not running.todo:
                         self._choose([running], logits[None])
+                except torch.OutOfMemoryError as error:
+                    if len(self._running) == 1:
+                        self._fail(running, error)
+                    else:
+                        self._wait_again(running)
+                    break
                 except Exception as error:
                     self._fail(running, error)
                 left -= len(part)
@@ -237,6 +226,15 @@ class Engine:
                     if keep_short:
                         return
                     left = self.options.prefill_chunk
+
+    def _wait_again(self, running: _Running) -> None:
+        """There is no memory for this prompt beside those that run: it comes next when one of them has ended."""
+        logger.warning("No memory for a prompt of %d tokens now: it waits", len(running.request.prompt_ids))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._release(running)
+        self._waiting.appendleft(running.sequence)
+        self._most_running = len(self._running)
 
     def _read(self, running: _Running, part: list[int]) -> Tensor:
         slot = running.slot
@@ -347,7 +345,7 @@ class Engine:
 
     def _see(self, slot: int, tokens: Iterable[int], anew: bool = False) -> None:
         if self._seen is None:
-            shape = (self.options.max_sequences, self.step_of_model.vocab_size)
+            shape = (self.max_sequences, self.step_of_model.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         if anew:
             self._seen[slot] = False
@@ -357,7 +355,8 @@ class Engine:
         sequence = running.sequence
         if sequence.finish_reason is not None:
             return
-        logger.warning("Sequence %d ends with an error: %s", sequence.number, error, exc_info=error)
+        logger.warning("Sequence %d ends with an error: %s", sequence.number, error)
+        logger.debug("where it comes from", exc_info=error)
         sequence.error = str(error) or type(error).__name__
         # What the slot holds now is not certain.
         running.slot.tokens.clear()
@@ -374,13 +373,15 @@ class Engine:
         sequence.text += text
         sequence.finish_reason = reason
         sequence.finished_at = time.monotonic()
-        for running in self._running:
-            if running.sequence is sequence:
-                running.slot.used_at = self._num_steps
-                self._free.append(running.slot)
-                self._free.sort(key=lambda slot: slot.index)
-        self._running = [running for running in self._running if running.sequence is not sequence]
+        for running in [running for running in self._running if running.sequence is sequence]:
+            self._release(running)
         self._chunks.append(Chunk(sequence, text, token_ids, logprobs, reason))
+
+    def _release(self, running: _Running) -> None:
+        running.slot.used_at = self._num_steps
+        self._free.append(running.slot)
+        self._free.sort(key=lambda slot: slot.index)
+        self._running.remove(running)
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -56,8 +56,12 @@ def cache_shape(model: PreTrainedModel | PeftModel) -> CacheShape:
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
     token = torch.zeros(1, 1, dtype=torch.int64, device=base.device)
     argument = _cache_argument(base)
-    with torch.no_grad():
-        base(input_ids=token, use_cache=True, **{argument: cache})
+    try:
+        with torch.no_grad():
+            base(input_ids=token, use_cache=True, **{argument: cache})
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        # Models with a cache of their own say so in words of their own.
+        raise refuse(f"{type(error).__name__} with an ordinary cache: {error}") from error
     layers: list[LayerShape | None] = []
     for layer in cache.layers:
         # Newer than the oldest Transformers there may be.
@@ -65,7 +69,7 @@ def cache_shape(model: PreTrainedModel | PeftModel) -> CacheShape:
             layers.append(None)
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
-            raise refuse(f"layers of {type(layer).__name__}")
+            raise refuse(f"a layer that keeps nothing, or something else ({type(layer).__name__})")
         layers.append(
             LayerShape(
                 layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], getattr(layer, "sliding_window", None)
@@ -98,8 +102,10 @@ class GenericStep:
         self._takes_positions = "position_ids" in parameters
         self._keeps_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._argument = _cache_argument(self.base)
-        # Rows as they stand, padded on the right, or gathered, padded on the left.
-        self._gathers = self.shape.has_windows or not self._takes_positions
+        # Older models mask by themselves, too, and count from the row's end; all of those that leave masks to
+        # Transformers say that they do.
+        is_plain = self._takes_positions and getattr(self.base, "_supports_attention_backend", False)
+        self._gathers = self.shape.has_windows or not is_plain
         self._view = _View(self.shape)
 
     def adapters(self) -> tuple[str, ...]:
