@@ -3,9 +3,9 @@
     python benchmarks/serving_fuzz.py MODEL --requests 10000
 
 starts `fourfold serve MODEL` and sends it requests that schemathesis makes of `/openapi.json`: half of them of that
-form, half not. Of each five one is then damaged as bytes, or its client hangs up in the middle. Several are on their way
-at a time. Answers must be what the OpenAPI says; none may be a fault of the server. Every so often a greedy request of
-known answer is among them, and must be answered as before. At the end no slot may be taken. What was found goes into
+form, half not. Of each five one is then damaged as bytes, or its client hangs up in the middle. Several are on their
+way at a time. Answers must be what the OpenAPI says; none may be a fault of the server. Every so often a greedy request
+of known answer is among them, and must be answered as before. At the end no slot may be taken. What was found goes into
 `benchmarks/results/serving_fuzz.json`; the script fails if anything was wrong.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -116,7 +117,7 @@ def test_vllm_gets_what_was_exported_and_one_command(run: Path, tiny_llama: Path
         # Read back and compared, as every export.
         readers = json.loads((folder / "verification.json").read_text())["readers"]
         assert readers["peft"]["agreement"]["top1_agreement"] == 1
-    words = dict(zip(command, command[1:], strict=False))
+    words = dict(itertools.pairwise(command))
     assert words["--max-lora-rank"] == "8"
     assert words["--max-loras"] == "2"
     assert (words["--max-model-len"], words["--max-num-seqs"]) == ("128", "2")

@@ -208,7 +208,8 @@ def vllm_hand_over(hosted: Hosted, out: Path, engine_options: EngineOptions, opt
         else:
             export(str(folder), out / name, "adapter")
             folders[name] = out / name
-    words = ["--max-model-len", str(engine_options.max_length), "--max-num-seqs", str(engine_options.max_sequences)]
+    limits = {"--max-model-len": engine_options.max_length, "--max-num-seqs": engine_options.max_sequences}
+    words = [word for option, value in limits.items() if value is not None for word in (option, str(value))]
     if hosted.base_name not in (None, hosted.base):
         words += ["--served-model-name", str(hosted.base_name)]
     words += ["--host", options.host, "--port", str(options.port)]

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import uvicorn
 
-from fourfold.inference.engine import Engine, EngineOptions
+from fourfold.inference.engine import Engine
 from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence
 from fourfold.serving import Served, ServerOptions, open_socket
 from fourfold.serving.server import make_server
@@ -44,7 +44,7 @@ class Running:
         """Raises AssertionError where a slot or a place in the queue is still taken then."""
         engine = self.served.engine
         deadline = time.monotonic() + seconds
-        while (self.runner.num_live, engine.free_slots, engine.waiting) != (0, engine.options.max_sequences, 0):
+        while (self.runner.num_live, engine.free_slots, engine.waiting) != (0, engine.max_sequences, 0):
             assert time.monotonic() < deadline, (self.runner.num_live, engine.free_slots, engine.waiting)
             time.sleep(0.01)
 
@@ -83,7 +83,7 @@ class Scripted(Engine):
     def __init__(self, engine: Engine, seconds: float = 0.0, num_slots: int = 2, repeats: int = 1) -> None:
         self.words = [f"{letter} " * repeats for letter in "abcdefghij"]
         self.requests: list[Request] = []
-        self.options = EngineOptions(max_sequences=num_slots)
+        self.max_sequences = num_slots
         self.tokenizer = engine.tokenizer
         self.step_of_model = engine.step_of_model
         self.stop_ids = engine.stop_ids
@@ -96,7 +96,7 @@ class Scripted(Engine):
 
     @property
     def free_slots(self) -> int:
-        return self.options.max_sequences - len(self.active)
+        return self.max_sequences - len(self.active)
 
     @property
     def waiting(self) -> int:

@@ -104,7 +104,12 @@ def test_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
 
 def test_chat_logprobs_are_the_models_own(client: openai.OpenAI, tiny_llama: Any) -> None:
     answer = client.chat.completions.create(
-        model="base", messages=MESSAGES, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3  # type: ignore[arg-type]
+        model="base",
+        messages=MESSAGES,
+        temperature=0,
+        max_tokens=8,
+        logprobs=True,
+        top_logprobs=3,  # type: ignore[arg-type]
     )
     told = answer.choices[0].logprobs
     assert told is not None
@@ -250,7 +255,13 @@ def test_what_cannot_be_answered_is_refused_in_openais_words(
 
 def test_fields_that_ask_for_nothing_or_are_unknown_are_let_through(tiny_server: Running) -> None:
     response = tiny_server.post(
-        max_tokens=2, frequency_penalty=0, tools=[], logit_bias={}, tool_choice="none", store=True, nobody_knows={"a": 1}
+        max_tokens=2,
+        frequency_penalty=0,
+        tools=[],
+        logit_bias={},
+        tool_choice="none",
+        store=True,
+        nobody_knows={"a": 1},
     )
     assert response.status_code == 200
 

@@ -22,7 +22,8 @@ from fourfold.serving import Served
 from fourfold.serving.page import PAGE_HEADERS, page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> **a** `b`\n```js\n</pre>\n```\n"
+TAKING = "document.title='taken'"
+HOSTILE = f'<img src=x onerror="{TAKING}"><script>{TAKING}</script> **a** `b`\n```js\n</pre>\n```\n'
 
 
 class Tags(HTMLParser):
@@ -78,7 +79,7 @@ def test_a_server_without_the_page_has_none(tiny_served: Served) -> None:
 def chat(tiny_served: Served) -> Iterator[Running]:
     """A server that answers in hostile words, asks for a key, and has a page beside the real one that drives itself."""
     engine = Scripted(tiny_served.engine, seconds=0.01)
-    engine.words = [HOSTILE, *"some more words".split(" ")]
+    engine.words = [HOSTILE, "some ", "more ", "words"]
     with running(Served(engine, {"tuned": "default", "plain": None}), api_keys=("key",)) as server:
         yield server
 
@@ -125,7 +126,7 @@ def drive(chat: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
             command += [f"--user-data-dir={tmp_path / 'profile'}", f"{chat.url}/driven/page"]
             seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         finally:
-            app.router.routes[:] = [route for route in app.router.routes if "/driven/" not in getattr(route, "path", "")]
+            app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in paths]
         title = re.findall(r"<title>(.*?)</title>", seen.stdout, re.S)[0]
         return json.loads(html.unescape(title))
 

@@ -41,8 +41,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Another name by which a server without keys on this machine may be called; repeatable."),
     ] = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Answers that are generated at a time.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer together.")] = 2048,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Answers that are generated at a time; without it, what fits, up to 64.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer together.")] = 4096,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     max_choices: Annotated[int, typer.Option(min=1, help="Most answers of one request: prompts times n.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are answered 429.")] = 64,

@@ -56,7 +56,7 @@ def build_app(served: Served, options: ServerOptions, on_ready: Callable[[], Non
         on_ready: Called when requests are answered.
     """
     engine = served.engine
-    num_slots = engine.options.max_sequences
+    num_slots = engine.max_sequences
     metrics = Metrics(
         {adapter: name for name, adapter in served.models.items()},
         running=lambda: num_slots - engine.free_slots,

@@ -61,9 +61,7 @@ def serve(
     make_server(served, options, on_ready).run(sockets=[listener])
 
 
-def make_server(
-    served: Served, options: ServerOptions, on_ready: Callable[[], None] | None = None
-) -> uvicorn.Server:
+def make_server(served: Served, options: ServerOptions, on_ready: Callable[[], None] | None = None) -> uvicorn.Server:
     """uvicorn over the application, not running yet."""
     config = uvicorn.Config(
         build_app(served, options, on_ready),
@@ -73,7 +71,7 @@ def make_server(
         ws="none",
         server_header=False,
         # Beyond those that are answered, some to be told that too many wait, and the page's.
-        limit_concurrency=4 * (served.engine.options.max_sequences + options.max_waiting) + 64,
+        limit_concurrency=4 * (served.engine.max_sequences + options.max_waiting) + 64,
         timeout_graceful_shutdown=max(round(options.shutdown_timeout), 1),
     )
     return uvicorn.Server(config)
