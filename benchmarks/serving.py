@@ -156,7 +156,7 @@ def main() -> None:
     served, name = load(words)
     options = ServerOptions(port=0, max_waiting=words.streams)
     rounds: dict[str, list[float]] = {"engine": [], "server": []}
-    firsts, failures = [], []
+    firsts, failures, computed = [], [], []
     with open_socket(options) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         run_engine(served, words.streams, words.tokens)  # grows the cache, compiles
@@ -170,17 +170,20 @@ def main() -> None:
             target=clients, args=(theirs, url, "model", words.streams, words.tokens)
         )
         process.start()
+        clock = time.pthread_getcpuclockid(thread.ident or 0)
         for number in range(words.rounds + 1):
             # Between requests the server's thread waits, so that the engine is this one's for a while.
             alone = run_engine(served, words.streams, words.tokens)
-            began = time.monotonic()
+            began, computed_before = time.monotonic(), time.clock_gettime(clock)
             ours.send("go")
             streams = ours.recv()
+            loop_seconds = time.clock_gettime(clock) - computed_before
             failures += [stream.failure for stream in streams if stream.failure]
             if number == 0 or failures:
                 continue  # connections and code are warm from here on
             rounds["engine"].append(time_per_token(alone))
             rounds["server"].append(time_per_token(streams))
+            computed.append(loop_seconds / (words.streams * words.tokens))
             firsts += [stream.times[0] - began for stream in streams]
             print(f"engine {rounds['engine'][-1] * 1e3:.2f} ms, server {rounds['server'][-1] * 1e3:.2f} ms a step")
         ours.send("end")
@@ -203,6 +206,10 @@ def main() -> None:
         "failures": failures,
         "ms_per_step": {name: [round(value * 1e3, 3) for value in values] for name, values in rounds.items()},
         "overhead": None if not rounds["server"] else round(medians["server"] / medians["engine"] - 1, 4),
+        "event_loop_us_per_token": [round(value * 1e6, 1) for value in computed],
+        "event_loop_share": None
+        if not computed
+        else round(statistics.median(computed) * words.streams / medians["engine"], 4),
         "tokens_per_second": None if not rounds["server"] else round(words.streams / medians["server"], 1),
         "median_time_to_first_token": None if not firsts else round(statistics.median(firsts), 3),
     }

@@ -103,10 +103,9 @@ def test_a_page_of_another_site_that_points_its_name_here_is_refused(tiny_server
 def test_a_page_of_another_site_cannot_ask_as_a_form_does(tiny_server: Running) -> None:
     """What a browser sends without asking first has another content type; and asked first, nothing is allowed."""
     body = b'{"model": "base", "prompt": "a", "max_tokens": 1}'
+    url = f"{tiny_server.url}/v1/completions"
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
-        response = httpx2.post(
-            f"{tiny_server.url}/v1/completions", content=body, headers={"Content-Type": content_type}
-        )
+        response = httpx2.post(url, content=body, headers={"Content-Type": content_type})
         assert response.status_code == 400, content_type
     asked = httpx2.options(url, headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
     assert "access-control-allow-origin" not in asked.headers
