@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -63,6 +64,7 @@ class Fuzz:
         self.failures: list[str] = []
         self.num_sent = 0
         self._lock = threading.Lock()
+        self._own = threading.local()
         self._slots = threading.Semaphore(concurrency * MOST_ON_THE_WAY)
         self._known = self._control()
 
@@ -124,7 +126,9 @@ class Fuzz:
             self._slots.release()
 
     def _send(self, case: schemathesis.Case, _: int) -> int:
-        response = case.call(base_url=self.url, timeout=60)
+        if not hasattr(self._own, "session"):
+            self._own.session = requests.Session()
+        response = case.call(base_url=self.url, session=self._own.session, timeout=60)
         case.validate_response(response, checks=CHECKS)
         return response.status_code
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from fourfold.adapting import adapt, save_base, save_result
+from fourfold.chatting import ChatSession, chat
 from fourfold.comparing import compare_answers, preferences_of, trainer_for
 from fourfold.config import RunConfig
 from fourfold.config import options as choices
@@ -24,7 +25,6 @@ from fourfold.errors import CheckpointError, ConfigError
 from fourfold.evaluation import Sample
 from fourfold.export.merging import ONTO, MergeReport, write_merged
 from fourfold.files import whole_folder
-from fourfold.inference import GenerationOptions, Message, stream_reply
 from fourfold.inputs import (
     BASE_FOLDER,
     base_of,
@@ -388,37 +388,3 @@ def merge(adapter: str, out: Path, onto: str = "dequantized", bound: float | Non
             load_original=load_original,
             bound=bound,
         )
-
-
-@dataclass(frozen=True)
-class ChatSession:
-    """A model that answers."""
-
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    options: GenerationOptions
-
-    def reply(self, messages: list[Message]) -> Iterator[str]:
-        """The next assistant turn, piece by piece."""
-        return stream_reply(self.model, self.tokenizer, messages, self.options)
-
-
-def chat(
-    model: str, *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-) -> ChatSession:
-    """Open a conversation with a run's result, or with any model."""
-    options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
-        return ChatSession(load_model(model), load_tokenizer(model), options)
-    run = find_run(model)
-    if run.config.method == "reward":
-        raise ConfigError(
-            f"the run at {model} trained a model that gives scores, and no model that writes",
-            hint="fourfold evaluate measures it on held-out pairs",
-        )
-    if run.config.adapter is None:
-        whole = load_model(run.adapter, **choices.load_options(run.config))
-        return ChatSession(whole, load_tokenizer(run.adapter), options)
-    base = load_model(base_of(run.config, run.adapter), **choices.load_options(run.config, streams=True))
-    adapted = load_adapter(base, run.adapter, **choices.stream_options(run.config))
-    return ChatSession(adapted, load_tokenizer(run.adapter), options)

@@ -46,6 +46,11 @@ class Inspection:
 
 
 class Session:
+    figures = None
+
+    def lines(self) -> list[str]:
+        return ["memory for 1 sequence"]
+
     def reply(self, messages: list[dict[str, str]]) -> Iterator[str]:
         yield f"{len(messages)} turns, "
         yield f"last: {messages[-1]['content']}"

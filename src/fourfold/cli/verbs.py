@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fourfold.cli.chatting import chat
 from fourfold.cli.environment import let_segments_grow, print_environment
 from fourfold.cli.exporting import export
 from fourfold.cli.launching import launch
@@ -231,75 +232,7 @@ app.command()(export)
 app.command()(serve)
 
 
-@app.command()
-def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder of a run or a model, or a hub's name.")],
-    prompt: Annotated[
-        str | None, typer.Option(help="Answer this and leave; - reads it from the standard input.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="Text of the system turn.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Talk to a model or to the result of a run."""
-    if json and prompt is None:
-        raise typer.BadParameter("needs --prompt", param_hint="--json")
-    with reporting_errors(json):
-        quiet_libraries(verbose)
-        from fourfold import pipeline
-
-        with _stdout_for_result(json):
-            session = pipeline.chat(
-                model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-            )
-        history = [{"role": "system", "content": system}] if system else []
-        if prompt is None:
-            _converse(session, history)
-            return
-        text = sys.stdin.read().strip() if prompt == "-" else prompt
-        history.append({"role": "user", "content": text})
-        if json:
-            with _stdout_for_result(json):
-                reply = "".join(session.reply(history))
-            print_json({"prompt": text, "reply": reply})
-            return
-        _stream(session, history)
-
-
-def _stream(session: Any, history: list[dict[str, str]]) -> str:
-    """Print the answer as it comes. Ctrl-C stops the answer, not the conversation."""
-    pieces: list[str] = []
-    for piece in session.reply(history):
-        pieces.append(piece)
-        typer.echo(piece, nl=False)
-    typer.echo()
-    return "".join(pieces)
-
-
-def _converse(session: Any, opening: list[dict[str, str]]) -> None:
-    typer.secho("/reset starts anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer.", dim=True)
-    history = list(opening)
-    while True:
-        try:
-            text = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            typer.echo()
-            return
-        if text == "/exit":
-            return
-        if text == "/reset":
-            history = list(opening)
-        elif text:
-            asked = [*history, {"role": "user", "content": text}]
-            try:
-                history = [*asked, {"role": "assistant", "content": _stream(session, asked)}]
-            except KeyboardInterrupt:
-                # The broken-off turn is forgotten: a template wants whole answers.
-                typer.echo("\n(stopped)")
+app.command()(chat)
 
 
 @app.command(context_settings=WITH_OVERRIDES, epilog=OVERRIDES)

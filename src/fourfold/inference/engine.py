@@ -107,6 +107,7 @@ class Engine:
         self._running: list[_Running] = []
         self._chunks: list[Chunk] = []
         self._seen: Tensor | None = None
+        self._rows: tuple[tuple[int, ...], RowSampling] | None = None
         self._num_steps = 0
         self._most_running = self.max_sequences
 
@@ -212,7 +213,7 @@ class Engine:
                 try:
                     logits = self._read(running, part)
                     if not running.todo:
-                        self._choose([running], logits[None])
+                        self._choose([running], logits[None], torch.tensor([len(running.slot.tokens)]).to(self.device))
                 except torch.OutOfMemoryError as error:
                     if len(self._running) == 1:
                         self._fail(running, error)
@@ -277,14 +278,13 @@ class Engine:
         for running in group:
             running.slot.tokens += running.todo
             running.todo.clear()
-        self._choose(group, logits)
+        self._choose(group, logits, positions + 1)
 
-    def _choose(self, group: list[_Running], logits: Tensor) -> None:
-        """Sample a token for each of these, and take it in."""
+    def _choose(self, group: list[_Running], logits: Tensor, positions: Tensor) -> None:
+        """Sample a token for each of these, which will stand at these positions, and take it in."""
         allowed = self._allowed(group, logits.shape[1])
         # Those whose constraint failed have ended.
-        rows = RowSampling.of([running.request.sampling for running in group], self.device)
-        positions = torch.tensor([len(running.slot.tokens) for running in group], device=self.device)
+        rows = self._sampling_of(group)
         seen = None
         if rows.has_penalty and self._seen is not None:
             seen = self._seen[[running.slot.index for running in group]]
@@ -297,6 +297,14 @@ class Engine:
                 self._take(running, token, logprob)
             except Exception as error:
                 self._fail(running, error)
+
+    def _sampling_of(self, group: list[_Running]) -> RowSampling:
+        """That of these rows; made anew only where they are others than in the step before."""
+        key = tuple(running.sequence.number for running in group)
+        if self._rows is None or self._rows[0] != key:
+            options = [running.request.sampling for running in group]
+            self._rows = (key, RowSampling.of(options, self.device))
+        return self._rows[1]
 
     def _allowed(self, group: list[_Running], vocab: int) -> Tensor | None:
         if all(running.request.constraint is None for running in group):

@@ -60,7 +60,8 @@ class ServingFootprint:
         parts = ("base", "adapters", "cache", "temporary")
         told = ", ".join(f"{name} {getattr(self, name) / MIB:,.0f}" for name in parts if getattr(self, name))
         return [
-            f"memory for {self.sequences} sequences of {self.length:,} tokens: {self.total / MIB:,.0f} MiB",
+            f"memory for {_counted(self.sequences, 'sequence')} of up to {self.length:,} tokens: "
+            f"{self.total / MIB:,.0f} MiB",
             f"  {told}",
         ]
 
@@ -151,14 +152,15 @@ def fitting_options(
     length = _most(lambda length: fits(sequences, length), longest)
     one = _most(lambda length: fits(1, length), longest)
     possible = [
-        f"{count} sequences of {longest:,} tokens" if count else "",
-        f"{sequences} sequences of {length:,} tokens" if length >= _LEAST_LENGTH else "",
+        f"{_counted(count, 'sequence')} of {longest:,} tokens" if count else "",
+        f"{_counted(sequences, 'sequence')} of {length:,} tokens" if length >= _LEAST_LENGTH else "",
         f"1 sequence of {one:,} tokens" if one >= _LEAST_LENGTH and not count else "",
     ]
     needed = shape.num_bytes(sequences, longest) + temporary_bytes(model, shape, options, sequences, longest)
     raise InferenceError(
         "the cache does not fit the memory that the model leaves",
-        found=f"{sequences} sequences of {longest:,} tokens take {needed / MIB:,.0f} MiB of {free / MIB:,.0f}",
+        found=f"{_counted(sequences, 'sequence')} of {longest:,} tokens take {needed / MIB:,.1f} MiB of "
+        f"{free / MIB:,.1f}",
         allowed=" or ".join(filter(None, possible)) or "nothing: the model itself leaves too little",
         hint="fewer sequences (max_sequences), shorter ones (max_length), or a base in 4 bits",
     )
@@ -172,6 +174,10 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

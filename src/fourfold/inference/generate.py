@@ -13,8 +13,20 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from fourfold.errors import ConfigError, DataError
+from fourfold.inference.sampling import SamplingOptions
+from fourfold.inference.text import StopStrings
 
-__all__ = ["GenerationOptions", "Message", "eval_mode", "generate_replies", "stop_token_ids", "stream_reply"]
+__all__ = [
+    "GenerationOptions",
+    "Message",
+    "eval_mode",
+    "generate_replies",
+    "not_in_engine",
+    "prompt_ids",
+    "require_template",
+    "stop_token_ids",
+    "stream_reply",
+]
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
@@ -33,6 +45,12 @@ class GenerationOptions:
         top_p: Share of probability that is sampled from; only with a temperature.
         batch_size: Conversations at a time.
         seed: Seed of the sampling; the caller's random state is left as it was.
+        top_k: Only the k likeliest tokens, 0 for all; only with a temperature. None for what the model's generation
+            config says.
+        min_p: Only tokens that are at least this share as likely as the likeliest; only with a temperature.
+        repetition_penalty: What the logits of tokens that were there are divided by. None for what the model's
+            generation config says.
+        stop: Texts that end a reply and are not part of it.
 
     Raises:
         ConfigError: A value that is not allowed.
@@ -43,16 +61,32 @@ class GenerationOptions:
     top_p: float = 1.0
     batch_size: int = 16
     seed: int = 0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError("key max_new_tokens", found=self.max_new_tokens, allowed="at least 1")
-        if self.temperature < 0:
-            raise ConfigError("key temperature", found=self.temperature, allowed="0 (greedy) or above")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError("key top_p", found=self.top_p, allowed="above 0, up to 1")
         if self.batch_size < 1:
             raise ConfigError("key batch_size", found=self.batch_size, allowed="at least 1")
+        if "" in self.stop:
+            raise ConfigError("key stop", found='""', allowed="texts of at least one character")
+        self.sampling(GenerationConfig())
+
+    def sampling(self, config: GenerationConfig) -> SamplingOptions:
+        """How tokens are chosen, by these options and, where they leave it open, the model's generation config."""
+        penalty = self.repetition_penalty or getattr(config, "repetition_penalty", None)
+        top_k = getattr(config, "top_k", None) if self.top_k is None else self.top_k
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_k=top_k or 0,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=1.0 if penalty is None else penalty,
+            seed=self.seed,
+        )
 
 
 def generate_replies(
@@ -79,9 +113,9 @@ def generate_replies(
         DataError: The tokenizer has no chat template.
     """
     if any(not isinstance(conversation, str) for conversation in conversations):
-        _require_template(tokenizer)
+        require_template(tokenizer)
     config = _generation_config(model, tokenizer, options)
-    prompts = [_prompt_ids(tokenizer, conversation) for conversation in conversations]
+    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     replies = [""] * len(prompts)
@@ -93,10 +127,11 @@ def generate_replies(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=config,
+                **_stopping(tokenizer, options),
             )
             texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
-                replies[index] = text
+                replies[index] = StopStrings(options.stop).whole(text)
             if on_progress is not None:
                 on_progress(start + len(chosen), len(order))
     return replies
@@ -110,9 +145,9 @@ def stream_reply(model: Any, tokenizer: Any, messages: list[Message], options: G
     Raises:
         DataError: The tokenizer has no chat template.
     """
-    _require_template(tokenizer)
+    require_template(tokenizer)
     config = _generation_config(model, tokenizer, options)
-    input_ids = torch.tensor([_prompt_ids(tokenizer, messages)], device=model.device)
+    input_ids = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = _Stop()
     failures: list[BaseException] = []
@@ -136,9 +171,15 @@ def stream_reply(model: Any, tokenizer: Any, messages: list[Message], options: G
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
+            texts = StopStrings(options.stop)
             for piece in streamer:
-                if piece:
-                    yield piece
+                text, is_stopped = texts.add(piece)
+                if text:
+                    yield text
+                if is_stopped:
+                    break
+            if rest := texts.end():
+                yield rest
         finally:
             stop.requested.set()
             thread.join()
@@ -204,12 +245,16 @@ def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -
     stops = stop_token_ids(model, tokenizer)
     config = deepcopy(model.generation_config)
     sampling = options.temperature > 0
+    chosen = options.sampling(config)
     config.update(
         max_new_tokens=options.max_new_tokens,
         max_length=None,
         do_sample=sampling,
         temperature=options.temperature if sampling else 1.0,
         top_p=options.top_p if sampling else 1.0,
+        # What is None here is filled in from the model's own again.
+        min_p=options.min_p if sampling else None,
+        repetition_penalty=chosen.repetition_penalty,
         num_beams=1,
         use_cache=True,
         eos_token_id=stops,
@@ -218,15 +263,42 @@ def _generation_config(model: Any, tokenizer: Any, options: GenerationOptions) -
     )
     if not sampling:
         config.top_k = 50  # the library's default, which it takes as not set
+    elif options.top_k is not None:
+        config.top_k = options.top_k
     return config
 
 
-def _require_template(tokenizer: Any) -> None:
+# What of a generation config the engine has a way of its own for, or no use.
+_ENGINE_KNOWS = {
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams", "use_cache"),
+    *("max_length", "max_new_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation"),
+    *("transformers_version", "num_return_sequences", "output_scores", "return_dict_in_generate"),
+    *("output_attentions", "output_hidden_states", "output_logits", "compile_config", "disable_compile"),
+}
+
+
+def not_in_engine(config: GenerationConfig) -> str | None:
+    """What a model's generation config asks for beside sampling and stop tokens; None for nothing."""
+    asked = config.to_diff_dict()
+    return (
+        ", ".join(f"{name}={value}" for name, value in asked.items() if name not in _ENGINE_KNOWS and name[0] != "_")
+        or None
+    )
+
+
+def _stopping(tokenizer: Any, options: GenerationOptions) -> dict[str, Any]:
+    """What `generate` needs to end rows whose text has a stop string."""
+    return {"stop_strings": list(options.stop), "tokenizer": tokenizer} if options.stop else {}
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raises DataError where a tokenizer cannot write conversations."""
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template", hint="set the key chat_template")
 
 
-def _prompt_ids(tokenizer: Any, messages: list[Message] | str) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: list[Message] | str) -> list[int]:
+    """Tokens of a conversation up to where the assistant's turn begins, or of a text."""
     if isinstance(messages, str):
         text_ids: list[int] = tokenizer(messages)["input_ids"]
         return text_ids

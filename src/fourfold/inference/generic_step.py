@@ -145,12 +145,16 @@ class GenericStep:
     @torch.no_grad()
     def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: SlotCache, adapter: str | None) -> Tensor:
         self.use(adapter)
-        if cache.device.type == "cpu":
+        on_cpu = cache.device.type == "cpu"
+        if on_cpu and len(slots) == 1:
+            # As generate has it: no mask, so the same kernels and the same numbers.
+            self._view.now = _OneSlot(cache, int(slots), int(positions))
+            return self._forward(tokens[:, None], positions[:, None], None)
+        start, run = cache.length - 1, None
+        if on_cpu:
             start, first = int(positions.max()), int(slots[0])
-            lie_together = torch.equal(slots, torch.arange(first, first + len(slots)))
-            run = (first, first + len(slots)) if lie_together else None
-        else:
-            start, run = cache.length - 1, None
+            if torch.equal(slots, torch.arange(first, first + len(slots))):
+                run = (first, first + len(slots))
         self._view.now = now = _ManySlots(cache, slots, positions, start, run, self._gathers)
         return self._forward(tokens[:, None], positions[:, None], now.mask())
 

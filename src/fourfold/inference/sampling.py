@@ -10,7 +10,7 @@ filters these ask for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,17 +97,23 @@ class RowSampling:
     def of(cls, rows: Sequence[SamplingOptions], device: torch.device | str = "cpu") -> RowSampling:
         """Those of these rows."""
 
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([[getattr(row, name)] for row in rows], dtype=dtype, device=device)
+        def columns(names: tuple[str, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+            # Copied together.
+            values = [[[getattr(row, name)] for row in rows] for name in names]
+            return iter(torch.tensor(values, dtype=dtype, device=device).unbind())
 
         drawn = [row for row in rows if row.temperature > 0]
+        temperature, top_p, min_p, penalty = columns(
+            ("temperature", "top_p", "min_p", "repetition_penalty"), torch.float32
+        )
+        top_k, seed = columns(("top_k", "seed"), torch.int64)
         return cls(
-            temperature=column("temperature", torch.float32),
-            top_k=column("top_k", torch.int64),
-            top_p=column("top_p", torch.float32),
-            min_p=column("min_p", torch.float32),
-            repetition_penalty=column("repetition_penalty", torch.float32),
-            seed=column("seed", torch.int64),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=penalty,
+            seed=seed,
             draws=bool(drawn),
             most_k=max((row.top_k for row in drawn), default=0),
             has_top_p=any(row.top_p < 1 for row in drawn),

@@ -79,6 +79,11 @@ class StopStrings:
         held, self.held = self.held, ""
         return held
 
+    def whole(self, text: str) -> str:
+        """All of a text that stands before the first stop string."""
+        before, _ = self.add(text)
+        return before + self.end()
+
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that is a beginning of the stop string."""

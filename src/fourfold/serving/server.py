@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -15,6 +16,7 @@ from fourfold.serving.served import Served
 __all__ = ["make_server", "open_socket", "serve"]
 
 _BACKLOG = 2048
+_SWITCH_SECONDS = 0.0005
 
 
 def open_socket(options: ServerOptions) -> socket.socket:
@@ -58,6 +60,8 @@ def serve(
         listener: From `open_socket`.
         on_ready: Called when requests are answered.
     """
+    # When the engine's thread comes back from the GPU, it is not to wait long for the event loop.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     make_server(served, options, on_ready).run(sockets=[listener])
 
 
