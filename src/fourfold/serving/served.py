@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from fourfold.inference import prompt_ids
 from fourfold.inference.engine import Engine
 from fourfold.serving.errors import ApiError
 from fourfold.serving.requests import Message
@@ -46,17 +47,15 @@ class Prompter:
             raise ApiError(400, "the model has no chat template; /v1/completions continues a text", param="messages")
         turns = [{"role": turn.role, "content": turn.text()} for turn in messages]
         try:
-            found = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+            ids = prompt_ids(self._tokenizer, turns)
         except jinja2.TemplateError as error:
             raise ApiError(400, f"the model's chat template refuses the messages: {error}", param="messages") from error
-        ids: list[int] = found["input_ids"]
         return self._checked(ids, "messages")
 
     def text(self, prompt: str | list[int]) -> list[int]:
         """Raises ApiError for tokens that the model does not have, and for no or too many."""
         if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer(prompt)["input_ids"]
-            return self._checked(ids, "prompt")
+            return self._checked(prompt_ids(self._tokenizer, prompt), "prompt")
         if any(token >= self._vocab_size for token in prompt):
             raise ApiError(400, f"prompt: token ids must be below {self._vocab_size}", param="prompt")
         return self._checked(prompt, "prompt")
