@@ -191,6 +191,13 @@ def test_answers_of_a_schema_are_of_it(client: openai.OpenAI, temperature: float
         assert found["currency"] in ("EUR", "USD")
 
 
+def test_json_ends_where_it_is_whole_even_if_stop_tokens_are_to_be_ignored(tiny_server: Running) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", "b"]}}}
+    choice = tiny_server.post(response_format=asked, ignore_eos=True, max_tokens=20).json()["choices"][0]
+    assert json.loads(choice["message"]["content"]) in ("a", "b")
+    assert choice["finish_reason"] == "stop"
+
+
 def test_what_is_measured_is_told_to_prometheus(tiny_server: Running) -> None:
     def read() -> dict[str, float]:
         lines = [line.rsplit(" ", 1) for line in tiny_server.get("/metrics").text.splitlines() if line[0] != "#"]

@@ -133,7 +133,8 @@ class Answering:
                 logprobs=logprobs,
                 adapter=adapter,
                 constraint=constraints[index * n + choice],
-                ignore_eos=bool(asked.ignore_eos),
+                # Where the JSON is whole, nothing but its end may follow.
+                ignore_eos=bool(asked.ignore_eos) and constraints[index * n + choice] is None,
             )
             for index, prompt in enumerate(prompts)
             for choice in range(n)
