@@ -12,6 +12,7 @@ of known answer is among them, and must be answered as before. At the end no slo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import random
@@ -222,13 +223,14 @@ def main() -> None:
     with serving(words.model, *limits) as (url, models, process):
         fuzz = Fuzz(url, models, words.concurrency)
         before, began = resident_bytes(process), time.monotonic()
-        fuzz.run(words.requests, words.seed)
+        with contextlib.suppress(KeyboardInterrupt):  # what was sent until then is recorded
+            fuzz.run(words.requests, words.seed)
         fuzz.end()
         seconds, after = time.monotonic() - began, resident_bytes(process)
     packages = ("fourfold", "torch", "transformers", "fastapi", "starlette", "uvicorn", "llguidance", "schemathesis")
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/serving_fuzz.py MODEL --requests {words.requests}",
+        "command": f"python benchmarks/serving_fuzz.py MODEL --requests {words.requests} --seed {words.seed}",
         "model": Path(words.model).name,
         "versions": {name: version(name) for name in packages},
         "requests": fuzz.num_sent,
