@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fourfold.inference.cache import CacheShape, LayerShape, SlotCache
+from fourfold.inference.choosing import step_for
 from fourfold.inference.engine import Engine
 from fourfold.inference.footprint import ServingFootprint, serving_footprint
 from fourfold.inference.generate import (
@@ -17,8 +18,9 @@ from fourfold.inference.generate import (
     stream_reply,
 )
 from fourfold.inference.generic_step import GenericStep
+from fourfold.inference.logprobs import TokenLogprob
 from fourfold.inference.options import EngineOptions
-from fourfold.inference.requests import Chunk, Constraint, FinishReason, Request, Sequence, TokenLogprob
+from fourfold.inference.requests import Chunk, Constraint, FinishReason, Request, Sequence
 from fourfold.inference.sampling import SamplingOptions
 from fourfold.inference.steps import Step
 
@@ -46,6 +48,7 @@ __all__ = [
     "prompt_ids",
     "require_template",
     "serving_footprint",
+    "step_for",
     "stop_token_ids",
     "stream_reply",
 ]

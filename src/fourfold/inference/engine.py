@@ -21,11 +21,12 @@ from torch import Tensor
 
 from fourfold.errors import InferenceError
 from fourfold.inference.cache import SlotCache
+from fourfold.inference.choosing import step_for
 from fourfold.inference.footprint import ServingFootprint, fitting_options, free_bytes, serving_footprint
 from fourfold.inference.generate import stop_token_ids
-from fourfold.inference.generic_step import GenericStep
+from fourfold.inference.logprobs import TokenLogprob, token_logprobs
 from fourfold.inference.options import EngineOptions
-from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence, TokenLogprob
+from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence
 from fourfold.inference.sampling import RowSampling, sample
 from fourfold.inference.steps import Step
 from fourfold.inference.text import Detokenizer, StopStrings
@@ -34,6 +35,8 @@ from fourfold.models.underlying import underlying
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
+
+_Drawn = list[tuple[int, TokenLogprob | None]]
 
 
 @dataclass(eq=False)
@@ -93,7 +96,7 @@ class Engine:
         base = underlying(model)
         self.device: torch.device = base.device
         model.eval()
-        self.step_of_model: Step = step or GenericStep(model)
+        self.step_of_model: Step = step or step_for(model)
         context = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
         shape = self.step_of_model.shape
         free = options.memory_bytes or free_bytes(self.device)
@@ -205,15 +208,17 @@ class Engine:
         return best, min(most, len(prompt) - 1)
 
     def _prefill(self, keep_short: bool) -> None:
-        left = self.options.prefill_chunk
+        most = self.options.prefill_chunk if keep_short else max(self.options.prefill_chunk, self.options.prefill_alone)
+        left = most
         for running in list(self._running):
             sequence = running.sequence
             while sequence.finish_reason is None and not sequence.token_ids:
-                part = running.todo[: min(left, self.options.prefill_chunk)]
+                part = running.todo[:left]
                 try:
                     logits = self._read(running, part)
                     if not running.todo:
-                        self._choose([running], logits[None], torch.tensor([len(running.slot.tokens)]).to(self.device))
+                        position = torch.tensor([len(running.slot.tokens)], device=self.device)
+                        self._take_all([running], self._draw([running], logits[None], position))
                 except torch.OutOfMemoryError as error:
                     if len(self._running) == 1:
                         self._fail(running, error)
@@ -224,9 +229,10 @@ class Engine:
                     self._fail(running, error)
                 left -= len(part)
                 if left <= 0:
-                    if keep_short:
+                    # Nor do first tokens wait for the prompts behind them.
+                    if keep_short or self._chunks:
                         return
-                    left = self.options.prefill_chunk
+                    left = most
 
     def _wait_again(self, running: _Running) -> None:
         """There is no memory for this prompt beside those that run: it comes next when one of them has ended."""
@@ -267,6 +273,8 @@ class Engine:
                         self._fail(running, own)
 
     def _decode_group(self, group: list[_Running], adapter: str | None) -> None:
+        # Slots that lie side by side, in their order, are read where they are.
+        group = sorted(group, key=lambda running: running.slot.index)
         self.cache.ensure(max(len(running.slot.tokens) for running in group) + 1)
         state = [
             [running.todo[0] for running in group],
@@ -275,22 +283,27 @@ class Engine:
         ]
         tokens, slots, positions = torch.tensor(state, device=self.device)
         logits = self.step_of_model.decode(tokens, slots, positions, self.cache, adapter)
+        drawn = self._draw(group, logits, positions + 1)
+        # Only now: what failed before can be done again.
         for running in group:
             running.slot.tokens += running.todo
             running.todo.clear()
-        self._choose(group, logits, positions + 1)
+        self._take_all(group, drawn)
 
-    def _choose(self, group: list[_Running], logits: Tensor, positions: Tensor) -> None:
-        """Sample a token for each of these, which will stand at these positions, and take it in."""
+    def _draw(self, group: list[_Running], logits: Tensor, positions: Tensor) -> _Drawn:
+        """Sample a token for each of these, which will stand at these positions."""
         allowed = self._allowed(group, logits.shape[1])
-        # Those whose constraint failed have ended.
         rows = self._sampling_of(group)
         seen = None
         if rows.has_penalty and self._seen is not None:
             seen = self._seen[[running.slot.index for running in group]]
         tokens = sample(logits, rows, positions, seen, allowed).tolist()
-        logprobs = _logprobs(group, logits, tokens)
-        for running, token, logprob in zip(group, tokens, logprobs, strict=True):
+        wanted = [running.request.logprobs for running in group]
+        return list(zip(tokens, token_logprobs(logits, tokens, wanted), strict=True))
+
+    def _take_all(self, group: list[_Running], drawn: _Drawn) -> None:
+        for running, (token, logprob) in zip(group, drawn, strict=True):
+            # It may have ended meanwhile, by its constraint.
             if running.sequence.finish_reason is not None:
                 continue
             try:
@@ -398,22 +411,3 @@ def _common(one: list[int], other: list[int]) -> int:
         if mine != theirs:
             return index
     return min(len(one), len(other))
-
-
-def _logprobs(group: list[_Running], logits: Tensor, tokens: list[int]) -> list[TokenLogprob | None]:
-    """Of each row that asks for them, of the token that was chosen and of the likeliest."""
-    wanted = [running.request.logprobs for running in group]
-    told: list[TokenLogprob | None] = [None] * len(group)
-    rows = [row for row, count in enumerate(wanted) if count is not None]
-    if not rows:
-        return told
-    scores = logits[rows].float().log_softmax(dim=1)
-    chosen = torch.tensor([max(tokens[row], 0) for row in rows], device=logits.device)
-    own = scores.gather(1, chosen[:, None])[:, 0].tolist()
-    most = scores.topk(max(count or 0 for count in wanted), dim=1)
-    values, indices = most.values.tolist(), most.indices.tolist()
-    for place, row in enumerate(rows):
-        count = wanted[row]
-        top = tuple(zip(indices[place][:count], values[place][:count], strict=True))
-        told[row] = TokenLogprob(tokens[row], own[place], top)
-    return told

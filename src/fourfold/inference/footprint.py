@@ -83,11 +83,11 @@ def serving_footprint(
 
 
 def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions, sequences: int, length: int) -> int:
-    """An upper bound of what the generic path takes beside weights and cache.
+    """An upper bound of what a step takes beside weights and cache.
 
     The larger of growing the cache and of a pass; a pass reads a part of a prompt, or a token of each sequence. Keys
-    and values of one layer may be gathered, and repeated for the query heads that share them; a weight is expanded to
-    16 bits; masks, activations and logits are there, and what sampling makes of these.
+    and values of one layer may be gathered, and repeated for the query heads that share them; a weight, or two that
+    share an input, are expanded to 16 bits; masks, activations and logits are there, and what sampling makes of these.
     """
     config: Any = underlying(model).config.get_text_config(decoder=True)
     element = shape.dtype.itemsize
@@ -95,7 +95,7 @@ def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions,
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     heads = int(getattr(config, "num_attention_heads", 1))
     kv_heads = min((layer.kv_heads for layer in shape.layers if layer is not None), default=heads)
-    chunk = min(options.prefill_chunk, length)
+    chunk = min(max(options.prefill_chunk, options.prefill_alone), length)
     expanded = [module.quantized.num_elements for module in model.modules() if isinstance(module, QuantizedWeight)]
     layer = length * shape.layer_token_bytes
     repeated = max(1, heads // kv_heads) * layer
@@ -103,7 +103,7 @@ def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions,
     def working(tokens: int, rows: int) -> int:
         activations = tokens * (8 * hidden + 4 * intermediate) * element
         mask = tokens * length * element
-        return activations + mask + rows * repeated + max(expanded, default=0) * element
+        return activations + mask + rows * repeated + 2 * max(expanded, default=0) * element
 
     logits = int(config.vocab_size) * _SAMPLING_BYTES
     read = working(chunk, 1) + logits

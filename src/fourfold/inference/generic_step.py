@@ -84,7 +84,8 @@ def cache_shape(model: PreTrainedModel | PeftModel) -> CacheShape:
 class GenericStep:
     """A causal LM of Transformers, or a PEFT model around one. See `fourfold.inference.steps.Step`.
 
-    Where a request's adapter is not the one that is in force, it is switched by PEFT's own functions.
+    Where a request's adapter is not the one that is in force, it is switched by PEFT's own functions; nobody else
+    switches meanwhile.
 
     Args:
         model: The model, in evaluation mode.
@@ -107,6 +108,10 @@ class GenericStep:
         is_plain = self._takes_positions and getattr(self.base, "_supports_attention_backend", False)
         self._gathers = self.shape.has_windows or not is_plain
         self._view = _View(self.shape)
+        # Asking PEFT walks through all modules: done once.
+        self._in_force: list[str | None] = []
+        if isinstance(model, PeftModel):
+            self._in_force = model.active_adapters if model.get_model_status().enabled is True else [None]
 
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters there are."""
@@ -120,20 +125,15 @@ class GenericStep:
         """
         if adapter is not None and adapter not in self.adapters():
             raise InferenceError("unknown adapter", found=adapter, allowed=self.adapters() or "none: this is a base")
-        if not isinstance(self.model, PeftModel):
+        if not isinstance(self.model, PeftModel) or self._in_force == [adapter]:
             return
         layers = self.model.base_model
         if adapter is None:
-            if not self._is_off():
-                layers.disable_adapter_layers()
-            return
-        if self._is_off():
+            layers.disable_adapter_layers()
+        else:
             layers.enable_adapter_layers()
-        if self.model.active_adapters != [adapter]:
             self.model.set_adapter(adapter, inference_mode=True)
-
-    def _is_off(self) -> bool:
-        return self.model.get_model_status().enabled is False
+        self._in_force = [adapter]
 
     @torch.no_grad()
     def prefill(self, slot: int, input_ids: Tensor, cache: SlotCache, adapter: str | None, start: int = 0) -> Tensor:

@@ -19,6 +19,7 @@ class EngineOptions:
         max_length: Tokens of prompt and answer together, at most the model's context. None for as many as it has, or
             as fit.
         prefill_chunk: Tokens of prompts that a step reads while sequences run, so that these do not stall for long.
+        prefill_alone: Tokens that it reads at once while none does, if that is more.
         first_bucket: Tokens a slot has room for at first; it doubles as needed.
         reuse_prefixes: Whether a prompt may go on from what an ended sequence left in its slot.
         memory_bytes: What cache and passes may take beside the model. None for what the device has left.
@@ -30,12 +31,13 @@ class EngineOptions:
     max_sequences: int | None = 8
     max_length: int | None = 2048
     prefill_chunk: int = 512
+    prefill_alone: int = 2048
     first_bucket: int = FIRST_BUCKET
     reuse_prefixes: bool = True
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_length", "prefill_chunk", "first_bucket", "memory_bytes"):
+        for name in ("max_sequences", "max_length", "prefill_chunk", "prefill_alone", "first_bucket", "memory_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InferenceError(name, found=value, allowed="at least 1")

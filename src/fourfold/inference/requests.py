@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from fourfold.errors import InferenceError
+from fourfold.inference.logprobs import TokenLogprob
 from fourfold.inference.sampling import SamplingOptions
 
 __all__ = ["Chunk", "Constraint", "FinishReason", "Request", "Sequence", "TokenLogprob"]
@@ -30,21 +31,6 @@ class Constraint(Protocol):
     def advance(self, token_id: int) -> None:
         """This token was chosen."""
         ...
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Of one generated token, under the model's own distribution: before temperature, filters and constraints.
-
-    Args:
-        token_id: The token.
-        logprob: Its natural log-probability.
-        top: The likeliest tokens and theirs, the likeliest first; as many as were asked for.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,22 @@ from fourfold.models.linear_group import LinearGroup, Unsupported, refuse_hooks,
 from fourfold.models.recomputation import POLICIES, HostOffload, policies_of
 from fourfold.quantization.linear import QuantizedWeight
 
-__all__ = ["FusedDecoderLayer", "drop_graphs", "fuse_blocks", "keep_order", "set_recomputation"]
+__all__ = [
+    "ACTIVATIONS",
+    "FusedDecoderLayer",
+    "drop_graphs",
+    "fuse_blocks",
+    "fused_layer_class",
+    "keep_order",
+    "set_recomputation",
+    "sliding_window",
+]
 
 logger = logging.getLogger(__name__)
 
 _CACHE = "a key-value cache is in use"
 # Transformers' name of an activation -> the kernels'
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class FusedDecoderLayer:
@@ -139,7 +148,7 @@ class FusedDecoderLayer:
             documents = None
         if self.training and attention.attention_dropout > 0:
             raise Unsupported("attention_dropout is above 0")
-        activation = _ACTIVATIONS.get(attention.config.hidden_act)
+        activation = ACTIVATIONS.get(attention.config.hidden_act)
         if activation is None:
             raise Unsupported(f"hidden_act is {attention.config.hidden_act}")
         self._check_dtype(hidden_states)
@@ -207,10 +216,16 @@ def _checkpoint(function: Any, *args: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
 
-def _window(attention: Any, seq: int) -> int | None:
-    """Tokens that a token sees at most; None where the row is no longer than that."""
+def sliding_window(attention: Any) -> int | None:
+    """Tokens that a token sees at most; None for all before it."""
     # Mistral has it in its configuration, the same for all layers.
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    window: int | None = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return window
+
+
+def _window(attention: Any, seq: int) -> int | None:
+    """`sliding_window`; None where the row is no longer than that."""
+    window = sliding_window(attention)
     return window if window is not None and window < seq else None
 
 
@@ -265,7 +280,7 @@ def fuse_blocks(model: nn.Module, recompute: str | Sequence[str] | None = None, 
     Raises:
         ConfigError: An unknown policy, or not as many as there are layers.
     """
-    layer_class = _layer_class(getattr(getattr(model, "config", None), "model_type", None))
+    layer_class = fused_layer_class(getattr(getattr(model, "config", None), "model_type", None))
     if layer_class is None:
         return 0
     found = [
@@ -341,7 +356,8 @@ def drop_graphs(model: nn.Module) -> None:
             module._room.clear()
 
 
-def _layer_class(model_type: str | None) -> type[nn.Module] | None:
+def fused_layer_class(model_type: str | None) -> type[nn.Module] | None:
+    """Transformers' decoder layer of a family with a fused block; None for another family."""
     family = FAMILIES.get(model_type or "")
     if family is None or family.fused_layer is None:
         return None

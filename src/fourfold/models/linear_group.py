@@ -81,11 +81,14 @@ class AdaptedLinear:
         )
 
 
-def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> AdaptedLinear:
+def view_linear(
+    module: nn.Module, *, training: bool, bias: bool = False, names: Sequence[str] | None = None
+) -> AdaptedLinear:
     """What the fused block needs of a linear layer that PEFT may have wrapped.
 
     Args:
         bias: Whether the caller adds the base layer's bias.
+        names: Adapters to take, whichever are active; None for those that are.
 
     Raises:
         Unsupported: It does something that the fused block does not.
@@ -96,17 +99,20 @@ def view_linear(module: nn.Module, *, training: bool, bias: bool = False) -> Ada
     if isinstance(module, PeftLoraLinear):
         base = module.get_base_layer()
         refuse_hooks(base)
-        if not (module.disable_adapters or module.merged):
-            adapters = [
-                _view_adapter(module, name, training) for name in module.active_adapters if name in module.lora_A
-            ]
+        if names is not None and module.merged:
+            raise Unsupported("an adapter is merged")
+        if names is not None or not (module.disable_adapters or module.merged):
+            chosen = module.active_adapters if names is None else names
+            adapters = [_view_adapter(module, name, training) for name in chosen if name in module.lora_A]
     if type(base) is not QuantizedLinear and type(base) is not nn.Linear:
         raise Unsupported(f"a linear layer is a {type(base).__name__}")
     if isinstance(base, QuantizedLinear) and base.number_format.is_vectorwise:
         raise Unsupported("LLM.int8() rounds the input of each linear layer, which fused blocks do not")
     if base.bias is not None and not bias:
         raise Unsupported("a linear layer of the block other than q, k and v has a bias")
-    if any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values()):
+    # Whoever names adapters decodes, and computes no gradients.
+    is_trained = any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values())
+    if names is None and is_trained:
         raise Unsupported("a base weight is trained")
     return AdaptedLinear(base, tuple(adapters))
 

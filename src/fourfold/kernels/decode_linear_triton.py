@@ -1,0 +1,386 @@
+"""The product of `decode_linear` in Triton: up to 32 rows of x, blocks of 64, bound by reading W.
+
+Two things keep it so. A lane has 128 bytes of codes on their way while it works on as many, and a byte of codes is
+decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of which each lane has a
+copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes to the tensor cores as
+it is: the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
+The scale of a block is multiplied with the block's sums, in fp32.
+
+A warp takes ROWS rows of W and a share of the columns; the warps of a program add their sums up at the end, always in
+the same order. Everything that is no activation is loaded before the launch waits for the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.kernels.blockwise_triton import code_points
+from fourfold.kernels.decode_norm_triton import to_operand
+from fourfold.kernels.group_expansion_triton import of_member
+from fourfold.kernels.launching import cdiv, launches_early, on_device
+from fourfold.kernels.small_batch_parts_triton import from_quad, places
+from fourfold.kernels.small_batch_triton import operand
+
+__all__ = ["LOOKUP", "MAX_MEMBERS", "ROWS", "WARPS", "decode_linear"]
+
+MAX_MEMBERS = 3
+# Of W, to a program, by the rows of x in its tile; where gate and up are multiplied, half are gate's. Fewer leave
+# registers to more programs at a time, more spare reading x.
+ROWS = {8: 16, 16: 32}
+# That share the columns, by the columns: a warp of less than a span has nothing to do.
+WARPS = 8
+# How codes are looked up: "table" in shared memory, or "shuffle" among the lanes of a warp.
+LOOKUP = "table"
+
+
+# Of 256 threads each fills one entry, 32 copies of it: sixteen bytes at a time, each thread beginning with another part
+# of its row, so that no two meet in a bank.
+_STORE = "st.shared.v4.b32 [place], {value, value, value, value};"
+_NEXT = "add.u32 part, part, 16; and.b32 part, part, 112; add.u32 place, row, part;"
+_FILL = tl.constexpr(
+    """{
+    .shared .align 128 .b8 pairs[32768];
+    .reg .u32 thread, index, row, part, place, base;
+    .reg .b32 value;
+    .reg .u64 address;
+    .reg .f32 even, odd;
+    mov.u32 base, pairs;
+    mov.u32 thread, %tid.x;
+    shr.u32 index, thread, 4;
+    mad.wide.u32 address, index, 4, $1;
+    ld.global.nc.f32 even, [address];
+    and.b32 index, thread, 15;
+    mad.wide.u32 address, index, 4, $1;
+    ld.global.nc.f32 odd, [address];
+    cvt.rn.f16x2.f32 value, odd, even;
+    mad.lo.u32 row, thread, 128, base;
+    and.b32 part, thread, 7;
+    mul.lo.u32 part, part, 16;
+    add.u32 place, row, part;
+    """
+    + _STORE
+    + 7 * (_NEXT + _STORE)
+    + """
+    bar.sync 0;
+    mov.u32 index, %laneid;
+    mad.lo.u32 $0, index, 4, base;
+    }"""
+)
+
+
+@triton.jit
+def fill_table(codebook_ptr: tl.tensor) -> tl.tensor:
+    """Where each lane of a program of 256 threads finds its copy of the table: entry `byte` 128 * byte bytes behind it.
+
+    An entry is fp16 twice, the code point of the upper four bits first.
+    """
+    return tl.inline_asm_elementwise(_FILL, "=r,l", [codebook_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def decoded(word: tl.tensor, table: tl.tensor, codebook_ptr: tl.tensor, LOOKUP: tl.constexpr) -> tl.tensor:
+    """fp16 code points [places, 8] of words of codes [places, 1]."""
+    element = tl.arange(0, 8)[None, :]
+    if LOOKUP == "table":
+        # Two neighbours ask for the same entry, and one instruction answers both. The selector takes a byte out of the
+        # word, with zeros above it.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 byte, address;
+            prmt.b32 byte, $1, 0, $3;
+            mad.lo.u32 address, byte, 128, $5;
+            ld.shared.b32 $0, [address];
+            }""",
+            "=r,r,r,r,r,r,r",
+            [word, 0x4440 + element // 2, table],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return code_points(word >> ((element ^ 1) * 4), codebook_ptr, BITS=4, LOOKUP=LOOKUP).to(tl.float16)
+
+
+@triton.jit
+def of_sums(value: tl.tensor, ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: tl.constexpr) -> tl.tensor:
+    """[places], the same for all lanes q, as [WARPS, ROWS, BLOCK_M]: each lane's own where its sums are."""
+    parted = value.reshape(ROWS // 8, WARPS, 8, 1, 4, 1)
+    parted = tl.broadcast_to(parted, (ROWS // 8, WARPS, 8, BLOCK_M // 8, 4, 2))
+    return parted.permute(1, 0, 2, 3, 4, 5).reshape(WARPS, ROWS, BLOCK_M)
+
+
+@triton.jit
+def block_words(codes_ptr: tl.tensor, word: tl.tensor, block: tl.tensor) -> tl.tensor:
+    """[places, 2] words of codes: those of a block of 64 that a lane decodes. They are read once."""
+    at = (codes_ptr + (word + block * 8))[:, None] + tl.arange(0, 2)[None, :]
+    return tl.load(at, eviction_policy="evict_first")
+
+
+@triton.jit
+def block_sums(
+    total: tl.tensor,
+    weight0: tl.tensor,
+    weight1: tl.tensor,
+    factor: tl.tensor,
+    x_ptr: tl.tensor,
+    x_at: tl.tensor,
+    WARPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """`total` [WARPS, rows of W, BLOCK_M] and factor times the sums over a block of 64 columns, of which a lane has two
+    words."""
+    eight = tl.arange(0, 8)[None, :]
+    x0 = tl.load(x_ptr + (x_at[:, None] + eight))
+    x1 = tl.load(x_ptr + ((x_at + 8)[:, None] + eight))
+    sums = tl.full(total.shape, 0.0, tl.float32)
+    sums = tl.dot(weight0, operand(x0, BLOCK_M, WARPS).permute(0, 2, 1), sums)
+    sums = tl.dot(weight1, operand(x1, BLOCK_M, WARPS).permute(0, 2, 1), sums)
+    return tl.fma(sums, factor, total)
+
+
+# One kernel for all numbers of rows that share a tile.
+@triton.jit(do_not_specialize=["num_inputs", "row_1", "row_2", "num_rows"])
+def decode_linear_kernel(
+    out_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    codes_0: tl.tensor,
+    codes_1: tl.tensor,
+    codes_2: tl.tensor,
+    codebook_ptr: tl.tensor,
+    scales_0: tl.tensor,
+    scales_1: tl.tensor,
+    scales_2: tl.tensor,
+    code_map_ptr: tl.tensor,
+    nested_0: tl.tensor,
+    nested_1: tl.tensor,
+    nested_2: tl.tensor,
+    offset_0: tl.tensor,
+    offset_1: tl.tensor,
+    offset_2: tl.tensor,
+    bias_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    low_ptr: tl.tensor,
+    up_ptr: tl.tensor,
+    num_inputs: tl.tensor,
+    row_1: tl.tensor,
+    row_2: tl.tensor,
+    num_rows: tl.tensor,
+    x_scale: tl.tensor,
+    out_scale: tl.tensor,
+    COLUMNS: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SPANS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    """ROWS rows of the members' W, one over the other: member i begins with row_i.
+
+    A warp takes SPANS spans of 256 columns, of which a quad's lanes share out the scales of the four blocks.
+    RANK, RANKS: Low-rank columns of a member and of all, in `low`; of `up`, those of its own member. 0: no adapter.
+    ACTIVATION: "" or what gates: half of the rows are gate's, half the same of up, and `out` is their product.
+    """
+    BLOCKS: tl.constexpr = COLUMNS // 64
+    IS_EVEN: tl.constexpr = SPANS * WARPS * 4 == BLOCKS
+    PLACES: tl.constexpr = 4 * ROWS * WARPS
+    OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
+    q, r, warp, block = places(ROWS, WARPS)
+    first_row = tl.program_id(0) * OUT_ROWS
+    n = first_row + block * 8 + r
+    if ACTIVATION != "":
+        n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
+    # Rows that are not there are read as the last one, which is cheaper than a mask: their sums are never stored.
+    n = tl.minimum(n, num_rows - 1)
+    codes_ptr = of_member(n, row_1, row_2, codes_0, codes_1, codes_2)
+    scales_ptr = of_member(n, row_1, row_2, scales_0, scales_1, scales_2)
+    n_own = n
+    if codes_1 is not None:
+        n_own = tl.where(n >= row_1, n - row_1, n_own)
+    if codes_2 is not None:
+        n_own = tl.where(n >= row_2, n - row_2, n_own)
+    row_start = n_own * COLUMNS
+    first = warp * SPANS
+    LAST: tl.constexpr = BLOCKS - 1
+    # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
+    codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
+    word = (row_start + q * 16) // 16 * 2
+    # Blocks that are not there are read as the last one, with a scale of 0.
+    words0 = block_words(codes_ptr, word, tl.minimum(first * 4, LAST))
+    words1 = block_words(codes_ptr, word, tl.minimum(first * 4 + 1, LAST))
+    words2 = block_words(codes_ptr, word, tl.minimum(first * 4 + 2, LAST))
+    words3 = block_words(codes_ptr, word, tl.minimum(first * 4 + 3, LAST))
+    # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
+    own = first * 4 + q
+    row_block = n_own * BLOCKS
+    value = tl.load(scales_ptr + (row_block + tl.minimum(own, LAST)))
+    nested_ptr = scales_ptr
+    nested_absmax = tl.full([PLACES], 0.0, tl.float32)
+    offset = nested_absmax
+    scale = value
+    if code_map_ptr is not None:
+        nested_ptr = of_member(n, row_1, row_2, nested_0, nested_1, nested_2)
+        offset = tl.load(of_member(n, row_1, row_2, offset_0, offset_1, offset_2))
+        nested_absmax = tl.load(nested_ptr + ((row_block + tl.minimum(own, LAST)) >> NESTED_SHIFT))
+        point = tl.load(code_map_ptr + value.to(tl.int32))
+        scale = tl.load(scales_ptr + (row_block + tl.minimum(own + 4, LAST)))
+    else:
+        point = value
+    table = 0
+    if LOOKUP == "table":
+        table = fill_table(codebook_ptr)
+    x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
+    m = tl.program_id(1) * BLOCK_M + x_block * 8 + x_r
+    x_first = x_warp * SPANS
+    x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
+    total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for step in range(SPANS):
+        now = first + step
+        absmax = point
+        if code_map_ptr is not None:
+            # Two roundings: fused multiply-adds must be off.
+            absmax = point * nested_absmax + offset
+        if not IS_EVEN:
+            absmax = tl.where(now * 4 + q < BLOCKS, absmax, 0.0)
+        after = tl.minimum((now + 1) * 4 + q, LAST)
+        if code_map_ptr is not None:
+            point = tl.load(code_map_ptr + scale.to(tl.int32))
+            nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
+            scale = tl.load(scales_ptr + (row_block + tl.minimum((now + 2) * 4 + q, LAST)))
+        else:
+            point = tl.load(scales_ptr + (row_block + after))
+        for j in tl.static_range(4):
+            words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
+            ahead = block_words(codes_ptr, word, tl.minimum((now + 1) * 4 + j, LAST))
+            if j == 0:
+                words0 = ahead
+            elif j == 1:
+                words1 = ahead
+            elif j == 2:
+                words2 = ahead
+            else:
+                words3 = ahead
+            factor = of_sums(from_quad(absmax, q * 0 + j, PLACES), ROWS, WARPS, BLOCK_M)
+            word0, word1 = tl.split(words)
+            weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+            weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+            x_at = tl.minimum((x_first + step) * 4 + j, LAST) * 64
+            total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
+    result = tl.sum(total, axis=0) * x_scale
+    rows = tl.arange(0, ROWS)
+    row = first_row + rows
+    is_row = row < num_rows
+    if ACTIVATION != "":
+        row = first_row + rows % OUT_ROWS
+        is_row = row < row_1
+        row += tl.where(rows < OUT_ROWS, 0, row_1)
+    inputs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_input = inputs < num_inputs
+    if RANK > 0:
+        ranks = tl.arange(0, RANK)
+        member = tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0))
+        up_at = row.to(tl.int64)[:, None] * RANK + ranks[None, :]
+        up = tl.load(up_ptr + up_at, mask=is_row[:, None], other=0.0)
+        for part in tl.static_range(RANKS // RANK):
+            low_at = inputs[None, :] * RANKS + (part * RANK + ranks)[:, None]
+            low = tl.load(low_ptr + low_at, mask=is_input[None, :], other=0.0)
+            own_up = tl.where((member == part)[:, None], up, 0.0).to(up.dtype)
+            result = tl.dot(own_up, low, result)
+    if bias_ptr is not None:
+        result += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION == "":
+        mask = is_row[:, None] & is_input[None, :]
+        at = inputs[None, :] * num_rows + row[:, None]
+        rounded = result.to(DTYPE)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            rounded = (residual + rounded.to(tl.float32)).to(DTYPE)
+        tl.store(out_ptr + at, rounded, mask=mask)
+    else:
+        halves = result.to(DTYPE).reshape(2, OUT_ROWS, BLOCK_M).permute(1, 2, 0)
+        gate, gated = tl.split(halves)
+        gate = gate.to(tl.float32)
+        activated = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
+        y = (activated * gated.to(tl.float32)).to(DTYPE).to(tl.float32) * out_scale
+        out_row = first_row + tl.arange(0, OUT_ROWS)
+        mask = (out_row < row_1)[:, None] & is_input[None, :]
+        tl.store(out_ptr + inputs[None, :] * row_1 + out_row[:, None], to_operand(y), mask=mask)
+
+
+def decode_linear(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    codebook: Tensor,
+    scales: Sequence[Tensor],
+    code_map: Tensor | None,
+    nested_absmax: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    nested_block_size: int,
+    num_rows: Sequence[int],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    activation: str,
+    x_scale: float,
+    out_scale: float,
+    dtype: torch.dtype,
+    lookup: str | None = None,
+    early: bool | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """`fourfold.kernels.decode_linear.decode_linear` for what `serves` says."""
+    num_inputs, num_columns = x.shape
+    total = sum(num_rows)
+    width = num_rows[0] if activation else total
+    out = torch.empty(num_inputs, width, dtype=x.dtype if activation else dtype, device=x.device)
+    first = [*num_rows, 0, 0]
+    # Behind all rows where there is no such member.
+    row_1 = first[0]
+    row_2 = first[0] + first[1] if len(num_rows) > 2 else total
+    early = launches_early(x.device) if early is None else early
+    # The interpreter has no lanes, and no shared memory.
+    lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
+    rank = 0 if up is None else up.shape[1]
+    # More rows share the programs' W by the L2 cache.
+    block_m = 8 if num_inputs <= 8 else 16
+    rows = rows or ROWS[block_m]
+    with on_device(x):
+        decode_linear_kernel[(cdiv(width, rows // 2 if activation else rows), cdiv(num_inputs, block_m))](
+            *(out, x, *_three(codes), codebook, *_three(scales), code_map),
+            *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
+            *(num_inputs, row_1, row_2, total, float(x_scale), float(out_scale)),
+            COLUMNS=num_columns,
+            NESTED_SHIFT=nested_block_size.bit_length() - 1,
+            LOOKUP=lookup,
+            BLOCK_M=block_m,
+            ROWS=rows,
+            WARPS=WARPS,
+            SPANS=cdiv(num_columns, 256 * WARPS),
+            RANK=rank,
+            RANKS=0 if low is None else low.shape[1],
+            ACTIVATION=activation,
+            DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+            EARLY=early,
+            num_warps=WARPS,
+            num_stages=1,
+            enable_fp_fusion=False,
+            launch_pdl=early,
+        )
+    return out
+
+
+def _three(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [*tensors, *[None] * (MAX_MEMBERS - len(tensors))]

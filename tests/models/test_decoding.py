@@ -1,0 +1,197 @@
+"""The fused step against Transformers' own forward pass with its own cache."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from decoders import DECODERS, SIZES, VOCAB, adapted, decoder
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from fourfold.models import decode_layer
+from fourfold.models.decoding import FusedStep
+from fourfold.models.linear_group import Unsupported
+from fourfold.models.streaming import stream_base
+
+SLOTS, LENGTH = 4, 32
+
+
+def empty_cache(step: FusedStep, dtype: torch.dtype = torch.float32) -> Any:
+    def held() -> list[Tensor]:
+        # What is not written must not be read.
+        shapes = [(SLOTS, kv_heads, LENGTH, head_dim) for kv_heads, head_dim, _ in step.layers]
+        return [torch.full(shape, 1e4, dtype=dtype) for shape in shapes]
+
+    return SimpleNamespace(keys=held(), values=held())
+
+
+def by_transformers(model: PreTrainedModel | PeftModel, prompts: list[Tensor], steps: Tensor) -> Tensor:
+    """Logits [prompts, 1 + steps, vocab] behind each prompt and behind each of the tokens that follow."""
+    rows = []
+    with torch.no_grad():
+        for prompt, following in zip(prompts, steps.T, strict=True):
+            cache = DynamicCache(config=model.config)
+            logits = [model(input_ids=prompt[None], past_key_values=cache, use_cache=True).logits[0, -1]]
+            for token in following:
+                out = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+                logits.append(out.logits[0, -1])
+            rows.append(torch.stack(logits))
+    return torch.stack(rows)
+
+
+def by_step(step: FusedStep, prompts: list[Tensor], steps: Tensor, adapter: str | None, split: int = 0) -> Tensor:
+    """The same, the prompts in slots 2, 0, 3; with `split`, each in two parts."""
+    cache = empty_cache(step)
+    slots = torch.tensor([2, 0, 3])
+    begun = []
+    for slot, prompt in zip(slots.tolist(), prompts, strict=True):
+        if split:
+            step.prefill(slot, prompt[:split], cache, adapter)
+        begun.append(step.prefill(slot, prompt[split:], cache, adapter, start=split))
+    logits = [torch.stack(begun)]
+    positions = torch.tensor([len(prompt) for prompt in prompts])
+    for tokens in steps:
+        logits.append(step.decode(tokens, slots, positions, cache, adapter))
+        positions = positions + 1
+    return torch.stack(logits, dim=1)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(3))
+
+
+def prompts() -> list[Tensor]:
+    """Of unequal lengths, shorter and longer than the window there is."""
+    return [tokens(9), tokens(4), tokens(14)]
+
+
+def with_two_adapters(model: PreTrainedModel) -> PeftModel:
+    """ "default" on all layers, "other" on two, of another rank and scaling."""
+    prepared = adapted(model, fused=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        prepared.add_adapter("other", LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "down_proj"]))
+        for name, parameter in prepared.named_parameters():
+            if ".other." in name:
+                parameter.data.normal_(std=0.05)
+    return prepared
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_logits_are_those_of_transformers_with_its_cache(name: str, quantized: bool) -> None:
+    model = decoder(name, quantized=quantized).eval()
+    steps = tokens(4, 3)
+    expected = by_transformers(model, prompts(), steps)
+    step = FusedStep(model)
+    assert step.vocab_size == VOCAB
+    torch.testing.assert_close(by_step(step, prompts(), steps, None), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "smollm3-no-rope"])
+def test_a_prompt_may_come_in_parts(name: str) -> None:
+    step, steps = FusedStep(decoder(name).eval()), tokens(2, 3)
+    whole = by_step(step, prompts(), steps, None)
+    torch.testing.assert_close(by_step(step, prompts(), steps, None, split=3), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-biases", "qwen3-head-norms"])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_adapters_are_told_apart_by_name_whichever_is_active(name: str, quantized: bool) -> None:
+    model = with_two_adapters(decoder(name, quantized=quantized)).eval()
+    step, steps = FusedStep(model), tokens(3, 3)
+    assert step.adapters() == ("default", "other")
+    expected: dict[str | None, Tensor] = {}
+    for adapter in step.adapters():
+        model.set_adapter(adapter)
+        expected[adapter] = by_transformers(model, prompts(), steps)
+    with model.disable_adapter():
+        expected[None] = by_transformers(model, prompts(), steps)
+    assert not torch.allclose(expected["default"], expected["other"], rtol=1e-2, atol=1e-2)
+    for adapter, logits in expected.items():
+        torch.testing.assert_close(by_step(step, prompts(), steps, adapter), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_blocks_are_no_hindrance_and_adapters_that_learned_are_read_anew() -> None:
+    model = adapted(decoder("llama-gqa"), fused=True).eval()
+    step, steps = FusedStep(model), tokens(2, 3)
+    by_step(step, prompts(), steps, "default")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(2)
+    step.refresh()
+    expected = by_transformers(model, prompts(), steps)
+    assert step.version == 1
+    torch.testing.assert_close(by_step(step, prompts(), steps, "default"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-biases", "qwen3-head-norms", "mistral-window"])
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_a_16_bit_model_is_as_near_as_its_rounding_allows(
+    name: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The operators of the GPU's way, of which the references run here.
+    monkeypatch.setattr(decode_layer, "serves", lambda *_: by_kernels)
+    model = with_two_adapters(decoder(name, torch.bfloat16)).eval()
+    step, steps = FusedStep(model), tokens(1, 3)
+    assert step._view(None)[0].served == by_kernels
+    positions = torch.tensor([len(prompt) for prompt in prompts()])
+    slots = torch.tensor([1, 0, 2])
+    for adapter in ("default", "other"):
+        cache = empty_cache(step, torch.bfloat16)
+        for slot, prompt in zip(slots.tolist(), prompts(), strict=True):
+            step.prefill(slot, prompt, cache, adapter)
+        ours = step.decode(steps[0], slots, positions, cache, adapter).float()
+        model.set_adapter(adapter)
+        expected = by_transformers(model, prompts(), steps)[:, 1].float()
+        assert (ours - expected).norm() / expected.norm() < 0.02
+
+
+def unsupported() -> dict[str, Any]:
+    return {
+        "no fused block": lambda: decoder("gemma", head_dim=SIZES["head_dim"]),
+        "the base streams": lambda: streamed(),
+        "the rotary embedding changes": lambda: decoder(
+            "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        ),
+        "hook": lambda: hooked(),
+    }
+
+
+def streamed() -> PeftModel:
+    model = adapted(decoder("llama-gqa"), fused=False)
+    stream_base(model, torch.device("cpu"))
+    return model
+
+
+def hooked() -> PreTrainedModel:
+    model = decoder("llama-gqa")
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("reason", list(unsupported()))
+def test_what_it_cannot_do_it_refuses_with_the_reason(reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        FusedStep(unsupported()[reason]())
+
+
+def test_an_adapter_it_cannot_do_it_names_and_serves_the_others() -> None:
+    model = adapted(decoder("llama-gqa"), fused=False)
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    step = FusedStep(model.eval())
+    assert step.supports(None) is None
+    assert step.supports("default") is None
+    assert "Dora" in str(step.supports("dora"))
+    assert "no adapter" in str(step.supports("missing"))
+
+
+def test_an_adapter_that_is_merged_is_refused() -> None:
+    model = adapted(decoder("llama-gqa"), fused=False)
+    model.merge_adapter()
+    with pytest.raises(Unsupported, match="merged"):
+        FusedStep(model)
