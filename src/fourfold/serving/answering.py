@@ -46,11 +46,9 @@ class Answering:
         self._options = options
         self._max_tokens = min(options.max_tokens or self._max_length, self._max_length)
         self._runner = runner
-        # Copies: the engine's own is used by its thread meanwhile.
+        # A copy: the engine's own is used by its thread meanwhile.
         self._prompter = Prompter(deepcopy(engine.tokenizer), self._max_length, self._vocab_size)
-        self._grammars = Grammars(
-            deepcopy(engine.tokenizer), self._vocab_size, sorted(engine.stop_ids), options.max_schema_bytes
-        )
+        self._grammars = Grammars(engine.tokenizer, self._vocab_size, sorted(engine.stop_ids), options.max_schema_bytes)
         self._prompting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
 
     def close(self) -> None:
@@ -58,6 +56,8 @@ class Answering:
 
     async def chat(self, asked: ChatRequest, http: HttpRequest) -> Response:
         """Raises ApiError for what is not answered."""
+        # Before any work, which those that are refused would take from the others.
+        self._runner.require_room(1)
         deadline = self._deadline()
         adapter = self._adapter(asked.model)
         max_tokens = self._tokens_of(asked.max_completion_tokens or asked.max_tokens)
@@ -68,6 +68,8 @@ class Answering:
 
     async def complete(self, asked: CompletionRequest, http: HttpRequest) -> Response:
         """Raises ApiError for what is not answered."""
+        # Before any work, which those that are refused would take from the others.
+        self._runner.require_room(1)
         deadline = self._deadline()
         adapter = self._adapter(asked.model)
         # OpenAI's default of this endpoint.

@@ -138,25 +138,30 @@ class Runner:
         """Whether the engine answers no more."""
         return self._faults >= _MOST_FAULTS or not (self._thread.is_alive() or self._thread.ident is None)
 
-    def submit(self, requests: Sequence[Request]) -> Answers:
-        """Hand requests to the engine, all or none.
-
-        Raises:
-            ApiError: 429 where too many wait, 503 where the server ends or the engine has failed.
-        """
+    def require_room(self, count: int) -> None:
+        """Raises ApiError where so many sequences have no place: 429 where too many wait, 503 where the server ends or
+        the engine has failed."""
         if self.is_failed:
             raise ApiError(503, "the engine has failed; see the server's log", kind="server_error")
         if self._is_stopping:
             raise ApiError(503, "the server is ending", kind="server_error", headers={"Retry-After": "5"})
+        if self._num_live + count > self._most:
+            raise ApiError(
+                429,
+                f"too many requests wait: {self._num_live} of {self._most} places are taken",
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def submit(self, requests: Sequence[Request]) -> Answers:
+        """Hand requests to the engine, all or none.
+
+        Raises:
+            ApiError: As `require_room`.
+        """
         with self._lock:
-            if self._num_live + len(requests) > self._most:
-                raise ApiError(
-                    429,
-                    f"too many requests wait: {self._num_live} of {self._most} places are taken",
-                    kind="rate_limit_error",
-                    code="queue_full",
-                    headers={"Retry-After": "1"},
-                )
+            self.require_room(len(requests))
             self._num_live += len(requests)
         answers = Answers(self, requests)
         for answer in answers.parts:
