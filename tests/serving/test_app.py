@@ -238,6 +238,7 @@ def test_what_is_measured_is_told_to_prometheus(tiny_server: Running) -> None:
         ({"temperature": -0.1}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
         ({"seed": 2**63}, 400, "seed"),
+        ({"repetition_penalty": 5e-324}, 400, "repetition_penalty"),
         ({"stop": [""]}, 400, "stop"),
         ({"stop": ["x"] * 17}, 400, "stop"),
         ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs"),

@@ -112,7 +112,8 @@ class Sampling(_Body):
     # Not OpenAI's, but vLLM's and others' names.
     top_k: Annotated[int, Field(ge=-1, le=_LARGEST, description="0 or -1: all tokens.")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    # Beyond these no logit would be left to choose by.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
     # Known, and not done.
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
