@@ -49,10 +49,13 @@ class Answering:
         # A copy: the engine's own is used by its thread meanwhile.
         self._prompter = Prompter(deepcopy(engine.tokenizer), self._max_length, self._vocab_size)
         self._grammars = Grammars(engine.tokenizer, self._vocab_size, sorted(engine.stop_ids), options.max_schema_bytes)
+        # One thread, for a tokenizer serves one at a time; two, for a schema may take long.
         self._prompting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
+        self._compiling = ThreadPoolExecutor(max_workers=2, thread_name_prefix="schemas")
 
     def close(self) -> None:
         self._prompting.shutdown(wait=False, cancel_futures=True)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, asked: ChatRequest, http: HttpRequest) -> Response:
         """Raises ApiError for what is not answered."""
@@ -61,7 +64,7 @@ class Answering:
         deadline = self._deadline()
         adapter = self._adapter(asked.model)
         max_tokens = self._tokens_of(asked.max_completion_tokens or asked.max_tokens)
-        prompts = await self._in_order(lambda: [self._prompter.chat(asked.messages)])
+        prompts = await self._beside(self._prompting, lambda: [self._prompter.chat(asked.messages)])
         answers = await self._submit(asked, adapter, prompts, max_tokens, asked.num_logprobs)
         body = ChatBody("chatcmpl", asked.model, self._grammars, asked.num_logprobs is not None, asked.wants_usage)
         return await self._respond(asked, answers, body, http, deadline)
@@ -76,7 +79,7 @@ class Answering:
         max_tokens = self._tokens_of(asked.max_tokens or min(16, self._max_tokens))
         texts = asked.prompts()
         self._check_choices(len(texts), asked.n or 1)
-        prompts = await self._in_order(lambda: [self._prompter.text(text) for text in texts])
+        prompts = await self._beside(self._prompting, lambda: [self._prompter.text(text) for text in texts])
         answers = await self._submit(asked, adapter, prompts, max_tokens, asked.logprobs)
         body = CompletionBody("cmpl", asked.model, self._grammars, asked.logprobs is not None, asked.wants_usage)
         return await self._respond(asked, answers, body, http, deadline)
@@ -112,9 +115,9 @@ class Answering:
                 param="n",
             )
 
-    async def _in_order(self, make: Callable[[], T]) -> T:
-        """One at a time, beside the event loop: a long prompt takes a while, and a tokenizer serves one."""
-        return await asyncio.get_running_loop().run_in_executor(self._prompting, make)
+    async def _beside(self, threads: ThreadPoolExecutor, make: Callable[[], T]) -> T:
+        """What takes a while, so that the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(threads, make)
 
     async def _submit(
         self, asked: Sampling, adapter: str | None, prompts: list[list[int]], max_tokens: int, logprobs: int | None
@@ -122,8 +125,9 @@ class Answering:
         n = asked.n or 1
         self._check_choices(len(prompts), n)
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        constraints = await asyncio.to_thread(
-            lambda: [self._grammars.constraint(asked.response_format) for _ in range(len(prompts) * n)]
+        constraints = await self._beside(
+            self._compiling,
+            lambda: [self._grammars.constraint(asked.response_format) for _ in range(len(prompts) * n)],
         )
         requests = [
             Request(

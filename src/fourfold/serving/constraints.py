@@ -22,7 +22,8 @@ __all__ = ["Grammars", "JsonConstraint"]
 
 # A small model may go on with white space for ever; one piece is enough to write JSON in any common way.
 _OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[ \n]?"}
-_NUM_KEPT = 64
+# One of a large schema takes a few MB.
+_NUM_KEPT = 16
 
 
 class JsonConstraint:
