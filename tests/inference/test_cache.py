@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from small_models import small_model
 from transformers import DynamicCache
 
@@ -96,3 +97,9 @@ def test_models_that_keep_something_else_are_refused_with_the_reason(family: str
     kinds = {"layer_types": ["conv", "full_attention", "conv"]} if family == "lfm2" else {}
     with pytest.raises(InferenceError, match=reason):
         GenericStep(small_model(family, **kinds))
+
+
+def test_adapters_of_virtual_tokens_are_refused() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(InferenceError, match="virtual tokens"):
+        GenericStep(get_peft_model(small_model(), config))

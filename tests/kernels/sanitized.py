@@ -39,6 +39,9 @@ from fourfold.kernels import (
     angles_triton,
     blockwise_triton,
     cross_entropy_triton,
+    decode_attention_triton,
+    decode_linear_triton,
+    decode_norm_triton,
     encoding_triton,
     expansion_triton,
     grad_a_triton,
@@ -174,6 +177,46 @@ def few_rows_on_hopper() -> None:
     for inputs, rows, columns, double_quant in ((13, 41, 256, True), (31, 131, 768, False), (63, 37, 2048, True)):
         weight, _, _ = quantized((rows, columns), double_quant=double_quant)
         small_batch_hopper_triton.matmul(random(inputs, columns), *parts(weight), random(rows))
+
+
+def decode_linears() -> None:
+    """Members that end within a tile, warps without columns; scales and low-rank columns, too, or not; gated."""
+    for inputs, rows, columns, double_quant, gated in (
+        (1, (37, 12, 21), 192, True, False),
+        (13, (41,), 2112, False, False),
+        (5, (21, 21), 320, True, True),
+    ):
+        weights = [quantized((count, columns), double_quant=double_quant)[0] for count in rows]
+        given = [parts(weight) for weight in weights]
+        codes, scales, absmax, offsets = ([each[index] for each in given] for index in (0, 2, 4, 5))
+        nested = (absmax, offsets, 256) if double_quant else ([], [], 1)
+        total = sum(rows)
+        residual = None if gated else random(inputs, total)
+        low, up = random(inputs, 16 * len(rows)), random(total, 16)
+        decode_linear_triton.decode_linear(
+            *(random(inputs, columns), codes, weights[0].codebook, scales, given[0][3], *nested, rows),
+            *(random(total), residual, low, up, "silu" if gated else "", 1.0, 1.0, torch.float16),
+        )
+
+
+def decode_attention() -> None:
+    """The first and the last place of a slot, and between; parts without keys; windows, norms and rotation, or not."""
+    for heads, kv_heads, head_dim, window, plain in ((4, 2, 32, None, False), (3, 1, 16, 70, True)):
+        keys, values = random(3, kv_heads, 130, head_dim), random(3, kv_heads, 130, head_dim)
+        angles = (None, None) if plain else (random(3, head_dim), random(3, head_dim))
+        norms = (None, None) if plain else (random(head_dim), random(head_dim))
+        places = (torch.tensor([2, 0, 1], device=DEVICE), torch.tensor([129, 0, 70], device=DEVICE))
+        decode_attention_triton.decode_attention_(
+            *(random(3, (heads + 2 * kv_heads) * head_dim), *angles, keys, values, *places),
+            *(head_dim**-0.5, window, *norms, 1e-6, plain, 64),
+        )
+
+
+def decode_norms() -> None:
+    for rows, width, rank in ((3, 72, 0), (2, 4099, 5)):
+        x, lora_a = random(rows, width), random(rank, width) if rank else None
+        decode_norm_triton.decode_norm(x, random(width), 1e-6, lora_a)
+        decode_norm_triton.low_products(x, random(3, width), 2.0, torch.float16)
 
 
 def norm() -> None:
@@ -319,6 +362,9 @@ FAMILIES: dict[str, Callable[[], None]] = {
     "expand groups": expand_groups,
     "few rows": few_rows,
     "few rows on Hopper": few_rows_on_hopper,
+    "a decode step's linear layers": decode_linears,
+    "a decode step's attention": decode_attention,
+    "a decode step's norms": decode_norms,
     "norm": norm,
     "low rank": low_rank,
     "low rank beside": low_rank_beside,

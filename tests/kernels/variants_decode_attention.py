@@ -41,7 +41,7 @@ def normed(width: int, rank: int, weight: bool, early: bool) -> Variant:
         **{"out_ptr": "*fp16" if weight else None, "low_ptr": "*bf16" if rank else None},
         **{"x_ptr": "*bf16" if weight else "*fp16", "weight_ptr": "*bf16" if weight else None},
         **{"lora_a_ptr": "*bf16" if rank else None, "num_ranks": "i32", "eps": "fp32", "x_scale": "fp32"},
-        **{"K": width, "BLOCK_K": block_k, "BLOCK_R": norm.RANKS, "EARLY": early},
+        **{"K": width, "BLOCK_K": block_k, "EARLY": early},
     }
     options = {"num_warps": max(1, min(block_k // 512, 16)), "launch_pdl": early}
     return Variant(norm.decode_norm_kernel, arguments, options, ("num_ranks",), (90,) if early else (80,))

@@ -67,7 +67,7 @@ def chat(
         history = [{"role": "system", "content": system}] if system else []
         if prompt is None:
             for line in session.lines():
-                typer.secho(line, dim=True, err=True)
+                _tell(line)
             _converse(session, history)
             return
         text = sys.stdin.read().strip() if prompt == "-" else prompt
@@ -89,9 +89,14 @@ def _stream(session: Any, history: list[dict[str, str]]) -> str:
         typer.echo(piece, nl=False)
     typer.echo()
     if session.figures is not None:
-        # Not of the answer, which may be going into a file.
-        typer.secho(session.figures.line(), dim=True, err=True)
+        _tell(session.figures.line())
     return "".join(pieces)
+
+
+def _tell(line: str) -> None:
+    """What is beside the answer, to a person who watches; the answer alone may be going into a file."""
+    if sys.stderr.isatty():
+        typer.secho(line, dim=True, err=True)
 
 
 def _converse(session: Any, opening: list[dict[str, str]]) -> None:

@@ -118,14 +118,14 @@ class GraphedStep:
         collects = gc.isenabled()
         with torch.cuda.stream(self._stream):
             # Once before: kernels are compiled, libraries made ready.
-            self.step.decode(*inputs, cache, adapter)
+            self._pass(inputs, cache, adapter)
             torch.cuda.synchronize(tokens.device)
             gc.disable()
             try:
                 # Other threads, such as a server's, go on with their work.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    logits = self.step.decode(*inputs, cache, adapter)
+                    logits = self._pass(inputs, cache, adapter)
                 finally:
                     graph.capture_end()
             finally:
@@ -133,6 +133,10 @@ class GraphedStep:
                     gc.enable()
         torch.cuda.current_stream(tokens.device).wait_stream(self._stream)
         return _Graph(graph, inputs, logits)
+
+    def _pass(self, inputs: Tensor, cache: Any, adapter: str | None) -> Tensor:
+        tokens, slots, positions = inputs
+        return self.step.decode(tokens, slots, positions, cache, adapter)
 
 
 def fill(inputs: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor) -> None:

@@ -92,7 +92,8 @@ def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions,
     config: Any = underlying(model).config.get_text_config(decoder=True)
     element = shape.dtype.itemsize
     hidden = int(config.hidden_size)
-    intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    widths = getattr(config, "intermediate_size", None) or 4 * hidden
+    intermediate = max(widths) if isinstance(widths, list | tuple) else int(widths)
     heads = int(getattr(config, "num_attention_heads", 1))
     kv_heads = min((layer.kv_heads for layer in shape.layers if layer is not None), default=heads)
     chunk = min(max(options.prefill_chunk, options.prefill_alone), length)

@@ -53,6 +53,8 @@ def cache_shape(model: PreTrainedModel | PeftModel) -> CacheShape:
         raise refuse("an encoder-decoder")
     if getattr(base, "_is_stateful", False):
         raise refuse("a recurrent state")
+    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise refuse("an adapter of virtual tokens")
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
     token = torch.zeros(1, 1, dtype=torch.int64, device=base.device)
     argument = _cache_argument(base)
@@ -70,6 +72,8 @@ def cache_shape(model: PreTrainedModel | PeftModel) -> CacheShape:
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             raise refuse(f"a layer that keeps nothing, or something else ({type(layer).__name__})")
+        if layer.keys.device != base.device:
+            raise refuse(f"layers on {base.device} and {layer.keys.device}")
         layers.append(
             LayerShape(
                 layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], getattr(layer, "sliding_window", None)

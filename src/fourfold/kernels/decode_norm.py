@@ -45,7 +45,8 @@ _low_op = torch.ops.fourfold.low_products.default
 def to_operand(x: Tensor) -> Tensor:
     """As fp16, where it is too large its largest number."""
     most = torch.finfo(OPERAND).max
-    return x.clamp(-most, most).to(OPERAND)
+    # In bf16 the largest number would be rounded up.
+    return x.to(working_dtype(x.dtype)).clamp(-most, most).to(OPERAND)
 
 
 def decode_norm(x: Tensor, weight: Tensor, eps: float, lora_a: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton kernels of decode_norm.py. A program has one row of x; further ones have a row of A each, and norm x anew."""
+"""Triton kernels of decode_norm.py. A program has a row of x, which it norms, and a row of A."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ def decode_norm_kernel(
     x_scale: tl.tensor,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """Program (m, 0) writes row m of `out`, where there is one; the others BLOCK_R columns of `low`, at BLOCK_R - 1."""
+    """Program (m, 0) writes row m of `out`, where there is one; program (m, i) column i of that row of `low`."""
     m = tl.program_id(0)
     part = tl.program_id(1)
     columns = tl.arange(0, BLOCK_K)
@@ -51,17 +50,11 @@ def decode_norm_kernel(
     else:
         x *= x_scale
     if out_ptr is not None:
-        tl.store(out_ptr + m * K + columns, to_operand(x), mask=inside & (part == 0))
+        tl.store(out_ptr + m * K + columns, to_operand(x), mask=columns < K * (1 - part))
     if lora_a_ptr is not None:
-        for i in tl.static_range(BLOCK_R):
-            rank = part * BLOCK_R + i
-            a = tl.load(lora_a_ptr + rank * K + columns, mask=inside & (rank < num_ranks), other=0.0).to(tl.float32)
-            product = tl.sum(a * x)
-            tl.store(low_ptr + m * num_ranks + rank, product.to(low_ptr.dtype.element_ty), mask=rank < num_ranks)
-
-
-# Rows of A to a program.
-RANKS = 1
+        a = tl.load(lora_a_ptr + part * K + columns, mask=inside, other=0.0).to(tl.float32)
+        product = tl.sum(a * x)
+        tl.store(low_ptr + m * num_ranks + part, product.to(low_ptr.dtype.element_ty))
 
 
 def _launch(
@@ -80,11 +73,10 @@ def _launch(
     block_k = next_power_of_2(width)
     early = launches_early(x.device) if early is None else early
     with on_device(x):
-        decode_norm_kernel[(num_inputs, max(1, num_ranks // RANKS))](
+        decode_norm_kernel[(num_inputs, max(1, num_ranks))](
             *(out, low if num_ranks else None, x, weight, lora_a, num_ranks, eps, float(x_scale)),
             K=width,
             BLOCK_K=block_k,
-            BLOCK_R=RANKS,
             EARLY=early,
             num_warps=max(1, min(block_k // 512, 16)),
             launch_pdl=early,

@@ -128,8 +128,12 @@ class DecodeLinears:
         """`decode_linear`; `low` where a norm made it with x."""
         if self.lora_a is not None and low is None:
             low = low_products(x, self.lora_a, x_scale, self.dtype)
-        extras = {"low": low, "up": self.lora_b} if self.lora_a is not None else {}
-        return decode_linear(x, *self.arguments, dtype=self.dtype, bias=self.bias, x_scale=x_scale, **extras, **others)
+        if self.lora_a is not None:
+            others |= {"low": low, "up": self.lora_b}
+        options: Any = {"dtype": self.dtype, "bias": self.bias, "x_scale": x_scale, **others}
+        layers: Any = self.arguments
+        out: Tensor = decode_linear(x, *layers, **options)
+        return out
 
     def one_by_one(self, x: Tensor) -> Tensor:
         """[M, out_features], by each layer itself."""
@@ -230,8 +234,8 @@ class DecodeLayer:
         normed_x, _ = rms_norm(x, self.norm1, self.norm_eps, self.qkv.group.rank)
         fill_low(normed_x, weight)
         cos, sin = angles if self.rotates else (None, None)
-        shape: Any = (cos, sin, self.num_heads, self.num_kv_heads, self.qkv.bias)
-        rotated = rotary(normed_x @ weight.forward.T, *shape, self.q_norm, self.k_norm, self.head_eps)
+        heads = (self.num_heads, self.num_kv_heads, self.qkv.bias, self.q_norm, self.k_norm, self.head_eps)
+        rotated = rotary(normed_x @ weight.forward.T, cos, sin, *heads)
         counts = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = rotated.view(1, length, -1, self.head_dim).split(counts, dim=2)
         keys[:, start : start + length] = k[0].transpose(0, 1)
