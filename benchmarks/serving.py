@@ -6,8 +6,10 @@ runs the engine alone with so many requests at a time, in this process, then the
 clients in a process of their own: so the model, its cache and the kernels are the same. Both take the same prompts, and
 tokens without end until `--tokens`. Rounds of the two take turns. The time per token is that of a step of all streams,
 from the first token of the last stream on to the last token of the first; the server's is taken where tokens arrive, at
-the clients. `--shape 8b` takes random weights in the shape of Llama-3-8B, quantized to NF4, on a GPU. The numbers go
-into `benchmarks/results/serving.json`, or where `--json` says.
+the clients. Beside it stands what the event loop's thread, which is all that the server is beside the engine, computed
+for each token: other work on the machine changes that little. `--shape 8b` takes random weights in the shape of
+Llama-3-8B, quantized to NF4; MODEL is the tokenizer then. The numbers go into `benchmarks/results/serving.json`, or
+where `--json` says.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import torch
 
 from fourfold.environment import gather
 from fourfold.hosting import find_hosted, load_hosted
@@ -132,11 +133,11 @@ def load(words: argparse.Namespace) -> tuple[Served, str]:
         hosted = find_hosted(words.model, name="model", load_in_4bit=words.load_in_4bit)
         return load_hosted(hosted, options), Path(words.model).name
     from fourfold.inference import Engine
-    from fourfold.models.loading import load_tokenizer
+    from fourfold.models.loading import default_device, default_dtype, load_tokenizer
     from fourfold.quantization.hf_config import FourfoldConfig
     from fourfold.training.bench import random_model
 
-    model = random_model(words.shape, FourfoldConfig(), torch.bfloat16, torch.device("cuda"))
+    model = random_model(words.shape, FourfoldConfig(), default_dtype(default_device()), default_device())
     return Served(
         Engine(model, load_tokenizer(words.model), options), {"model": None}
     ), f"random weights, {words.shape}"
