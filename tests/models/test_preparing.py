@@ -23,7 +23,7 @@ from twins import dense_twin, original_model, quantized_model, randomise, tokens
 from fourfold.adapters.lora import LoraQuantizedLinear
 from fourfold.errors import AdapterError, CheckpointError
 from fourfold.models.loading import load_model
-from fourfold.models.preparing import load_adapter, prepare
+from fourfold.models.preparing import add_adapter, load_adapter, prepare
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.quantization.hf_quantizer import quantize_model
 
@@ -244,3 +244,23 @@ def test_an_unconverted_pissa_adapter_of_plain_peft_is_refused(saved: Path) -> N
     (saved / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
     with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
         load_adapter(quantized_model(), saved)
+
+
+def test_an_adapter_beside_another_answers_as_it_does_alone_and_leaves_that_as_it_was(tmp_path: Path) -> None:
+    """Over quantized layers, on which it has layers that the first one does not."""
+    folders = {}
+    for seed, (name, targets) in enumerate({"one": ["q_proj"], "two": ["q_proj", "up_proj"]}.items()):
+        torch.manual_seed(seed)
+        made = prepare(quantized_model(), LoraConfig(r=2 + seed, target_modules=targets, task_type="CAUSAL_LM"))
+        randomise(made)
+        made.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+    alone = {name: logits(load_adapter(quantized_model(), folder)) for name, folder in folders.items()}
+    model = load_adapter(quantized_model(), folders["one"])
+    add_adapter(model, folders["two"], "two")
+    assert model.active_adapter == "default"
+    assert torch.equal(logits(model), alone["one"])
+    model.set_adapter("two")
+    assert torch.equal(logits(model), alone["two"])
+    assert not torch.equal(alone["one"], alone["two"])
+    assert adapted_names(model) == {"q_proj", "up_proj"}

@@ -19,6 +19,7 @@ from fourfold.cli.environment import let_segments_grow, print_environment
 from fourfold.cli.evaluating import EvaluateCommand, evaluate
 from fourfold.cli.exporting import export
 from fourfold.cli.launching import launch
+from fourfold.cli.serving import serve
 from fourfold.cli.terminal import (
     is_main,
     print_json,
@@ -228,6 +229,7 @@ def merge(
 
 
 app.command()(export)
+app.command()(serve)
 
 
 app.command()(chat)

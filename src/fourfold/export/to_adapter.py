@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fourfold.export.verification import reference_logits
 from fourfold.models.checkpoint_files import check_safetensors, stored_tensors_of
 from fourfold.models.underlying import underlying
 
-__all__ = ["BOUNDS", "read", "write"]
+__all__ = ["BOUNDS", "read", "vllm_command", "write"]
 
 # The same numbers on the same base: what differs is the order of sums.
 BOUNDS = {"": Bounds(kl=1e-6, top1=0.999)}
@@ -70,12 +71,24 @@ def write(trained: Trained, folder: Path, quantization: str | None = None) -> li
     shutil.copyfile(trained.adapter / WEIGHTS, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     trained.tokenizer.save_pretrained(folder)
-    rank = next((known for known in _MAX_RANKS if known >= config["r"]), config["r"])
-    named = f"{trained.name}={folder}"
     return [
-        f"vLLM:   vllm serve {trained.base} --enable-lora --lora-modules {named} --max-lora-rank {rank}",
-        f"SGLang: python -m sglang.launch_server --model-path {trained.base} --enable-lora --lora-paths {named}",
+        f"vLLM:   {vllm_command(trained.base, {trained.name: folder})}",
+        f"SGLang: python -m sglang.launch_server --model-path {trained.base} --enable-lora "
+        f"--lora-paths {trained.name}={folder}",
     ]
+
+
+def vllm_command(base: str, adapters: Mapping[str, Path]) -> str:
+    """The command by which vLLM serves a base, and exported adapters beside it by their names."""
+    words = ["vllm", "serve", base]
+    if adapters:
+        named = [f"{name}={folder}" for name, folder in adapters.items()]
+        words += ["--enable-lora", "--lora-modules", *named]
+        largest = max(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["r"] for folder in adapters.values())
+        words += ["--max-lora-rank", str(next((known for known in _MAX_RANKS if known >= largest), largest))]
+    if len(adapters) > 1:
+        words += ["--max-loras", str(len(adapters))]
+    return shlex.join(words)
 
 
 def _target_modules(trained: Trained) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from fourfold.models.streaming import stream_base as stream_the_base
 from fourfold.models.weights import OriginalWeights
 from fourfold.quantization.linear import QuantizedLinear
 
-__all__ = ["load_adapter", "prepare"]
+__all__ = ["add_adapter", "load_adapter", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,36 @@ def load_adapter(
         AdapterError: An adapter that belongs to a base which plain PEFT would have to compute anew.
     """
     folder = Path(folder)
+    config = _read_adapter_config(folder)
+    with _naming_base(config, folder, model):
+        loaded = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    if stream_base is not None:
+        stream_the_base(loaded, device, source=stream_base)
+    _fuse(loaded, fused, None, False)
+    return loaded
+
+
+def add_adapter(model: PeftModel, folder: str | Path, name: str) -> None:
+    """Put another saved adapter beside those of a model; the active one stays active.
+
+    Args:
+        model: From `load_adapter` or `prepare`.
+        folder: The adapter's.
+        name: Its name in the model, without dots.
+
+    Raises:
+        CheckpointError, AdapterError: As `load_adapter`.
+    """
+    folder = Path(folder)
+    config = _read_adapter_config(folder)
+    with _naming_base(config, folder, model.get_base_model()):
+        # The configuration first: it says how PEFT wraps a quantized layer.
+        model.add_adapter(name, config)
+        model.load_adapter(str(folder), name, is_trainable=False)
+
+
+def _read_adapter_config(folder: Path) -> PeftConfig:
+    """The configuration of a saved adapter, whose files are there and whole."""
     if not (folder / "adapter_config.json").is_file():
         raise CheckpointError(
             f"no adapter in {folder}",
@@ -196,8 +227,13 @@ def load_adapter(
     if isinstance(config, LoraConfig):
         _check_initialisation(config, folder)
         register(config)
+    return config
+
+
+@contextlib.contextmanager
+def _naming_base(config: PeftConfig, folder: Path, model: PreTrainedModel) -> Iterator[None]:
     try:
-        loaded = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+        yield
     except (RuntimeError, ValueError) as error:
         # PEFT's message lists every tensor; a target that is not there is a ValueError.
         if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
@@ -207,10 +243,6 @@ def load_adapter(
             found=f"{config.base_model_name_or_path} in its configuration, and {model.config.name_or_path} here",
             hint="load the base that it was trained on",
         ) from error
-    if stream_base is not None:
-        stream_the_base(loaded, device, source=stream_base)
-    _fuse(loaded, fused, None, False)
-    return loaded
 
 
 def _check_initialisation(config: LoraConfig, folder: Path) -> None:
