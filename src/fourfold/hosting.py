@@ -17,11 +17,12 @@ from fourfold.config import options as choices
 from fourfold.errors import ConfigError
 from fourfold.export.to_adapter import vllm_command
 from fourfold.exporting import export
-from fourfold.inference import Engine, EngineOptions
+from fourfold.inference import Engine, EngineOptions, not_in_engine
 from fourfold.inputs import FinishedRun, base_of, find_run
 from fourfold.limiting import limit_of
 from fourfold.models.loading import load_model, load_tokenizer
 from fourfold.models.preparing import add_adapter, load_adapter
+from fourfold.models.underlying import underlying
 from fourfold.quantization.hf_config import FourfoldConfig
 from fourfold.serving import Served, ServerOptions, open_socket, serve
 from fourfold.training import run_folder
@@ -166,6 +167,8 @@ def load_hosted(hosted: Hosted, options: EngineOptions) -> Served:
             add_adapter(model, folder, f"adapter{index}")
     if hosted.base_name is not None:
         inner[hosted.base_name] = None
+    if reason := not_in_engine(underlying(model).generation_config):
+        logger.warning("The model's generation config asks for what is not done here, and goes without: %s", reason)
     return Served(Engine(model, tokenizer, options), inner)
 
 

@@ -165,6 +165,11 @@ class Engine:
             self._waiting.remove(sequence)
         self._finish(sequence, "cancelled")
 
+    def forget(self) -> None:
+        """Read no prompt from the middle of what slots hold now: after a fault nobody knows what that is."""
+        for slot in (*self._free, *(running.slot for running in self._running)):
+            slot.tokens.clear()
+
     def step(self) -> list[Chunk]:
         """Go on by a token: the pieces that sequences got."""
         self._num_steps += 1

@@ -253,6 +253,7 @@ class Runner:
                 logger.exception("a sequence could not be cancelled")
                 self._faults = _MOST_FAULTS
             self._give([(answer, _fault())])
+        self._engine.forget()
 
     def _give(self, given: list[tuple[Answer, Chunk | ApiError]]) -> None:
         if not given:
