@@ -30,8 +30,9 @@ __all__ = ["LOOKUP", "MAX_MEMBERS", "ROWS", "WARPS", "decode_linear"]
 
 MAX_MEMBERS = 3
 # Of W, to a program, by the rows of x in its tile; where gate and up are multiplied, half are gate's. Fewer leave
-# registers to more programs at a time, more spare reading x.
-ROWS = {8: 16, 16: 32}
+# registers to more programs at a time, more spare reading x. Triton from 3.7 on exchanges operands by shared memory,
+# of which there is no more beside the table.
+ROWS = {8: 16, 16: 32 if triton.__version__.startswith("3.6.") else 16}
 # That share the columns, by the columns: a warp of less than a span has nothing to do.
 WARPS = 8
 # How codes are looked up: "table" in shared memory, or "shuffle" among the lanes of a warp.
@@ -87,21 +88,22 @@ def decoded(word: tl.tensor, table: tl.tensor, codebook_ptr: tl.tensor, LOOKUP: 
     """fp16 code points [places, 8] of words of codes [places, 1]."""
     element = tl.arange(0, 8)[None, :]
     if LOOKUP == "table":
-        # Two neighbours ask for the same entry, and one instruction answers both. The selector takes a byte out of the
-        # word, with zeros above it.
-        return tl.inline_asm_elementwise(
+        # The selector takes a byte out of the word, with zeros above it. Two neighbours ask for the same entry, which
+        # the compiler sees, and looks it up once. (Not `pack=2`: which two would be given together is Triton's choice.)
+        pair = tl.inline_asm_elementwise(
             """{
             .reg .b32 byte, address;
-            prmt.b32 byte, $1, 0, $3;
-            mad.lo.u32 address, byte, 128, $5;
+            prmt.b32 byte, $1, 0, $2;
+            mad.lo.u32 address, byte, 128, $3;
             ld.shared.b32 $0, [address];
             }""",
-            "=r,r,r,r,r,r,r",
+            "=r,r,r,r",
             [word, 0x4440 + element // 2, table],
-            dtype=tl.float16,
+            dtype=tl.int32,
             is_pure=True,
-            pack=2,
+            pack=1,
         )
+        return (pair >> (element % 2 * 16)).to(tl.int16).to(tl.float16, bitcast=True)
     return code_points(word >> ((element ^ 1) * 4), codebook_ptr, BITS=4, LOOKUP=LOOKUP).to(tl.float16)
 
 
