@@ -197,7 +197,10 @@ def decode_linear_kernel(
     PLACES: tl.constexpr = 4 * ROWS * WARPS
     OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     q, r, warp, block = places(ROWS, WARPS)
-    first_row = tl.program_id(0) * OUT_ROWS
+    # Programs that read the same rows of W are neighbours, so that all but one find them in the L2 cache.
+    num_tiles = tl.cdiv(num_inputs, BLOCK_M)
+    first_row = tl.program_id(0) // num_tiles * OUT_ROWS
+    first_input = tl.program_id(0) % num_tiles * BLOCK_M
     n = first_row + block * 8 + r
     if ACTIVATION != "":
         n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
@@ -241,7 +244,7 @@ def decode_linear_kernel(
     if LOOKUP == "table":
         table = fill_table(codebook_ptr)
     x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
-    m = tl.program_id(1) * BLOCK_M + x_block * 8 + x_r
+    m = first_input + x_block * 8 + x_r
     x_first = x_warp * SPANS
     x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
     total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
@@ -288,7 +291,7 @@ def decode_linear_kernel(
         row = first_row + rows % OUT_ROWS
         is_row = row < row_1
         row += tl.where(rows < OUT_ROWS, 0, row_1)
-    inputs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inputs = first_input + tl.arange(0, BLOCK_M)
     is_input = inputs < num_inputs
     if RANK > 0:
         ranks = tl.arange(0, RANK)
@@ -356,11 +359,10 @@ def decode_linear(
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]
-    # More rows share the programs' W by the L2 cache.
     block_m = 8 if num_inputs <= 8 else 16
     rows = rows or ROWS[block_m]
     with on_device(x):
-        decode_linear_kernel[(cdiv(width, rows // 2 if activation else rows), cdiv(num_inputs, block_m))](
+        decode_linear_kernel[(cdiv(width, rows // 2 if activation else rows) * cdiv(num_inputs, block_m),)](
             *(out, x, *_three(codes), codebook, *_three(scales), code_map),
             *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
             *(num_inputs, row_1, row_2, total, float(x_scale), float(out_scale)),
