@@ -29,7 +29,7 @@ def layers(rows: list[int], columns: int, double_quant: bool = True) -> tuple[An
     return codes, codebook, [each.codes for each in scales], scales[0].code_map, *nested, 256, rows
 
 
-@pytest.mark.parametrize("inputs", [1, 3, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("inputs", [1, 3, 8, 9, 16, 17, 64])
 @pytest.mark.parametrize(
     ("rows", "columns", "double_quant"),
     [([4096, 1024, 1024], 4096, True), ([4096], 14336, True), ([300, 20], 576, False), ([40], 64, True)],
