@@ -1,9 +1,9 @@
 """The product of `decode_linear` in Triton: up to 64 rows of x, blocks of 64, bound by reading W where they are few.
 
-Two things keep it so. A lane has 64 bytes of codes or more on their way while it works on as many, and a byte of codes
-is decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of which each lane has a
-copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes to the tensor cores as
-it is: the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
+Two things keep it so. A lane has 64 bytes of codes or more on their way while it works on as many. And a byte of codes
+is decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of which each lane has
+a copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes to the tensor cores
+as it is: the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
 The scale of a block is multiplied with the block's sums, in fp32.
 
 A warp takes ROWS rows of W and a share of the columns; the warps of a program add their sums up at the end, always in
