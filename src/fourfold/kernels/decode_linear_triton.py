@@ -116,10 +116,16 @@ def of_sums(value: tl.tensor, ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def block_words(codes_ptr: tl.tensor, word: tl.tensor, block: tl.tensor) -> tl.tensor:
-    """[places, 2] words of codes: those of a block of 64 that a lane decodes. They are read once."""
+def block_words(
+    codes_ptr: tl.tensor, word: tl.tensor, block: tl.tensor, is_there: tl.tensor, BLOCKS: tl.constexpr
+) -> tl.tensor:
+    """[places, 2] words of codes: those of a block of 64 that a lane decodes, which are read once. Zeros unless
+    `is_there`, and behind BLOCKS blocks of a row; 0: none lies there."""
     at = (codes_ptr + (word + block * 8))[:, None] + tl.arange(0, 2)[None, :]
-    return tl.load(at, eviction_policy="evict_first")
+    inside = tl.full(word.shape, 1, tl.int1) & is_there
+    if BLOCKS > 0:
+        inside = inside & (block < BLOCKS)
+    return tl.load(at, mask=inside[:, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -219,11 +225,12 @@ def decode_linear_kernel(
     # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
     codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
     word = (row_start + q * 16) // 16 * 2
-    # Blocks that are not there are read as the last one, with a scale of 0.
-    words0 = block_words(codes_ptr, word, tl.minimum(first * 4, LAST))
-    words1 = block_words(codes_ptr, word, tl.minimum(first * 4 + 1, LAST))
-    words2 = block_words(codes_ptr, word, tl.minimum(first * 4 + 2, LAST))
-    words3 = block_words(codes_ptr, word, tl.minimum(first * 4 + 3, LAST))
+    # Blocks that are not there have a scale of 0, and the last one's columns of x.
+    CHECKED: tl.constexpr = 0 if IS_EVEN else BLOCKS
+    words0 = block_words(codes_ptr, word, first * 4, SPANS > 0, CHECKED)
+    words1 = block_words(codes_ptr, word, first * 4 + 1, SPANS > 0, CHECKED)
+    words2 = block_words(codes_ptr, word, first * 4 + 2, SPANS > 0, CHECKED)
+    words3 = block_words(codes_ptr, word, first * 4 + 3, SPANS > 0, CHECKED)
     # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
     own = first * 4 + q
     row_block = n_own * BLOCKS
@@ -268,7 +275,7 @@ def decode_linear_kernel(
             point = tl.load(scales_ptr + (row_block + after))
         for j in tl.static_range(4):
             words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
-            ahead = block_words(codes_ptr, word, tl.minimum((now + 1) * 4 + j, LAST))
+            ahead = block_words(codes_ptr, word, (now + 1) * 4 + j, step + 1 < SPANS, CHECKED)
             if j == 0:
                 words0 = ahead
             elif j == 1:
