@@ -1,6 +1,6 @@
 """Tokens a second of the fused step over a model of Llama-3-8B's shape, and the time of a prompt.
 
-    python benchmarks/decode.py [--shape 8b] [--rows 1 8 32] [--json benchmarks/results/decode.json]
+    python benchmarks/decode.py [--shape 8b] [--rows 1 8 32 64] [--json benchmarks/results/decode.json]
     python benchmarks/decode.py --shape tiny     the same on a CPU, where nothing is measured
 
 Weights are random NF4 with double quantization, made on the spot, with an adapter of rank 16 on all linear layers.
@@ -181,7 +181,7 @@ def without(part: str) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["tiny", "1b", "8b"], default="8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--profile", type=int, nargs="*", default=[1], help="rows whose pass is profiled")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

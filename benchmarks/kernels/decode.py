@@ -1,6 +1,6 @@
 """The kernels of a decode step on a GPU, in the shapes of Llama-3-8B, beside what they must read.
 
-    python benchmarks/kernels/decode.py [--rows 1 8 32] [--json benchmarks/results/decode_kernels.json]
+    python benchmarks/kernels/decode.py [--rows 1 8 32 64] [--json benchmarks/results/decode_kernels.json]
 
 Weights are NF4 with double quantization, adapters of rank 16. Every kernel is first held against float64, and
 its reference is. Then many calls are captured as one CUDA graph, each with the next of
@@ -83,7 +83,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 # name -> what the launcher is told, for the sizes named; the first is the default.
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "default": ({}, (1, 8, 32)),
+    "default": ({}, (1, 8, 32, 64)),
     "no early launch": ({"early": False}, (1,)),
     "32 rows a program": ({"rows": 32}, (1,)),
     "16 rows a program": ({"rows": 16}, (32,)),
@@ -232,7 +232,7 @@ def norm_rows(sizes: list[int], bandwidth: float) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
 from fourfold.inference.decode_graphs import GraphedStep
@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", [1, 3, 12, 40])
+@pytest.mark.parametrize("rows", [1, 3, 40, 70])
 def test_graphs_and_kernels_give_transformers_logits(family: str, rows: int) -> None:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**SIZES, **FAMILIES[family])
@@ -69,6 +69,6 @@ def test_graphs_and_kernels_give_transformers_logits(family: str, rows: int) -> 
         for index in range(0, rows, 7):
             with torch.no_grad(), adapted.disable_adapter() if adapter is None else torch.no_grad():
                 sequence = torch.cat([prompts[index], following[:, index]])[None]
-                whole = adapted(input_ids=sequence, past_key_values=DynamicCache(config=config)).logits[0, -3:]
+                whole = adapted(input_ids=sequence, use_cache=False).logits[0, -3:]
             mine = torch.stack([logits[index] for logits in ours])
             assert (mine - whole).float().norm() / whole.float().norm() < 0.03

@@ -48,12 +48,11 @@ def normed(width: int, rank: int, weight: bool, early: bool) -> Variant:
 
 
 VARIANTS = [
-    *(attend(32, 8, 128, 128, False, early, "*bf16") for early in (False, True)),
-    attend(32, 8, 128, 128, True, True, "*bf16"),
+    attend(32, 8, 128, 128, False, True, "*bf16"),
+    attend(32, 8, 128, 128, True, False, "*bf16"),
     attend(9, 3, 64, 0, False, True, "*fp16"),
-    attend(8, 1, 256, 128, False, True, "*bf16"),
-    *(join(128, parts, True, True) for parts in (1, 8, 64)),
+    join(128, 64, True, True),
     join(64, 2, False, False),
-    *(normed(4096, rank, True, early) for rank in (0, 48) for early in (False, True)),
-    normed(14336, 16, False, True),
+    normed(4096, 48, True, True),
+    normed(14336, 16, False, False),
 ]

@@ -53,12 +53,11 @@ def launch(
 
 
 VARIANTS = [
-    *(launch(4096, 3, block_m, rank=16, bias=True) for block_m in (8, 16)),
-    *(launch(4096, 1, block_m, residual=True) for block_m in (8, 16)),
-    *(launch(14336, 1, block_m, residual=True, rank=64) for block_m in (8, 16)),
-    *(launch(4096, 2, block_m, gated=True, rank=16) for block_m in (8, 16)),
-    launch(4096, 3, 8, lookup="shuffle"),
+    launch(4096, 3, 8, rank=16, bias=True),
+    launch(4096, 3, 16, rank=16, bias=True),
+    launch(14336, 1, 8, residual=True, rank=64),
+    launch(4096, 2, 8, gated=True, rank=16),
+    launch(4096, 2, 16, gated=True, early=False),
+    launch(4096, 1, 8, lookup="shuffle"),
     launch(576, 2, 8, nested=False, gated=True, dtype=tl.float16),
-    launch(4096, 3, 8, early=False),
-    launch(4096, 2, 16, gated=True, rank=16, early=False),
 ]

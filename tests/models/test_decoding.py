@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fourfold.models import decode_layer
 from fourfold.models.decoding import FusedStep
 from fourfold.models.linear_group import Unsupported
 from fourfold.models.streaming import stream_base
+from fourfold.models.underlying import underlying
 
 SLOTS, LENGTH = 4, 32
 
@@ -32,12 +34,15 @@ def empty_cache(step: FusedStep, dtype: torch.dtype = torch.float32) -> Any:
 def by_transformers(model: PreTrainedModel | PeftModel, prompts: list[Tensor], steps: Tensor) -> Tensor:
     """Logits [prompts, 1 + steps, vocab] behind each prompt and behind each of the tokens that follow."""
     rows = []
+    # Transformers 5.24 changed its name.
+    names = inspect.signature(underlying(model).forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
     with torch.no_grad():
         for prompt, following in zip(prompts, steps.T, strict=True):
-            cache = DynamicCache(config=model.config)
-            logits = [model(input_ids=prompt[None], past_key_values=cache, use_cache=True).logits[0, -1]]
+            cache: Any = {name: DynamicCache(config=model.config), "use_cache": True}
+            logits = [model(input_ids=prompt[None], **cache).logits[0, -1]]
             for token in following:
-                out = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+                out = model(input_ids=token.view(1, 1), **cache)
                 logits.append(out.logits[0, -1])
             rows.append(torch.stack(logits))
     return torch.stack(rows)

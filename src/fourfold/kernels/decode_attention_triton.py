@@ -15,20 +15,20 @@ from torch import Tensor
 from fourfold.kernels.decode_norm_triton import to_operand
 from fourfold.kernels.launching import cdiv, launches_early, next_power_of_2, on_device
 
-__all__ = ["BLOCK_N", "PART", "decode_attention_", "part_size"]
+__all__ = ["BLOCK_N", "decode_attention_", "part_size"]
 
-# Keys that a program has at a time, and keys of a part, at least.
+# Keys that a program has at a time: a part has no fewer.
 BLOCK_N = 64
-PART = 256
 # Parts at most: what the second launch adds up.
 MAX_PARTS = 64
+# Eight on each of 132 multiprocessors: fixed rather than asked of the GPU, so that the result is always the same.
+PROGRAMS = 1056
 
 
 def part_size(rows: int, kv_heads: int, length: int) -> int:
-    """Keys of a part: as few as fill a large GPU twice, fixed by the shape alone."""
-    wanted = max(1, 264 // (rows * kv_heads))
-    size = next_power_of_2(cdiv(length, wanted))
-    return max(PART if rows * kv_heads >= 8 else 64, size, next_power_of_2(cdiv(length, MAX_PARTS)))
+    """Keys of a part: as many as leave PROGRAMS programs, since those behind a row's length have nothing to do."""
+    wanted = min(MAX_PARTS, max(1, PROGRAMS // (rows * kv_heads)))
+    return max(BLOCK_N, next_power_of_2(cdiv(length, wanted)))
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""The product of `decode_linear` in Triton: up to 32 rows of x, blocks of 64, bound by reading W.
+"""The product of `decode_linear` in Triton: up to 64 rows of x, blocks of 64, bound by reading W where they are few.
 
-Two things keep it so. A lane has 128 bytes of codes on their way while it works on as many, and a byte of codes is
-decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of which each lane has a
-copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes to the tensor cores as
-it is: the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
+Two things keep it so. A lane has 64 bytes of codes or more on their way while it works on as many. And a byte of codes
+is decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of which each lane has
+a copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes to the tensor cores
+as it is: the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
 The scale of a block is multiplied with the block's sums, in fp32.
 
 A warp takes ROWS rows of W and a share of the columns; the warps of a program add their sums up at the end, always in
@@ -30,8 +30,9 @@ __all__ = ["LOOKUP", "MAX_MEMBERS", "ROWS", "WARPS", "decode_linear"]
 
 MAX_MEMBERS = 3
 # Of W, to a program, by the rows of x in its tile; where gate and up are multiplied, half are gate's. Fewer leave
-# registers to more programs at a time, more spare reading x.
-ROWS = {8: 16, 16: 32}
+# registers to more programs at a time, more spare reading x. Triton from 3.7 on exchanges operands by shared memory,
+# of which there is no more beside the table.
+ROWS = {8: 16, 16: 32 if triton.__version__.startswith("3.6.") else 16}
 # That share the columns, by the columns: a warp of less than a span has nothing to do.
 WARPS = 8
 # How codes are looked up: "table" in shared memory, or "shuffle" among the lanes of a warp.
@@ -87,21 +88,22 @@ def decoded(word: tl.tensor, table: tl.tensor, codebook_ptr: tl.tensor, LOOKUP: 
     """fp16 code points [places, 8] of words of codes [places, 1]."""
     element = tl.arange(0, 8)[None, :]
     if LOOKUP == "table":
-        # Two neighbours ask for the same entry, and one instruction answers both. The selector takes a byte out of the
-        # word, with zeros above it.
-        return tl.inline_asm_elementwise(
+        # The selector takes a byte out of the word, with zeros above it. Two neighbours ask for the same entry, which
+        # the compiler sees, and looks it up once. (Not `pack=2`: which two would be given together is Triton's choice.)
+        pair = tl.inline_asm_elementwise(
             """{
             .reg .b32 byte, address;
-            prmt.b32 byte, $1, 0, $3;
-            mad.lo.u32 address, byte, 128, $5;
+            prmt.b32 byte, $1, 0, $2;
+            mad.lo.u32 address, byte, 128, $3;
             ld.shared.b32 $0, [address];
             }""",
-            "=r,r,r,r,r,r,r",
+            "=r,r,r,r",
             [word, 0x4440 + element // 2, table],
-            dtype=tl.float16,
+            dtype=tl.int32,
             is_pure=True,
-            pack=2,
+            pack=1,
         )
+        return (pair >> (element % 2 * 16)).to(tl.int16).to(tl.float16, bitcast=True)
     return code_points(word >> ((element ^ 1) * 4), codebook_ptr, BITS=4, LOOKUP=LOOKUP).to(tl.float16)
 
 
@@ -114,10 +116,16 @@ def of_sums(value: tl.tensor, ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def block_words(codes_ptr: tl.tensor, word: tl.tensor, block: tl.tensor) -> tl.tensor:
-    """[places, 2] words of codes: those of a block of 64 that a lane decodes. They are read once."""
+def block_words(
+    codes_ptr: tl.tensor, word: tl.tensor, block: tl.tensor, is_there: tl.tensor, BLOCKS: tl.constexpr
+) -> tl.tensor:
+    """[places, 2] words of codes: those of a block of 64 that a lane decodes, which are read once. Zeros unless
+    `is_there`, and behind BLOCKS blocks of a row; 0: none lies there."""
     at = (codes_ptr + (word + block * 8))[:, None] + tl.arange(0, 2)[None, :]
-    return tl.load(at, eviction_policy="evict_first")
+    inside = tl.full(word.shape, 1, tl.int1) & is_there
+    if BLOCKS > 0:
+        inside = inside & (block < BLOCKS)
+    return tl.load(at, mask=inside[:, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -195,7 +203,10 @@ def decode_linear_kernel(
     PLACES: tl.constexpr = 4 * ROWS * WARPS
     OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     q, r, warp, block = places(ROWS, WARPS)
-    first_row = tl.program_id(0) * OUT_ROWS
+    # Programs that read the same rows of W are neighbours, so that all but one find them in the L2 cache.
+    num_tiles = tl.cdiv(num_inputs, BLOCK_M)
+    first_row = tl.program_id(0) // num_tiles * OUT_ROWS
+    first_input = tl.program_id(0) % num_tiles * BLOCK_M
     n = first_row + block * 8 + r
     if ACTIVATION != "":
         n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
@@ -214,11 +225,12 @@ def decode_linear_kernel(
     # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
     codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
     word = (row_start + q * 16) // 16 * 2
-    # Blocks that are not there are read as the last one, with a scale of 0.
-    words0 = block_words(codes_ptr, word, tl.minimum(first * 4, LAST))
-    words1 = block_words(codes_ptr, word, tl.minimum(first * 4 + 1, LAST))
-    words2 = block_words(codes_ptr, word, tl.minimum(first * 4 + 2, LAST))
-    words3 = block_words(codes_ptr, word, tl.minimum(first * 4 + 3, LAST))
+    # Blocks that are not there have a scale of 0, and the last one's columns of x.
+    CHECKED: tl.constexpr = 0 if IS_EVEN else BLOCKS
+    words0 = block_words(codes_ptr, word, first * 4, SPANS > 0, CHECKED)
+    words1 = block_words(codes_ptr, word, first * 4 + 1, SPANS > 0, CHECKED)
+    words2 = block_words(codes_ptr, word, first * 4 + 2, SPANS > 0, CHECKED)
+    words3 = block_words(codes_ptr, word, first * 4 + 3, SPANS > 0, CHECKED)
     # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
     own = first * 4 + q
     row_block = n_own * BLOCKS
@@ -239,7 +251,7 @@ def decode_linear_kernel(
     if LOOKUP == "table":
         table = fill_table(codebook_ptr)
     x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
-    m = tl.program_id(1) * BLOCK_M + x_block * 8 + x_r
+    m = first_input + x_block * 8 + x_r
     x_first = x_warp * SPANS
     x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
     total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
@@ -263,7 +275,7 @@ def decode_linear_kernel(
             point = tl.load(scales_ptr + (row_block + after))
         for j in tl.static_range(4):
             words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
-            ahead = block_words(codes_ptr, word, tl.minimum((now + 1) * 4 + j, LAST))
+            ahead = block_words(codes_ptr, word, (now + 1) * 4 + j, step + 1 < SPANS, CHECKED)
             if j == 0:
                 words0 = ahead
             elif j == 1:
@@ -286,7 +298,7 @@ def decode_linear_kernel(
         row = first_row + rows % OUT_ROWS
         is_row = row < row_1
         row += tl.where(rows < OUT_ROWS, 0, row_1)
-    inputs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inputs = first_input + tl.arange(0, BLOCK_M)
     is_input = inputs < num_inputs
     if RANK > 0:
         ranks = tl.arange(0, RANK)
@@ -354,11 +366,10 @@ def decode_linear(
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]
-    # More rows share the programs' W by the L2 cache.
     block_m = 8 if num_inputs <= 8 else 16
     rows = rows or ROWS[block_m]
     with on_device(x):
-        decode_linear_kernel[(cdiv(width, rows // 2 if activation else rows), cdiv(num_inputs, block_m))](
+        decode_linear_kernel[(cdiv(width, rows // 2 if activation else rows) * cdiv(num_inputs, block_m),)](
             *(out, x, *_three(codes), codebook, *_three(scales), code_map),
             *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
             *(num_inputs, row_1, row_2, total, float(x_scale), float(out_scale)),
