@@ -106,6 +106,15 @@ def test_a_slot_written_by_another_adapter_is_not_reused(tiny_tokenizer: Any) ->
     assert other.token_ids == again.token_ids
 
 
+def test_what_is_forgotten_is_read_again(tiny_tokenizer: Any) -> None:
+    engine = Engine(adapted_model(), tiny_tokenizer, EngineOptions(max_sequences=1, max_length=64))
+    tokens = prompt(random.Random(3), 20)
+    before = answer(engine, Request(tokens, max_new_tokens=4))
+    engine.forget()
+    again = answer(engine, Request(tokens, max_new_tokens=4))
+    assert (again.reused, again.token_ids) == (0, before.token_ids)
+
+
 def test_a_seed_gives_the_same_answer_in_any_company(tiny_tokenizer: Any) -> None:
     draw = random.Random(4)
     request = Request(

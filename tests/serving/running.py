@@ -93,6 +93,7 @@ class Scripted(Engine):
         self.active: list[Sequence] = []
         self.queued: list[Sequence] = []
         self.num_steps = 0
+        self.num_forgotten = 0
 
     @property
     def free_slots(self) -> int:
@@ -110,6 +111,9 @@ class Scripted(Engine):
         self.requests.append(request)
         self.queued.append(Sequence(request))
         return self.queued[-1]
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
 
     def cancel(self, sequence: Sequence) -> None:
         for held in (self.active, self.queued):

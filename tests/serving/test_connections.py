@@ -134,6 +134,7 @@ def test_a_fault_of_the_engine_ends_what_ran_with_an_error_and_the_server_goes_o
     response = server.post(max_tokens=50)
     assert response.status_code == 500
     assert "secret" not in response.text
+    assert scripted(server).num_forgotten == 1
     assert server.post(max_tokens=5).status_code == 200
     assert server.get("/health").status_code == 200
     scripted(server).num_steps = 0
