@@ -246,6 +246,7 @@ class Runner:
 
     def _drop_all(self) -> None:
         """After a fault nobody knows what the running sequences' caches hold."""
+        self._engine.forget()
         for answer in list(self._answers.values()):
             try:
                 self._cancel(answer)
@@ -253,7 +254,6 @@ class Runner:
                 logger.exception("a sequence could not be cancelled")
                 self._faults = _MOST_FAULTS
             self._give([(answer, _fault())])
-        self._engine.forget()
 
     def _give(self, given: list[tuple[Answer, Chunk | ApiError]]) -> None:
         if not given:
