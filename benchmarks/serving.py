@@ -30,7 +30,8 @@ from typing import Any
 import httpx2
 
 from fourfold.environment import gather
-from fourfold.hosting import find_hosted, load_hosted
+from fourfold.hosted import find_hosted
+from fourfold.hosting import load_hosted
 from fourfold.inference import EngineOptions, Request
 from fourfold.serving import Served, ServerOptions, open_socket
 from fourfold.serving.server import make_server

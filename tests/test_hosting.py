@@ -15,7 +15,8 @@ import torch
 from fourfold import pipeline
 from fourfold.config import RunConfig
 from fourfold.errors import AdapterError, CheckpointError, ConfigError
-from fourfold.hosting import find_hosted, load_hosted, vllm_hand_over
+from fourfold.hosted import find_hosted
+from fourfold.hosting import load_hosted, vllm_hand_over
 from fourfold.inference import EngineOptions, Request
 from fourfold.serving import ServerOptions
 

@@ -6,14 +6,13 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold.config import options as choices
-from fourfold.errors import ConfigError, InferenceError
+from fourfold.errors import InferenceError
+from fourfold.hosted import find_hosted, load_models
 from fourfold.inference import (
     Engine,
     EngineOptions,
@@ -25,11 +24,7 @@ from fourfold.inference import (
     require_template,
     stream_reply,
 )
-from fourfold.inputs import base_of, find_run
-from fourfold.models.loading import load_model, load_tokenizer
-from fourfold.models.preparing import load_adapter
 from fourfold.models.underlying import underlying
-from fourfold.training import run_folder
 
 __all__ = ["ChatSession", "Figures", "chat"]
 
@@ -141,17 +136,5 @@ def chat(model: str, options: GenerationOptions | None = None, **choice: Any) ->
         ConfigError: The run's model gives scores and does not write; or a choice that is not allowed.
     """
     options = options or GenerationOptions(**{"max_new_tokens": 512, **choice})
-    if not (Path(model) / run_folder.CONFIG_FILE).is_file() and not (Path(model) / "adapter_config.json").is_file():
-        return ChatSession(load_model(model), load_tokenizer(model), options)
-    run = find_run(model)
-    if run.config.method == "reward":
-        raise ConfigError(
-            f"the run at {model} trained a model that gives scores, and no model that writes",
-            hint="fourfold evaluate measures it on held-out pairs",
-        )
-    if run.config.adapter is None:
-        whole = load_model(run.adapter, **choices.load_options(run.config))
-        return ChatSession(whole, load_tokenizer(run.adapter), options)
-    base = load_model(base_of(run.config, run.adapter), **choices.load_options(run.config, streams=True))
-    adapted = load_adapter(base, run.adapter, **choices.stream_options(run.config))
-    return ChatSession(adapted, load_tokenizer(run.adapter), options)
+    loaded = load_models(find_hosted(model))
+    return ChatSession(loaded.model, loaded.tokenizer, options)

@@ -18,7 +18,8 @@ os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
 from running import Running, running
 
-from fourfold.hosting import find_hosted, load_hosted
+from fourfold.hosted import find_hosted
+from fourfold.hosting import load_hosted
 from fourfold.inference import EngineOptions
 from fourfold.serving import Served
 

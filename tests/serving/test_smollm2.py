@@ -13,7 +13,8 @@ import pytest
 import torch
 from running import Running, running
 
-from fourfold.hosting import find_hosted, load_hosted
+from fourfold.hosted import find_hosted
+from fourfold.hosting import load_hosted
 from fourfold.inference import EngineOptions
 
 QUESTIONS = [

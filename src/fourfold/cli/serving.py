@@ -65,6 +65,7 @@ def serve(
         adapters = dict(_named(each) for each in adapter or [])
         quiet_libraries(verbose)
         from fourfold import hosting
+        from fourfold.hosted import find_hosted
         from fourfold.inference import EngineOptions
         from fourfold.serving import ServerOptions
 
@@ -85,7 +86,7 @@ def serve(
         engine_options = EngineOptions(
             max_sequences=max_sequences, max_length=max_length, reuse_prefixes=len(keys) <= 1
         )
-        hosted = hosting.find_hosted(model, adapters, name=name, load_in_4bit=load_in_4bit)
+        hosted = find_hosted(model, adapters, name=name, load_in_4bit=load_in_4bit)
         if print_vllm is not None:
             with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
                 command = hosting.vllm_hand_over(hosted, print_vllm, engine_options, options)
