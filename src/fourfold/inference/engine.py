@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +21,12 @@ from torch import Tensor
 from fourfold.errors import InferenceError
 from fourfold.inference.cache import SlotCache
 from fourfold.inference.choosing import step_for
+from fourfold.inference.drawing import Drawing, Drawn
 from fourfold.inference.footprint import ServingFootprint, fitting_options, free_bytes, serving_footprint
 from fourfold.inference.generate import stop_token_ids
-from fourfold.inference.logprobs import TokenLogprob, token_logprobs
+from fourfold.inference.logprobs import TokenLogprob
 from fourfold.inference.options import EngineOptions
 from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence
-from fourfold.inference.sampling import RowSampling, sample
 from fourfold.inference.steps import Step
 from fourfold.inference.text import Detokenizer, StopStrings
 from fourfold.models.underlying import underlying
@@ -35,8 +34,6 @@ from fourfold.models.underlying import underlying
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-_Drawn = list[tuple[int, TokenLogprob | None]]
 
 
 @dataclass(eq=False)
@@ -109,8 +106,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[_Running] = []
         self._chunks: list[Chunk] = []
-        self._seen: Tensor | None = None
-        self._rows: tuple[tuple[int, ...], RowSampling] | None = None
+        self._drawing = Drawing(self.max_sequences, self.step_of_model.vocab_size, self.device)
         self._num_steps = 0
         self._most_running = self.max_sequences
 
@@ -198,7 +194,7 @@ class Engine:
             )
             self._running.append(running)
             if request.sampling.repetition_penalty != 1:
-                self._see(slot.index, prompt, anew=True)
+                self._drawing.see(slot.index, prompt, anew=True)
 
     def _choose_slot(self, prompt: list[int], adapter: str | None) -> tuple[_Slot, int]:
         """The free slot that holds most of the prompt's beginning, or else was not used for longest."""
@@ -295,18 +291,13 @@ class Engine:
             running.todo.clear()
         self._take_all(group, drawn)
 
-    def _draw(self, group: list[_Running], logits: Tensor, positions: Tensor) -> _Drawn:
+    def _draw(self, group: list[_Running], logits: Tensor, positions: Tensor) -> list[Drawn]:
         """Sample a token for each of these, which will stand at these positions."""
         allowed = self._allowed(group, logits.shape[1])
-        rows = self._sampling_of(group)
-        seen = None
-        if rows.has_penalty and self._seen is not None:
-            seen = self._seen[[running.slot.index for running in group]]
-        tokens = sample(logits, rows, positions, seen, allowed).tolist()
-        wanted = [running.request.logprobs for running in group]
-        return list(zip(tokens, token_logprobs(logits, tokens, wanted), strict=True))
+        slots = [running.slot.index for running in group]
+        return self._drawing.draw([running.sequence for running in group], slots, logits, positions, allowed)
 
-    def _take_all(self, group: list[_Running], drawn: _Drawn) -> None:
+    def _take_all(self, group: list[_Running], drawn: list[Drawn]) -> None:
         for running, (token, logprob) in zip(group, drawn, strict=True):
             # It may have ended meanwhile, by its constraint.
             if running.sequence.finish_reason is not None:
@@ -315,14 +306,6 @@ class Engine:
                 self._take(running, token, logprob)
             except Exception as error:
                 self._fail(running, error)
-
-    def _sampling_of(self, group: list[_Running]) -> RowSampling:
-        """That of these rows; made anew only where they are others than in the step before."""
-        key = tuple(running.sequence.number for running in group)
-        if self._rows is None or self._rows[0] != key:
-            options = [running.request.sampling for running in group]
-            self._rows = (key, RowSampling.of(options, self.device))
-        return self._rows[1]
 
     def _allowed(self, group: list[_Running], vocab: int) -> Tensor | None:
         if all(running.request.constraint is None for running in group):
@@ -353,7 +336,7 @@ class Engine:
         if request.constraint is not None:
             request.constraint.advance(token)
         if request.sampling.repetition_penalty != 1:
-            self._see(running.slot.index, [token])
+            self._drawing.see(running.slot.index, [token])
         text, is_stopped = running.stop.add(running.detokenizer.add(token))
         if is_stopped:
             self._finish(sequence, "stop", text, (token,), logprobs)
@@ -368,14 +351,6 @@ class Engine:
         """Text that was held back, if no stop string is in it."""
         text, is_stopped = running.stop.add(running.detokenizer.end())
         return text if is_stopped else text + running.stop.end()
-
-    def _see(self, slot: int, tokens: Iterable[int], anew: bool = False) -> None:
-        if self._seen is None:
-            shape = (self.max_sequences, self.step_of_model.vocab_size)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        if anew:
-            self._seen[slot] = False
-        self._seen[slot, torch.tensor(list(tokens), device=self.device)] = True
 
     def _fail(self, running: _Running, error: Exception) -> None:
         sequence = running.sequence
