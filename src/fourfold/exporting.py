@@ -75,7 +75,7 @@ def load_trained(run: FinishedRun) -> Trained:
         tokenizer=tokenizer,
         prompts=export_prompts(config, tokenizer),
         stops=stop_token_ids(underlying(model), tokenizer),
-        dtype=torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16,
+        dtype=choices.merged_dtype(config),
         name=Path(config.output_dir).name,
         base=base,
         adapter=None if config.adapter is None else folder,

@@ -362,7 +362,7 @@ def merge(
         )
     # Summed, and compared, in fp32: only the weights that are written are rounded.
     options = choices.load_options(config) | {"dtype": torch.float32}
-    dtype = torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16
+    dtype = choices.merged_dtype(config)
     tokenizer = load_tokenizer(folder)
 
     def load_original() -> PeftModel:

@@ -210,7 +210,7 @@ def _merged(name: str, run: _Run) -> Variant:
     def load() -> Model:
         # As `fourfold merge` writes it: summed in fp32, rounded once.
         options = choices.load_options(config) | {"dtype": torch.float32}
-        dtype = torch.float16 if choices.compute_dtype(config) == torch.float16 else torch.bfloat16
+        dtype = choices.merged_dtype(config)
         merged = merge_adapter(load_adapter(load_model(base, **options), run.result, fused=False), dtype)
         computing: Model = merged.to(choices.compute_dtype(config))
         return computing

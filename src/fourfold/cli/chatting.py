@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fourfold.cli.terminal import print_json, quiet_libraries, reporting_errors
+from fourfold.cli.options import Json, Verbose
+from fourfold.cli.terminal import print_json, quiet_libraries, reporting_errors, stdout_for_result
 from fourfold.errors import InferenceError
 
 __all__ = ["chat"]
@@ -39,8 +40,8 @@ def chat(
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Talk to a model or to the result of a run."""
     if json and prompt is None:
@@ -55,7 +56,7 @@ def chat(
             "repetition_penalty": repetition_penalty,
             "stop": tuple(stop) if stop else None,
         }
-        with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        with stdout_for_result(json):
             session = pipeline.chat(
                 model,
                 max_new_tokens=max_new_tokens,

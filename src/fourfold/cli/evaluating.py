@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from fourfold.cli.terminal import print_json, print_result, progress_style, quiet_libraries, reporting_errors
+from fourfold.cli.options import Json, Verbose
+from fourfold.cli.terminal import (
+    print_json,
+    print_result,
+    progress_style,
+    quiet_libraries,
+    reporting_errors,
+    stdout_for_result,
+)
 from fourfold.config import RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -59,8 +65,8 @@ def evaluate(
         ),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="With --compare: draw it (.png, .svg, .pdf).")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure a run by loss, answers, perplexity, multiple choice and lm-evaluation-harness; or models side by side."""
     if config is None and not compare:
@@ -76,7 +82,7 @@ def evaluate(
         run_config = load_config(config, words) if config or not compare else None
         quiet_libraries(verbose)
         progress = "plain" if json else progress_style(json)
-        stdout = contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext()
+        stdout = stdout_for_result(json)
         if not compare:
             from fourfold import pipeline
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fourfold.cli.terminal import print_result, quiet_libraries, reporting_errors
+from fourfold.cli.options import BoundKl, BoundTop1, Json, Verbose
+from fourfold.cli.terminal import print_result, quiet_libraries, reporting_errors, stdout_for_result
 
 __all__ = ["Target", "export"]
 
@@ -41,22 +40,17 @@ def export(
             help="gguf: F16 (default), BF16, F32, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0. bnb-4bit: nf4 (default), fp4."
         ),
     ] = None,
-    bound_kl: Annotated[
-        float | None, typer.Option("--bound-kl", min=0, help="Fail above this mean KL, in nats a token.")
-    ] = None,
-    bound_top1: Annotated[
-        float | None,
-        typer.Option("--bound-top1", min=0, max=1, help="Fail below this share of same likeliest tokens."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")] = False,
+    bound_kl: BoundKl = None,
+    bound_top1: BoundTop1 = None,
+    json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write a run's model for what will serve it, load it again as that does, and prove that it answers alike."""
     with reporting_errors(json):
         quiet_libraries(verbose)
         from fourfold import exporting
 
-        with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        with stdout_for_result(json):
             report = exporting.export(
                 run, Path(out), target.value, quantization, bound_kl=bound_kl, bound_top1=bound_top1
             )

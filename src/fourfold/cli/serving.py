@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fourfold.cli.terminal import print_json, quiet_libraries, reporting_errors
+from fourfold.cli.options import Json, Verbose
+from fourfold.cli.terminal import print_json, quiet_libraries, reporting_errors, stdout_for_result
 from fourfold.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +55,8 @@ def serve(
         Path | None,
         typer.Option(metavar="OUT", help="Export the adapters to OUT, print the vllm command that serves them, leave."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Serve a model or a run: OpenAI's endpoints, and a page to chat on."""
     with reporting_errors(json):
@@ -88,7 +87,7 @@ def serve(
         )
         hosted = find_hosted(model, adapters, name=name, load_in_4bit=load_in_4bit)
         if print_vllm is not None:
-            with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+            with stdout_for_result(json):
                 command = hosting.vllm_hand_over(hosted, print_vllm, engine_options, options)
             if json:
                 print_json({"vllm": command})

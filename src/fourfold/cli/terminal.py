@@ -18,7 +18,15 @@ from rich.text import Text
 
 from fourfold.errors import FourfoldError
 
-__all__ = ["is_main", "print_json", "print_result", "progress_style", "quiet_libraries", "reporting_errors"]
+__all__ = [
+    "is_main",
+    "print_json",
+    "print_result",
+    "progress_style",
+    "quiet_libraries",
+    "reporting_errors",
+    "stdout_for_result",
+]
 
 EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells have it
 
@@ -99,6 +107,11 @@ def _print_error(error: FourfoldError) -> None:
             padding=(1, 2),
         )
     )
+
+
+def stdout_for_result(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """With --json, whatever a library prints goes to stderr."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def print_json(result: object) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fourfold.cli.options import Json, Verbose
 from fourfold.cli.terminal import print_json, quiet_libraries, reporting_errors
 from fourfold.config import load_config
 
@@ -31,8 +32,8 @@ def tune(
         int | None, typer.Option(min=1, help="Finished trials of the study; as search: n_trials.")
     ] = None,
     storage: Annotated[str | None, typer.Option(help="File or URL of the study; as search: storage.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Search for the best configuration: trials by Optuna. Started again, or several times at once, it goes on."""
     with reporting_errors(json):

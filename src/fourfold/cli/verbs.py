@@ -6,8 +6,6 @@ configuration are to take no seconds.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +17,7 @@ from fourfold.cli.environment import let_segments_grow, print_environment
 from fourfold.cli.evaluating import EvaluateCommand, evaluate
 from fourfold.cli.exporting import export
 from fourfold.cli.launching import launch
+from fourfold.cli.options import BoundKl, BoundTop1, Json, Verbose
 from fourfold.cli.serving import serve
 from fourfold.cli.terminal import (
     is_main,
@@ -27,6 +26,7 @@ from fourfold.cli.terminal import (
     progress_style,
     quiet_libraries,
     reporting_errors,
+    stdout_for_result,
 )
 from fourfold.cli.tuning import tune
 from fourfold.config import RunConfig, load_config
@@ -50,8 +50,6 @@ OVERRIDES = (
     "--no-load_in_4bit[/bold]. [bold]python -m fourfold.config[/bold] lists them all."
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages too.")]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run, or the folder of a run.")]
 
 
@@ -124,7 +122,7 @@ def data(
         from fourfold.cli.data import print_data
         from fourfold.examining import examine_data
 
-        with _stdout_for_result(json):
+        with stdout_for_result(json):
             seen = examine_data(run_config, rows, seed)
         if json:
             print_json(seen.to_dict())
@@ -174,7 +172,7 @@ def quantize(
         from fourfold import pipeline
 
         results: dict[str, object] = {}
-        with _stdout_for_result(json):
+        with stdout_for_result(json):
             if inspect:
                 results["inspection"] = inspection = pipeline.inspect(config)
                 if picture is not None:
@@ -206,13 +204,8 @@ def merge(
         float | None,
         typer.Option(min=0, help="Fail if the merged model's logits differ by more than this, relatively."),
     ] = None,
-    bound_kl: Annotated[
-        float | None, typer.Option("--bound-kl", min=0, help="Fail above this mean KL, in nats a token.")
-    ] = None,
-    bound_top1: Annotated[
-        float | None,
-        typer.Option("--bound-top1", min=0, max=1, help="Fail below this share of same likeliest tokens."),
-    ] = None,
+    bound_kl: BoundKl = None,
+    bound_top1: BoundTop1 = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -221,7 +214,7 @@ def merge(
         quiet_libraries(verbose)
         from fourfold import pipeline
 
-        with _stdout_for_result(json):
+        with stdout_for_result(json):
             report = pipeline.merge(
                 adapter, Path(out), onto=onto.value, bound=bound, bound_kl=bound_kl, bound_top1=bound_top1
             )
@@ -308,7 +301,7 @@ def bench(
         from fourfold.training import bench as measuring
 
         options = choices.load_options(run_config, for_training=True, streams=True)
-        with _stdout_for_result(json):
+        with stdout_for_result(json):
             if shape is None:
                 model = load_model(run_config.model_name_or_path, **options)
             else:
@@ -359,11 +352,6 @@ def env(json: Json = False) -> None:
             print_json(environment)
         else:
             print_environment(environment)
-
-
-def _stdout_for_result(as_json: bool) -> contextlib.AbstractContextManager[Any]:
-    """With --json, whatever a library prints goes to stderr."""
-    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "load_options",
     "lora_config",
     "memory_limit",
+    "merged_dtype",
     "method_options",
     "quantization",
     "stream_options",
@@ -95,6 +96,11 @@ def device(config: RunConfig) -> torch.device:
 def memory_limit(config: RunConfig) -> int | None:
     """Bytes of the GPU that the run may take; None: all. Raises ConfigError for no amount."""
     return None if config.gpu_memory_limit is None else parse_bytes(config.gpu_memory_limit)
+
+
+def merged_dtype(config: RunConfig) -> torch.dtype:
+    """What merged weights are written in: fp16 where the run computes in it, else bf16."""
+    return torch.float16 if compute_dtype(config) == torch.float16 else torch.bfloat16
 
 
 def compute_dtype(config: RunConfig, *, for_training: bool = False) -> torch.dtype:
