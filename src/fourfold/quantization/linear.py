@@ -98,7 +98,8 @@ class QuantizedWeight:
         parts = [whole.codes.view(torch.uint8).view(-1), scales.new_zeros(gap), scales]
         self._joined_bytes = sum(map(len, parts))
         parts.append(scales.new_zeros(-self._joined_bytes % dtype.itemsize))
-        rest = replace(whole, codes=whole.codes[:0], scales=whole.scales.with_bytes(scales[:0]))
+        # Clones: an empty view would keep all that it is a view of.
+        rest = replace(whole, codes=whole.codes[:0].clone(), scales=whole.scales.with_bytes(scales[:0].clone()))
         self.weight = nn.Parameter(torch.cat(parts).view(dtype).view(-1, 1), requires_grad=False)
         self._rest, self._joined, self._num_scale_bytes = rest.to(device), whole.codes.shape, len(scales)
 
