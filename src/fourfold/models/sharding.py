@@ -12,7 +12,7 @@ parameters, on the device that the model was loaded to.
   scales and frozen vectors, such as norms, stays whole.
 - The input embedding is a group, which is needed in the forward pass alone.
 - A frozen output head is a group of its own, too: whole from its forward pass on until the loss, which reads its weight
-  within `gathered_head`, has been taken. As a part of the root it would be from the first layer on, beside the embedding.
+  within `gathered_head`, has been taken. As a part of the root it would be so from the start, beside the embedding.
 - The root group holds what remains: a head that learns, or whose weight is the embedding's. FSDP2 leaves it gathered
   after the forward pass, for the loss.
 """
@@ -52,7 +52,8 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
         model: A causal LM of Transformers, adapters on it or not, on `device` or on the CPU. The same everywhere.
         device: Where this process computes.
         fill: Called with each part of the model, in the order of the forward pass, before it is sharded: to give it
-            weights that were not there before, on `device`. The output head comes last, then the rest as the whole model.
+            weights that were not there before, on `device`. The output head comes last, then the rest, as the whole
+            model.
 
     Raises:
         ConfigError: Quantized experts, a base that streams, weights trained in fp16, or no decoder layers.
