@@ -84,7 +84,8 @@ class Expansion:
         if self.parts is None:
             self.group.expand_(out)
         else:
-            expand_group_(out, *self.parts, self.num_rows, self.group.in_features, *self._adapters)
+            linears: Any = (*self.parts, self.num_rows, self.group.in_features, *self._adapters)
+            expand_group_(out, *linears)
 
 
 class RoomyWeight:
