@@ -67,8 +67,7 @@ class ChosenStep:
         fused = self.fused
         if fused is None or fused not in self._graphs or self.generic.base.device.type != "cuda":
             return 0
-        adapters = [name for name in (None, *fused.adapters()) if fused.supports(name) is None]
-        return self._graphs[fused].captured_bytes(length, adapters)
+        return self._graphs[fused].captured_bytes(length)
 
     def prefill(self, slot: int, input_ids: Tensor, cache: SlotCache, adapter: str | None, start: int = 0) -> Tensor:
         step = self._step(adapter)

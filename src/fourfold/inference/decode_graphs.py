@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,12 +132,12 @@ class GraphedStep:
         self._pools.clear()
         self._held_for = None
 
-    def captured_bytes(self, length: int, adapters: Sequence[str | None]) -> int:
-        """What graphs of prompts by these adapters keep at most, where slots have `length` tokens."""
+    def captured_bytes(self, length: int) -> int:
+        """What graphs of prompts keep at most, where slots have `length` tokens."""
         if not self.captures_prompts:
             return 0
         step: Any = self.step
-        working: int = max(step.prompt_bytes(min(MOST_PROMPT_TOKENS, length), adapter) for adapter in adapters)
+        working: int = step.prompt_bytes(min(MOST_PROMPT_TOKENS, length))
         logits: int = step.vocab_size * step.dtype.itemsize
         return working + MOST_PROMPT_GRAPHS * (logits + MOST_PROMPT_TOKENS * torch.int64.itemsize)
 
@@ -182,7 +182,7 @@ class GraphedStep:
         def run() -> Tensor:
             return logits.copy_(step.prefill_padded(inputs[:-2], inputs[-2:-1], inputs[-1:], cache, adapter))
 
-        return self._capture("prompts", inputs, run, step.prompt_bytes(min(MOST_PROMPT_TOKENS, room), adapter))
+        return self._capture("prompts", inputs, run, step.prompt_bytes(min(MOST_PROMPT_TOKENS, room)))
 
     def _drop_outdated(self, cache: Any) -> None:
         # A cache that has grown is other memory, adapters that were read anew are as well.

@@ -174,9 +174,10 @@ class FusedStep:
         """
         return self._read(input_ids, slot, last, cache, adapter)
 
-    def prompt_bytes(self, length: int, adapter: str | None) -> int:
-        """What a pass over so many tokens takes at most, beside weights and cache."""
-        layers = self._view(adapter)
+    def prompt_bytes(self, length: int) -> int:
+        """What a pass over so many tokens takes at most beside weights and cache, by any adapter that there is."""
+        names = [name for name in (None, *self.adapters()) if self.supports(name) is None]
+        layers = [layer for name in names for layer in self._view(name)]
         weights = max(layer.weight_elements for layer in layers)
         tokens = length * max(layer.token_elements for layer in layers)
         return (weights + tokens) * self.dtype.itemsize
