@@ -12,6 +12,8 @@ import torch
 from decoders import DECODERS, SIZES, VOCAB, adapted, decoder
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, PreTrainedModel
 
 from fourfold.models import decode_layer
@@ -198,6 +200,34 @@ def test_what_fills_a_prompt_up_stays_behind_it_in_its_slot(name: str, length: i
         torch.testing.assert_close(other[2, :, :length], one[2, :, :length], rtol=1e-4, atol=1e-4)
         assert torch.equal(other[2, :, until:], one[2, :, until:])
         assert torch.equal(other[[0, 1, 3]], one[[0, 1, 3]])
+
+
+class Recorded(TorchDispatchMode):
+    """What is called, over which shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((str(func), tree_map_only(Tensor, lambda value: value.shape, (args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["qwen2-biases", "mistral-window", "smollm3-no-rope"])
+def test_a_filled_prompt_is_one_graph_whatever_its_length_and_slot(name: str) -> None:
+    step = FusedStep(with_two_adapters(decoder(name)).eval())
+    recorded = []
+    for slot, length in ((0, 3), (3, 20)):
+        cache = empty_cache(step)
+        input_ids, where = tokens(24), (torch.tensor([slot]), torch.tensor([length - 1]))
+        step.prefill_padded(input_ids, *where, cache, "default")
+        with Recorded() as mode:
+            step.prefill_padded(input_ids, *where, cache, "default")
+        recorded.append(mode.calls)
+    assert recorded[0] == recorded[1]
+    # None of them reads back what a tensor holds.
+    assert not [call for call, _ in recorded[0] if "_local_scalar_dense" in call or "nonzero" in call]
 
 
 def unsupported() -> dict[str, Any]:
