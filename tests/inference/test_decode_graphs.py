@@ -179,6 +179,8 @@ def test_of_too_many_graphs_the_one_goes_that_was_not_used_for_longest(monkeypat
     graphed, cache = Replayed(FusedStep(model)), cache_for(model)
     for length in (60, 60, 120, 120, 60, 180, 180, 60, 120):
         graphed.prefill(0, tokens(length), cache, None)
+    assert [size - 2 for _, size in graphed.captured] == [64, 128, 192]
+    graphed.prefill(0, tokens(120), cache, None)
     assert [size - 2 for _, size in graphed.captured] == [64, 128, 192, 128]
     assert len(graphed._prompts) == 2
 

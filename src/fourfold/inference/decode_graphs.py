@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Tokens of prompts that are captured: the host keeps up with the GPU where there are more.
 MOST_PROMPT_TOKENS = 2048
-# Graphs of prompts that are kept; the one that was not used for longest goes. All lengths of an adapter are 24.
+# Graphs of prompts that are kept; the one that was not used for longest goes, and its length is new again. All lengths
+# of an adapter are 24.
 MOST_PROMPT_GRAPHS = 48
 # Tokens by which lengths of prompts differ at least: with fewer, reading the weights takes longer than the tokens.
 _PROMPT_STEP = 64
@@ -165,7 +166,9 @@ class GraphedStep:
                 self._pools.pop("prompts", None)
                 return None
             if len(self._prompts) >= MOST_PROMPT_GRAPHS:
-                del self._prompts[next(iter(self._prompts))]
+                dropped = next(iter(self._prompts))
+                del self._prompts[dropped]
+                self._seen.remove(dropped)
         # The one that was used last stands last.
         self._prompts[key] = graph
         return graph
