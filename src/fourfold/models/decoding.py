@@ -45,7 +45,7 @@ class FusedStep:
     """What turns tokens into logits, by the kernels of `kernels/decode_*.py` where they serve.
 
     Adapters are LoRA's; their matrices are read, and copied in the dtype of the model, when a name is used for the
-    first time: `refresh` has them read anew.
+    first time: `refresh` has them read anew. So it does with the base, whose weights are read where they stood then.
 
     Attributes:
         vocab_size: Columns of the logits.
