@@ -84,11 +84,22 @@ LAYERS: dict[str, dict[str, Any]] = {
 # name -> what the launcher is told, for the sizes named; the first is the default.
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "default": ({}, (1, 8, 32, 64)),
-    "no early launch": ({"early": False}, (1,)),
-    "32 rows a program": ({"rows": 32}, (1,)),
-    "16 rows a program": ({"rows": 16}, (32,)),
+    "no early launch": ({"early": False}, (1, 32)),
     "lookup by shuffles": ({"lookup": "shuffle"}, (1,)),
 }
+# With --tiles: what `tile_for` chooses from.
+TILES: dict[int, list[tuple[int, int, int, int]]] = {
+    1: [(8, 16, *warps) for warps in ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1))],
+    32: [(32, rows, *warps) for rows in (16, 32) for warps in ((1, 4), (2, 2), (4, 1))],
+    64: [(32, 32, 1, 4), (32, 32, 2, 2), (32, 32, 4, 1), (64, 16, 2, 2), (64, 16, 4, 1)],
+}
+
+
+def variants(inputs: int, tiles: bool) -> dict[str, dict[str, Any]]:
+    found = {name: told for name, (told, at) in VARIANTS.items() if inputs in at}
+    if tiles:
+        found |= {str(tile): {"tile": decode_linear_triton.Tile(*tile)} for tile in TILES.get(inputs, [])}
+    return found
 
 
 def graph_us(calls: list[Callable[[], Any]], least: int = 32) -> float:
@@ -118,17 +129,24 @@ def graph_us(calls: list[Callable[[], Any]], least: int = 32) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a microsecond, read and written, of a copy of 1 GiB."""
+    """Bytes a microsecond, read and written, of copies of 1 GiB; not in a graph, whose copies are slower."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / graph_us([lambda: target.copy_(source)], least=4)
+    target.copy_(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return 20 * source.numel() / (start.elapsed_time(end) * 1e3)
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
-def linear_rows(name: str, sizes: list[int], bandwidth: float) -> list[dict[str, Any]]:
+def linear_rows(name: str, sizes: list[int], bandwidth: float, tiles: bool) -> list[dict[str, Any]]:
     options = LAYERS[name]
     first = Layer(**options)
     layers = [first, *(Layer(**options) for _ in range(ROTATED_BYTES // first.num_bytes))]
@@ -138,9 +156,7 @@ def linear_rows(name: str, sizes: list[int], bandwidth: float) -> list[dict[str,
         extras = [layer.extras(inputs) for layer in layers]
         exact = decode_linear_reference(x.double(), *first.weights(), *extras[0][:-1], torch.float64)
         rounded = decode_linear_reference(x, *first.weights(), *extras[0])
-        for variant, (told, at) in VARIANTS.items():
-            if inputs not in at:
-                continue
+        for variant, told in variants(inputs, tiles).items():
             row: dict[str, Any] = {"what": name, "rows": inputs, "variant": variant}
             try:
                 calls = [
@@ -233,13 +249,14 @@ def norm_rows(sizes: list[int], bandwidth: float) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--tiles", action="store_true", help="every tile beside the one that is chosen")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     start, bandwidth = time.perf_counter(), copy_bandwidth()
     found: list[dict[str, Any]] = []
     parts: list[Callable[[], list[dict[str, Any]]]] = [
-        *(partial(linear_rows, name, args.rows, bandwidth) for name in LAYERS),
+        *(partial(linear_rows, name, args.rows, bandwidth, args.tiles) for name in LAYERS),
         partial(attention_rows, args.rows, bandwidth),
         partial(norm_rows, args.rows, bandwidth),
     ]

@@ -63,6 +63,33 @@ def test_kernel_is_as_near_to_float64_as_its_output_can_be(
     assert error(whole, expected + adapted + bias.double() + residual.double()) < 6e-4
 
 
+# Rows of x in one tile and in two; warps that share rows, columns, or both.
+@pytest.mark.parametrize(("inputs", "gates"), [(3, False), (20, False), (9, True)])
+@pytest.mark.parametrize("tile", [(8, 16, 2, 2), (8, 16, 1, 8), (16, 32, 4, 1), (32, 16, 1, 4), (32, 32, 1, 4)])
+def test_kernel_gives_the_same_whatever_its_tile(inputs: int, gates: bool, tile: tuple[int, int, int, int]) -> None:
+    pytest.importorskip("triton")
+    from fourfold.kernels import decode_linear_triton
+
+    torch.manual_seed(0)
+    rows = [40, 40] if gates else [24, 20]
+    weights = [quantize(torch.randn(count, 576) / 24) for count in rows]
+    x, low, up = torch.randn(inputs, 576).half(), torch.randn(inputs, 32).half(), torch.randn(sum(rows), 16).half()
+    arguments: Any = (None, None, low, up / 4, "silu" if gates else "", 1.0, 0.25, torch.float16)
+    given = decode_linear_triton.Tile(*tile)
+    ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments, tile=given)
+    assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
+
+
+def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
+    pytest.importorskip("triton")
+    from fourfold.kernels.decode_linear_triton import Tile, tile_for
+
+    assert tile_for(1, 28672, 4096, 132) == Tile(8, 16, 2, 2)
+    assert tile_for(8, 4096, 4096, 132) == Tile(8, 16, 1, 4)
+    assert tile_for(1, 4096, 14336, 132) == Tile(8, 16, 1, 8)
+    assert tile_for(64, 28672, 4096, 132) == Tile(32, 32, 4, 1)
+
+
 @pytest.mark.parametrize(("inputs", "rows", "columns"), [(1, 40, 2048), (5, 24, 320)])
 def test_kernel_gates_as_the_reference_does(inputs: int, rows: int, columns: int) -> None:
     pytest.importorskip("triton")

@@ -13,7 +13,7 @@ from fourfold.kernels import decode_linear_triton as ours
 def launch(
     columns: int,
     members: int,
-    block_m: int,
+    tile: ours.Tile,
     *,
     nested: bool = True,
     rank: int = 0,
@@ -42,22 +42,33 @@ def launch(
         "up_ptr": name if rank else None,
         **dict.fromkeys(["num_inputs", "row_1", "row_2", "num_rows"], "i32"),
         **dict.fromkeys(["x_scale", "out_scale"], "fp32"),
-        **{"COLUMNS": columns, "NESTED_SHIFT": 8 if nested else 0, "LOOKUP": lookup, "BLOCK_M": block_m},
-        **{"ROWS": ours.ROWS[block_m], "WARPS": ours.WARPS, "SPANS": -(-columns // (256 * ours.WARPS))},
+        **{"COLUMNS": columns, "NESTED_SHIFT": 8 if nested else 0, "LOOKUP": lookup, "BLOCK_M": tile.block_m},
+        **{"ROWS": tile.rows, "ROW_WARPS": tile.row_warps, "COLUMN_WARPS": tile.column_warps},
+        "SPANS": -(-columns // (256 * tile.column_warps)),
         **{"RANK": rank, "RANKS": members * rank, "ACTIVATION": "silu" if gated else ""},
         **{"DTYPE": dtype, "EARLY": early},
     }
-    options = {"num_warps": ours.WARPS, "num_stages": 1, "enable_fp_fusion": False, "launch_pdl": early}
+    warps = tile.row_warps * tile.column_warps
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "launch_pdl": early}
     unaligned = ("num_inputs", "row_1", "row_2", "num_rows")
     return Variant(ours.decode_linear_kernel, arguments, options, unaligned, archs=(90,) if early else (80,))
 
 
+# Of few and many rows of x and of W, and of a long row of W, as `tile_for` has them.
+FEW, MANY, LONG = (
+    ours.tile_for(1, rows, columns, 132) for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336))
+)
+BATCH, BATCH_MANY, BATCH_LONG = (
+    ours.tile_for(inputs, rows, columns, 132)
+    for inputs, rows, columns in ((32, 6144, 4096), (16, 28672, 4096), (64, 4096, 14336))
+)
 VARIANTS = [
-    launch(4096, 3, 8, rank=16, bias=True),
-    launch(4096, 3, 16, rank=16, bias=True),
-    launch(14336, 1, 8, residual=True, rank=64),
-    launch(4096, 2, 8, gated=True, rank=16),
-    launch(4096, 2, 16, gated=True, early=False),
-    launch(4096, 1, 8, lookup="shuffle"),
-    launch(576, 2, 8, nested=False, gated=True, dtype=tl.float16),
+    launch(4096, 3, FEW, rank=16, bias=True),
+    launch(4096, 3, BATCH, rank=16, bias=True),
+    launch(14336, 1, LONG, residual=True, rank=64),
+    launch(14336, 1, BATCH_LONG, residual=True),
+    launch(4096, 2, MANY, gated=True, rank=16),
+    launch(4096, 2, BATCH_MANY, gated=True, early=False),
+    launch(4096, 1, FEW, lookup="shuffle"),
+    launch(576, 2, FEW, nested=False, gated=True, dtype=tl.float16),
 ]

@@ -1,110 +1,38 @@
 """The product of `decode_linear` in Triton: up to 64 rows of x, blocks of 64, bound by reading W where they are few.
 
-Two things keep it so. A lane has 64 bytes of codes or more on their way while it works on as many. And a byte of codes
-is decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of which each lane has
-a copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes to the tensor cores
-as it is: the lane that loaded a word holds the part of the operand that is made of it (see `small_batch_parts_triton`).
-The scale of a block is multiplied with the block's sums, in fp32.
+A byte of codes is decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of
+which each lane has a copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes
+to the tensor cores as it is: the lane that loaded a word holds the part of the operand that is made of it (see
+`small_batch_parts_triton`). The scale of a block is multiplied with the block's sums, in fp32.
 
-A warp takes ROWS rows of W and a share of the columns; the warps of a program add their sums up at the end, always in
-the same order. Everything that is no activation is loaded before the launch waits for the one before it.
+The warps of a program share out rows of W, and columns: those of the same rows add their sums up at the end, always in
+the same order. A lane has the codes of a span of four blocks on their way while it works on the one before. Everything
+that is no activation is loaded before the launch waits for the one before it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.blockwise_triton import code_points
+from fourfold.kernels.decode_lookup_triton import decoded, fill_table
 from fourfold.kernels.decode_norm_triton import to_operand
 from fourfold.kernels.group_expansion_triton import of_member
 from fourfold.kernels.launching import cdiv, launches_early, on_device
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
 from fourfold.kernels.small_batch_triton import operand
 
-__all__ = ["LOOKUP", "MAX_MEMBERS", "ROWS", "WARPS", "decode_linear"]
+__all__ = ["LOOKUP", "MAX_MEMBERS", "Tile", "decode_linear", "tile_for"]
 
 MAX_MEMBERS = 3
-# Of W, to a program, by the rows of x in its tile; where gate and up are multiplied, half are gate's. Fewer leave
-# registers to more programs at a time, more spare reading x. Triton from 3.7 on exchanges operands by shared memory,
-# of which there is no more beside the table.
-ROWS = {8: 16, 16: 32 if triton.__version__.startswith("3.6.") else 16}
-# That share the columns, by the columns: a warp of less than a span has nothing to do.
-WARPS = 8
 # How codes are looked up: "table" in shared memory, or "shuffle" among the lanes of a warp.
 LOOKUP = "table"
-
-
-# Of 256 threads each fills one entry, 32 copies of it: sixteen bytes at a time, each thread beginning with another part
-# of its row, so that no two meet in a bank.
-_STORE = "st.shared.v4.b32 [place], {value, value, value, value};"
-_NEXT = "add.u32 part, part, 16; and.b32 part, part, 112; add.u32 place, row, part;"
-_FILL = tl.constexpr(
-    """{
-    .shared .align 128 .b8 pairs[32768];
-    .reg .u32 thread, index, row, part, place, base;
-    .reg .b32 value;
-    .reg .u64 address;
-    .reg .f32 even, odd;
-    mov.u32 base, pairs;
-    mov.u32 thread, %tid.x;
-    shr.u32 index, thread, 4;
-    mad.wide.u32 address, index, 4, $1;
-    ld.global.nc.f32 even, [address];
-    and.b32 index, thread, 15;
-    mad.wide.u32 address, index, 4, $1;
-    ld.global.nc.f32 odd, [address];
-    cvt.rn.f16x2.f32 value, odd, even;
-    mad.lo.u32 row, thread, 128, base;
-    and.b32 part, thread, 7;
-    mul.lo.u32 part, part, 16;
-    add.u32 place, row, part;
-    """
-    + _STORE
-    + 7 * (_NEXT + _STORE)
-    + """
-    bar.sync 0;
-    mov.u32 index, %laneid;
-    mad.lo.u32 $0, index, 4, base;
-    }"""
-)
-
-
-@triton.jit
-def fill_table(codebook_ptr: tl.tensor) -> tl.tensor:
-    """Where each lane of a program of 256 threads finds its copy of the table: entry `byte` 128 * byte bytes behind it.
-
-    An entry is fp16 twice, the code point of the upper four bits first.
-    """
-    return tl.inline_asm_elementwise(_FILL, "=r,l", [codebook_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def decoded(word: tl.tensor, table: tl.tensor, codebook_ptr: tl.tensor, LOOKUP: tl.constexpr) -> tl.tensor:
-    """fp16 code points [places, 8] of words of codes [places, 1]."""
-    element = tl.arange(0, 8)[None, :]
-    if LOOKUP == "table":
-        # The selector takes a byte out of the word, with zeros above it. Two neighbours ask for the same entry, which
-        # the compiler sees, and looks it up once. (Not `pack=2`: which two would be given together is Triton's choice.)
-        pair = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 byte, address;
-            prmt.b32 byte, $1, 0, $2;
-            mad.lo.u32 address, byte, 128, $3;
-            ld.shared.b32 $0, [address];
-            }""",
-            "=r,r,r,r",
-            [word, 0x4440 + element // 2, table],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-        return (pair >> (element % 2 * 16)).to(tl.int16).to(tl.float16, bitcast=True)
-    return code_points(word >> ((element ^ 1) * 4), codebook_ptr, BITS=4, LOOKUP=LOOKUP).to(tl.float16)
 
 
 @triton.jit
@@ -184,7 +112,8 @@ def decode_linear_kernel(
     LOOKUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
-    WARPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    COLUMN_WARPS: tl.constexpr,
     SPANS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -192,27 +121,42 @@ def decode_linear_kernel(
     DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """ROWS rows of the members' W, one over the other: member i begins with row_i.
+    """ROW_WARPS times ROWS rows of the members' W, one over the other: member i begins with row_i.
 
     A warp takes SPANS spans of 256 columns, of which a quad's lanes share out the scales of the four blocks.
+    ROWS, ROW_WARPS, COLUMN_WARPS: See `Tile`.
     RANK, RANKS: Low-rank columns of a member and of all, in `low`; of `up`, those of its own member. 0: no adapter.
     ACTIVATION: "" or what gates: half of the rows are gate's, half the same of up, and `out` is their product.
     """
+    WARPS: tl.constexpr = ROW_WARPS * COLUMN_WARPS
     BLOCKS: tl.constexpr = COLUMNS // 64
-    IS_EVEN: tl.constexpr = SPANS * WARPS * 4 == BLOCKS
+    LAST: tl.constexpr = BLOCKS - 1
+    IS_EVEN: tl.constexpr = SPANS * COLUMN_WARPS * 4 == BLOCKS
+    # Blocks that are not there have a scale of 0, and the last one's columns of x.
+    CHECKED: tl.constexpr = 0 if IS_EVEN else BLOCKS
     PLACES: tl.constexpr = 4 * ROWS * WARPS
+    # Of a warp, and of the program.
     OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
+    ALL_ROWS: tl.constexpr = ROW_WARPS * OUT_ROWS
     q, r, warp, block = places(ROWS, WARPS)
     # Programs that read the same rows of W are neighbours, so that all but one find them in the L2 cache.
     num_tiles = tl.cdiv(num_inputs, BLOCK_M)
-    first_row = tl.program_id(0) // num_tiles * OUT_ROWS
+    first_row = tl.program_id(0) // num_tiles * ALL_ROWS
     first_input = tl.program_id(0) % num_tiles * BLOCK_M
-    n = first_row + block * 8 + r
+    n = first_row + warp % ROW_WARPS * OUT_ROWS + block * 8 + r
     if ACTIVATION != "":
         n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
     # Rows that are not there are read as the last one, which is cheaper than a mask: their sums are never stored.
     n = tl.minimum(n, num_rows - 1)
-    codes_ptr = of_member(n, row_1, row_2, codes_0, codes_1, codes_2)
+    # As words before they are chosen from: Triton from 3.7 on forgets how a chosen pointer is aligned once it is cast.
+    words_0 = codes_0.to(tl.pointer_type(tl.int32))
+    words_1 = codes_1
+    words_2 = codes_2
+    if codes_1 is not None:
+        words_1 = codes_1.to(tl.pointer_type(tl.int32))
+    if codes_2 is not None:
+        words_2 = codes_2.to(tl.pointer_type(tl.int32))
+    words_ptr = tl.multiple_of(of_member(n, row_1, row_2, words_0, words_1, words_2), 16)
     scales_ptr = of_member(n, row_1, row_2, scales_0, scales_1, scales_2)
     n_own = n
     if codes_1 is not None:
@@ -220,19 +164,15 @@ def decode_linear_kernel(
     if codes_2 is not None:
         n_own = tl.where(n >= row_2, n - row_2, n_own)
     row_start = n_own * COLUMNS
-    first = warp * SPANS
-    LAST: tl.constexpr = BLOCKS - 1
+    first = warp // ROW_WARPS * (SPANS * 4)
     # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
-    codes_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
     word = (row_start + q * 16) // 16 * 2
-    # Blocks that are not there have a scale of 0, and the last one's columns of x.
-    CHECKED: tl.constexpr = 0 if IS_EVEN else BLOCKS
-    words0 = block_words(codes_ptr, word, first * 4, SPANS > 0, CHECKED)
-    words1 = block_words(codes_ptr, word, first * 4 + 1, SPANS > 0, CHECKED)
-    words2 = block_words(codes_ptr, word, first * 4 + 2, SPANS > 0, CHECKED)
-    words3 = block_words(codes_ptr, word, first * 4 + 3, SPANS > 0, CHECKED)
+    words0 = block_words(words_ptr, word, first, SPANS > 0, CHECKED)
+    words1 = block_words(words_ptr, word, first + 1, SPANS > 0, CHECKED)
+    words2 = block_words(words_ptr, word, first + 2, SPANS > 0, CHECKED)
+    words3 = block_words(words_ptr, word, first + 3, SPANS > 0, CHECKED)
     # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
-    own = first * 4 + q
+    own = first + q
     row_block = n_own * BLOCKS
     value = tl.load(scales_ptr + (row_block + tl.minimum(own, LAST)))
     nested_ptr = scales_ptr
@@ -249,33 +189,33 @@ def decode_linear_kernel(
         point = value
     table = 0
     if LOOKUP == "table":
-        table = fill_table(codebook_ptr)
+        table = fill_table(codebook_ptr, WARPS)
     x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
     m = first_input + x_block * 8 + x_r
-    x_first = x_warp * SPANS
+    x_first = x_warp // ROW_WARPS * (SPANS * 4)
     x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
     total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for step in range(SPANS):
-        now = first + step
+        now = own + step * 4
         absmax = point
         if code_map_ptr is not None:
             # Two roundings: fused multiply-adds must be off.
             absmax = point * nested_absmax + offset
         if not IS_EVEN:
-            absmax = tl.where(now * 4 + q < BLOCKS, absmax, 0.0)
-        after = tl.minimum((now + 1) * 4 + q, LAST)
+            absmax = tl.where(now < BLOCKS, absmax, 0.0)
+        after = tl.minimum(now + 4, LAST)
         if code_map_ptr is not None:
             point = tl.load(code_map_ptr + scale.to(tl.int32))
             nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
-            scale = tl.load(scales_ptr + (row_block + tl.minimum((now + 2) * 4 + q, LAST)))
+            scale = tl.load(scales_ptr + (row_block + tl.minimum(now + 8, LAST)))
         else:
             point = tl.load(scales_ptr + (row_block + after))
         for j in tl.static_range(4):
             words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
-            ahead = block_words(codes_ptr, word, (now + 1) * 4 + j, step + 1 < SPANS, CHECKED)
+            ahead = block_words(words_ptr, word, first + (step + 1) * 4 + j, step + 1 < SPANS, CHECKED)
             if j == 0:
                 words0 = ahead
             elif j == 1:
@@ -288,16 +228,19 @@ def decode_linear_kernel(
             word0, word1 = tl.split(words)
             weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
             weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
-            x_at = tl.minimum((x_first + step) * 4 + j, LAST) * 64
+            x_at = tl.minimum(x_first + step * 4 + j, LAST) * 64
             total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
-    result = tl.sum(total, axis=0) * x_scale
-    rows = tl.arange(0, ROWS)
+    if COLUMN_WARPS == 1:
+        result = total.reshape(ROW_WARPS * ROWS, BLOCK_M) * x_scale
+    else:
+        result = tl.sum(total.reshape(COLUMN_WARPS, ROW_WARPS * ROWS, BLOCK_M), axis=0) * x_scale
+    rows = tl.arange(0, ROW_WARPS * ROWS)
     row = first_row + rows
     is_row = row < num_rows
     if ACTIVATION != "":
-        row = first_row + rows % OUT_ROWS
+        row = first_row + rows // ROWS * OUT_ROWS + rows % OUT_ROWS
         is_row = row < row_1
-        row += tl.where(rows < OUT_ROWS, 0, row_1)
+        row += tl.where(rows % ROWS < OUT_ROWS, 0, row_1)
     inputs = first_input + tl.arange(0, BLOCK_M)
     is_input = inputs < num_inputs
     if RANK > 0:
@@ -321,14 +264,54 @@ def decode_linear_kernel(
             rounded = (residual + rounded.to(tl.float32)).to(DTYPE)
         tl.store(out_ptr + at, rounded, mask=mask)
     else:
-        halves = result.to(DTYPE).reshape(2, OUT_ROWS, BLOCK_M).permute(1, 2, 0)
-        gate, gated = tl.split(halves)
+        halves = result.to(DTYPE).reshape(ROW_WARPS, 2, OUT_ROWS, BLOCK_M).permute(0, 2, 3, 1)
+        gate, gated = tl.split(halves.reshape(ALL_ROWS, BLOCK_M, 2))
         gate = gate.to(tl.float32)
         activated = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
         y = (activated * gated.to(tl.float32)).to(DTYPE).to(tl.float32) * out_scale
-        out_row = first_row + tl.arange(0, OUT_ROWS)
+        out_row = first_row + tl.arange(0, ALL_ROWS)
         mask = (out_row < row_1)[:, None] & is_input[None, :]
         tl.store(out_ptr + inputs[None, :] * row_1 + out_row[:, None], to_operand(y), mask=mask)
+
+
+class Tile(NamedTuple):
+    """What a program takes.
+
+    Args:
+        block_m: Rows of x.
+        rows: Of W, to a warp; where gate and up are multiplied, half are gate's.
+        row_warps, column_warps: That share out rows of W, and the columns; 4 or 8 in all.
+    """
+
+    block_m: int
+    rows: int
+    row_warps: int
+    column_warps: int
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int) -> Tile:
+    """Measured on an H200, in the shapes of Llama-3-8B: `benchmarks/kernels/decode.py --tiles`.
+
+    Warps that share columns have sums to add up; without them, few rows would give a GPU too few warps.
+
+    Args:
+        num_inputs, num_rows, num_columns: Of x, and of W: all members' rows.
+        processors: Multiprocessors of the GPU.
+    """
+    is_long = num_columns > 8192
+    if num_inputs <= 8:
+        if num_rows >= 128 * processors:
+            return Tile(8, 16, 2, 2)
+        return Tile(8, 16, 1, 8 if is_long else 4)
+    block_m = 16 if num_inputs <= 16 else 32
+    if num_rows >= 128 * processors:
+        return Tile(block_m, 32, 4, 1)
+    return Tile(block_m, 32 if is_long else 16, 1, 4)
 
 
 def decode_linear(
@@ -351,7 +334,7 @@ def decode_linear(
     dtype: torch.dtype,
     lookup: str | None = None,
     early: bool | None = None,
-    rows: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """`fourfold.kernels.decode_linear.decode_linear` for what `serves` says."""
     num_inputs, num_columns = x.shape
@@ -366,10 +349,11 @@ def decode_linear(
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]
-    block_m = 8 if num_inputs <= 8 else 16
-    rows = rows or ROWS[block_m]
+    tile = tile or tile_for(num_inputs, total, num_columns, multiprocessors(x.device))
+    block_m, rows, row_warps, column_warps = tile
+    out_rows = row_warps * (rows // 2 if activation else rows)
     with on_device(x):
-        decode_linear_kernel[(cdiv(width, rows // 2 if activation else rows) * cdiv(num_inputs, block_m),)](
+        decode_linear_kernel[(cdiv(width, out_rows) * cdiv(num_inputs, block_m),)](
             *(out, x, *_three(codes), codebook, *_three(scales), code_map),
             *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
             *(num_inputs, row_1, row_2, total, float(x_scale), float(out_scale)),
@@ -378,14 +362,15 @@ def decode_linear(
             LOOKUP=lookup,
             BLOCK_M=block_m,
             ROWS=rows,
-            WARPS=WARPS,
-            SPANS=cdiv(num_columns, 256 * WARPS),
+            ROW_WARPS=row_warps,
+            COLUMN_WARPS=column_warps,
+            SPANS=cdiv(num_columns, 256 * column_warps),
             RANK=rank,
             RANKS=0 if low is None else low.shape[1],
             ACTIVATION=activation,
             DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
             EARLY=early,
-            num_warps=WARPS,
+            num_warps=row_warps * column_warps,
             num_stages=1,
             enable_fp_fusion=False,
             launch_pdl=early,
