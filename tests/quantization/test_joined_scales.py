@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fourfold.quantization.linear import QuantizedLinear
 
-
 FORMATS = pytest.mark.parametrize(
     "options",
     [{"format": "nf4"}, {"format": "nf4", "double_quant": False}, {"format": "int8"}, {"format": "llm_int8"}],
