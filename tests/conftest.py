@@ -45,6 +45,7 @@ LONGEST_FIRST = (
     "cli/test_flow.py",
     "test_distributed_runs.py",
     "kernels/test_sanitized.py",
+    "benchmarks/test_memory.py",
     "benchmarks/test_kill.py",
 )
 
