@@ -5,9 +5,10 @@
 
 Weights are random NF4 with double quantization, made on the spot, with an adapter of rank 16 on all linear layers.
 Rows have 512 tokens in a cache of 1,024; a pass is a CUDA graph, its most likely token goes into the next. A prompt of
-1,000 tokens is held against the same prompt in a bf16 model of Transformers. Beside each figure stands what reading the
-weights once takes at the bandwidth of a copy. Logits are held against Transformers' forward pass of the same quantized
-model. What fails is printed, and leaves the rest alone.
+1,000 tokens, as a CUDA graph and without, is held against the same prompt in a bf16 model of Transformers. Beside each
+figure stands what reading the weights once takes at the bandwidth of a copy. Logits are held against Transformers'
+forward pass of the same quantized model, those of a replayed prompt against the pass's own. What fails is printed, and
+leaves the rest alone.
 """
 
 from __future__ import annotations
@@ -101,16 +102,21 @@ def decoding(step: FusedStep, rows: int, adapter: str | None, device: torch.devi
 
 
 def profile(step: FusedStep, rows: int, device: torch.device) -> list[tuple[str, int, float]]:
-    """Kernels of a pass: name, launches, microseconds in all."""
-    from torch.profiler import ProfilerActivity
-
+    """Kernels of a pass over this many rows."""
     graphed, cache = GraphedStep(step), empty_cache(step, rows, device)
     inputs = [torch.arange(rows, device=device), torch.arange(rows, device=device)]
     inputs.append(torch.full((rows,), CONTEXT, device=device))
-    graphed.decode(*inputs, cache, None)
+    return kernels(lambda: graphed.decode(*inputs, cache, None))
+
+
+def kernels(call: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """What a call launches: name, launches, microseconds in all."""
+    from torch.profiler import ProfilerActivity
+
+    call()
     wait()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        graphed.decode(*inputs, cache, None)
+        call()
         wait()
     launches, times = Counter[str](), Counter[str]()
     for event in profiler.events():
@@ -158,6 +164,28 @@ def dense_prefill(shape: str, device: torch.device) -> float:
 def fused_prefill(step: FusedStep, adapter: str | None, device: torch.device) -> float:
     cache, ids = empty_cache(step, 1, device), torch.randint(step.vocab_size, (PROMPT,), device=device)
     return seconds(lambda: step.prefill(0, ids, cache, adapter))
+
+
+def replayed(step: FusedStep, adapter: str | None, device: torch.device) -> tuple[Callable[[], torch.Tensor], Any]:
+    """The prompt by a graph that is there already, and the same without one."""
+    graphed, cache = GraphedStep(step), empty_cache(step, 1, device)
+    ids = torch.randint(step.vocab_size, (PROMPT,), device=device)
+    for _ in range(2):  # a length is captured when it comes for the second time
+        graphed.prefill(0, ids, cache, adapter)
+    return partial(graphed.prefill, 0, ids, cache, adapter), partial(step.prefill, 0, ids, cache, adapter)
+
+
+def replayed_prefill(step: FusedStep, adapter: str | None, device: torch.device) -> float:
+    return seconds(replayed(step, adapter, device)[0])
+
+
+def replayed_distance(step: FusedStep, device: torch.device) -> dict[str, float]:
+    """Relative distance of a replayed prompt's logits from those of the pass."""
+    found = {}
+    for adapter in (None, "default"):
+        ours, plain = (call().double() for call in replayed(step, adapter, device))
+        found[str(adapter)] = float((ours - plain).norm() / plain.norm())
+    return found
 
 
 def without(part: str) -> Callable[[], None]:
@@ -217,15 +245,23 @@ def main() -> None:
         back()
         if took is not None:
             record["rows"].append({"rows": rows, "adapter": adapter, "without": off, "seconds": took})
-    for name, call in {
+    record["replayed"] = attempt("distance of a replayed prompt", partial(replayed_distance, step, device))
+    prompts = {
         "prefill": partial(fused_prefill, step, None, device),
         "prefill with adapter": partial(fused_prefill, step, "default", device),
+        "replayed prefill": partial(replayed_prefill, step, None, device),
+        "replayed prefill with adapter": partial(replayed_prefill, step, "default", device),
         "prefill in bf16": partial(dense_prefill, args.shape, device),
-    }.items():
+    }
+    for name, call in prompts.items():
         record[name] = attempt(f"{PROMPT} tokens, {name}", call)
     if device.type == "cuda":
-        for rows in args.profile:
-            record[f"profile {rows}"] = found = attempt(f"profile, {rows} rows", partial(profile, step, rows, device))
+        profiled = {f"{rows} rows": partial(profile, step, rows, device) for rows in args.profile}
+        for adapter in (None, "default") if args.profile else ():
+            call = partial(lambda adapter: kernels(replayed(step, adapter, device)[0]), adapter)
+            profiled[f"a replayed prompt, {adapter or 'base'}"] = call
+        for name, call in profiled.items():
+            record[f"profile {name}"] = found = attempt(f"profile, {name}", call)
             for name, count, us in found or ():
                 print(f"  {us:9.1f} us {count:5} {name}")
     if args.json:
@@ -238,7 +274,7 @@ def main() -> None:
         print(
             f"{name:36} {each * 1e3:7.3f} ms a pass {row['rows'] / each:9.0f} tokens/s  limit / pass {read / each:.0%}"
         )
-    for name in ("prefill", "prefill with adapter", "prefill in bf16"):
+    for name in prompts:
         if record[name] is not None:
             beside = f", {record[name] / record['prefill in bf16']:.2f} times bf16" if record["prefill in bf16"] else ""
             print(f"{PROMPT} tokens, {name}: {record[name] * 1e3:.1f} ms{beside}")

@@ -42,6 +42,8 @@ def test_answers_of_captured_passes_are_those_of_the_cpu_while_the_cache_grows(
     while engine.has_work:
         engine.step()
     assert step._graphs  # none was given up
+    if step.fused is not None:
+        assert step._graphs[step.fused].captures_prompts
     for sequence in sequences:
         assert sequence.error is None
         assert sequence.token_ids == generated(small_model("llama"), sequence.request.prompt_ids, 40)

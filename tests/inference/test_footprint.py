@@ -7,8 +7,11 @@ from small_models import adapted_model, small_model
 
 from fourfold.errors import InferenceError
 from fourfold.inference import Engine, EngineOptions
-from fourfold.inference.footprint import fitting_options, temporary_bytes
+from fourfold.inference.choosing import step_for
+from fourfold.inference.decode_graphs import GraphedStep
+from fourfold.inference.footprint import fitting_options, serving_footprint, temporary_bytes
 from fourfold.inference.generic_step import cache_shape
+from fourfold.models.decoding import FusedStep
 
 MODEL = small_model()
 SHAPE = cache_shape(MODEL)
@@ -49,6 +52,26 @@ def test_what_does_not_fit_is_refused_naming_what_does() -> None:
         fitted(free)
     with pytest.raises(InferenceError, match="the model itself leaves too little"):
         fitted(1000)
+
+
+def test_what_graphs_of_prompts_keep_is_part_of_what_must_fit() -> None:
+    options = EngineOptions(max_sequences=4, max_length=None)
+    free = needed(options, 4, 1000) + 7 * 1000
+    sequences, length = fitting_options(MODEL, SHAPE, options, 4096, free, lambda length: 7 * length)
+    assert (sequences, length) == (4, 1000)
+    captured = serving_footprint(MODEL, SHAPE, options, 4, 1000, lambda length: 7 * length)
+    assert captured.temporary == serving_footprint(MODEL, SHAPE, options, 4, 1000).temporary + 7000
+
+
+def test_they_keep_a_pass_over_their_longest_prompt() -> None:
+    step = FusedStep(adapted_model())
+    graphed = GraphedStep(step)
+    assert graphed.captured_bytes(100) > step.prompt_bytes(100) > FusedStep(small_model()).prompt_bytes(100)
+    assert graphed.captured_bytes(4096) == graphed.captured_bytes(2048) > graphed.captured_bytes(1024)
+    # Weights of one layer and activations of 100 tokens, of 4 bytes each.
+    mlp, hidden, inner = 3 * 32 * 64, 32, 64
+    assert FusedStep(small_model()).prompt_bytes(100) == 4 * (mlp + 100 * (4 * hidden + 3 * inner))
+    assert step_for(small_model(), fused=True).captured_bytes(1024) == 0  # on a CPU
 
 
 def test_the_parts_are_those_of_the_engine(tiny_tokenizer: Any) -> None:

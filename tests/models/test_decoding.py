@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from decoders import DECODERS, SIZES, VOCAB, adapted, decoder
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, PreTrainedModel
 
 from fourfold.models import decode_layer
@@ -154,6 +157,77 @@ def test_a_16_bit_model_is_as_near_as_its_rounding_allows(
         model.set_adapter(adapter)
         expected = by_transformers(model, prompts(), steps)[:, 1].float()
         assert (ours - expected).norm() / expected.norm() < 0.02
+
+
+def padded(step: FusedStep, prompt: Tensor, slot: int, length: int, cache: Any, adapter: str | None) -> Tensor:
+    """Logits after a prompt that is filled up to a length, by tokens that are nowhere in it."""
+    input_ids = torch.cat([prompt, torch.full((length - len(prompt),), 2)])
+    return step.prefill_padded(input_ids, torch.tensor([slot]), torch.tensor([len(prompt) - 1]), cache, adapter)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("adapter", [None, "other"])
+def test_a_prompt_that_is_filled_up_is_read_as_alone_and_so_is_its_answer(
+    name: str, quantized: bool, adapter: str | None
+) -> None:
+    model = with_two_adapters(decoder(name, quantized=quantized)).eval()
+    step, steps = FusedStep(model), tokens(4, 3)
+    model.set_adapter("other")
+    with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+        expected = by_transformers(model, prompts(), steps)
+    cache, slots = empty_cache(step), torch.tensor([2, 0, 3])
+    # To the next token, to none, and to the end of the slot.
+    begun = [
+        padded(step, prompt, slot, length, cache, adapter)
+        for slot, prompt, length in zip(slots.tolist(), prompts(), (10, 4, LENGTH), strict=True)
+    ]
+    logits, positions = [torch.stack(begun)], torch.tensor([len(prompt) for prompt in prompts()])
+    for number, following in enumerate(steps):
+        logits.append(step.decode(following, slots, positions + number, cache, adapter))
+    torch.testing.assert_close(torch.stack(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+@pytest.mark.parametrize("length", [1, 15, 16, LENGTH - 1, LENGTH])
+def test_what_fills_a_prompt_up_stays_behind_it_in_its_slot(name: str, length: int) -> None:
+    step, prompt = FusedStep(decoder(name).eval()), tokens(length)
+    alone, filled = empty_cache(step), empty_cache(step)
+    whole = step.prefill(2, prompt, alone, None)
+    until = LENGTH if length > 16 else 16
+    torch.testing.assert_close(padded(step, prompt, 2, until, filled, None), whole, rtol=1e-4, atol=1e-4)
+    for one, other in zip([*alone.keys, *alone.values], [*filled.keys, *filled.values], strict=True):
+        torch.testing.assert_close(other[2, :, :length], one[2, :, :length], rtol=1e-4, atol=1e-4)
+        assert torch.equal(other[2, :, until:], one[2, :, until:])
+        assert torch.equal(other[[0, 1, 3]], one[[0, 1, 3]])
+
+
+class Recorded(TorchDispatchMode):
+    """What is called, over which shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((str(func), tree_map_only(Tensor, lambda value: value.shape, (args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["qwen2-biases", "mistral-window", "smollm3-no-rope"])
+def test_a_filled_prompt_is_one_graph_whatever_its_length_and_slot(name: str) -> None:
+    step = FusedStep(with_two_adapters(decoder(name)).eval())
+    recorded = []
+    for slot, length in ((0, 3), (3, 20)):
+        cache = empty_cache(step)
+        input_ids, where = tokens(24), (torch.tensor([slot]), torch.tensor([length - 1]))
+        step.prefill_padded(input_ids, *where, cache, "default")
+        with Recorded() as mode:
+            step.prefill_padded(input_ids, *where, cache, "default")
+        recorded.append(mode.calls)
+    assert recorded[0] == recorded[1]
+    # None of them reads back what a tensor holds.
+    assert not [call for call, _ in recorded[0] if "_local_scalar_dense" in call or "nonzero" in call]
 
 
 def unsupported() -> dict[str, Any]:

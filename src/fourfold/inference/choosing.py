@@ -44,7 +44,7 @@ def step_for(model: PreTrainedModel | PeftModel, *, fused: bool | None = None) -
 class ChosenStep:
     """The fused step for the adapters that it takes, the generic one for the others. See `Step`.
 
-    Decode passes are replayed as CUDA graphs on a GPU, where they can be captured: those of the fused step, and those
+    Passes are replayed as CUDA graphs on a GPU, where they can be captured: those of the fused step, and decode passes
     of models of which Transformers says that their forward pass is one graph.
 
     Args:
@@ -63,8 +63,15 @@ class ChosenStep:
             graphed.append(generic)
         self._graphs: dict[FusedStep | GenericStep, GraphedStep] = {step: GraphedStep(step) for step in graphed}
 
+    def captured_bytes(self, length: int) -> int:
+        fused = self.fused
+        if fused is None or fused not in self._graphs or self.generic.base.device.type != "cuda":
+            return 0
+        return self._graphs[fused].captured_bytes(length)
+
     def prefill(self, slot: int, input_ids: Tensor, cache: SlotCache, adapter: str | None, start: int = 0) -> Tensor:
-        return self._step(adapter).prefill(slot, input_ids, cache, adapter, start)
+        step = self._step(adapter)
+        return self._graphs.get(step, step).prefill(slot, input_ids, cache, adapter, start)
 
     def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: SlotCache, adapter: str | None) -> Tensor:
         step = self._step(adapter)

@@ -97,8 +97,10 @@ class Engine:
         context = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
         shape = self.step_of_model.shape
         free = options.memory_bytes or free_bytes(self.device)
-        self.max_sequences, self.max_length = fitting_options(model, shape, options, context, free)
-        self.footprint: ServingFootprint = serving_footprint(model, shape, options, self.max_sequences, self.max_length)
+        captured = self.step_of_model.captured_bytes
+        size = fitting_options(model, shape, options, context, free, captured)
+        self.max_sequences, self.max_length = size
+        self.footprint: ServingFootprint = serving_footprint(model, shape, options, *size, captured)
         self.cache = SlotCache(shape, self.max_sequences, self.max_length, self.device, options.first_bucket)
         self.stop_ids = frozenset(stop_token_ids(base, tokenizer))
         self._adapters: tuple[str, ...] = tuple(getattr(model, "peft_config", ()))

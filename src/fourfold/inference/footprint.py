@@ -39,7 +39,7 @@ class ServingFootprint:
         base: The model's weights, quantized as they are.
         adapters: All adapters it has.
         cache: Keys and values of all sequences at their full length.
-        temporary: What a pass and sampling take at most, beside these.
+        temporary: What a pass and sampling take at most, beside these, and what CUDA graphs of prompts keep.
     """
 
     sequences: int
@@ -67,9 +67,14 @@ class ServingFootprint:
 
 
 def serving_footprint(
-    model: nn.Module, shape: CacheShape, options: EngineOptions, sequences: int, length: int
+    model: nn.Module,
+    shape: CacheShape,
+    options: EngineOptions,
+    sequences: int,
+    length: int,
+    captured_bytes: Callable[[int], int] = lambda _: 0,
 ) -> ServingFootprint:
-    """What so many sequences of so many tokens take, each at its full length."""
+    """What so many sequences of so many tokens take, each at its full length. `captured_bytes` is the step's."""
     total = model_size(model).num_bytes
     adapters = _adapter_bytes(model)
     return ServingFootprint(
@@ -78,16 +83,16 @@ def serving_footprint(
         base=total - adapters,
         adapters=adapters,
         cache=shape.num_bytes(sequences, length),
-        temporary=temporary_bytes(model, shape, options, sequences, length),
+        temporary=temporary_bytes(model, shape, options, sequences, length) + captured_bytes(length),
     )
 
 
 def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions, sequences: int, length: int) -> int:
-    """An upper bound of what a step takes beside weights and cache.
+    """An upper bound of what a step takes beside weights, cache and CUDA graphs.
 
     The larger of growing the cache and of a pass; a pass reads a part of a prompt, or a token of each sequence. Keys
-    and values of one layer may be gathered, and repeated for the query heads that share them; a weight, or two that
-    share an input, are expanded to 16 bits; masks, activations and logits are there, and what sampling makes of these.
+    and values of one layer may be gathered, and repeated for the query heads that share them; a weight, or the three of
+    an MLP, are expanded to 16 bits; masks, activations and logits are there, and what sampling makes of these.
     """
     config: Any = underlying(model).config.get_text_config(decoder=True)
     element = shape.dtype.itemsize
@@ -104,7 +109,7 @@ def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions,
     def working(tokens: int, rows: int) -> int:
         activations = tokens * (8 * hidden + 4 * intermediate) * element
         mask = tokens * length * element
-        return activations + mask + rows * repeated + 2 * max(expanded, default=0) * element
+        return activations + mask + rows * repeated + 3 * max(expanded, default=0) * element
 
     logits = int(config.vocab_size) * _SAMPLING_BYTES
     read = working(chunk, 1) + logits
@@ -113,7 +118,12 @@ def temporary_bytes(model: nn.Module, shape: CacheShape, options: EngineOptions,
 
 
 def fitting_options(
-    model: nn.Module, shape: CacheShape, options: EngineOptions, context: int | None, free: int | None
+    model: nn.Module,
+    shape: CacheShape,
+    options: EngineOptions,
+    context: int | None,
+    free: int | None,
+    captured_bytes: Callable[[int], int] = lambda _: 0,
 ) -> tuple[int, int]:
     """Sequences and tokens of each: as asked for, and where that is left open, what fits.
 
@@ -123,6 +133,7 @@ def fitting_options(
         options: What is asked for.
         context: Tokens the model can read; None for no bound.
         free: Bytes beside the model; None to take what is asked for.
+        captured_bytes: The step's.
 
     Raises:
         InferenceError: What is asked for does not fit; it names what does.
@@ -134,8 +145,12 @@ def fitting_options(
     if free is None:
         return sequences, longest
 
+    def needs(count: int, length: int) -> int:
+        temporary = temporary_bytes(model, shape, options, count, length) + captured_bytes(length)
+        return shape.num_bytes(count, length) + temporary
+
     def fits(count: int, length: int) -> bool:
-        return shape.num_bytes(count, length) + temporary_bytes(model, shape, options, count, length) <= free
+        return needs(count, length) <= free
 
     if fits(sequences, longest):
         return sequences, longest
@@ -157,7 +172,7 @@ def fitting_options(
         f"{_counted(sequences, 'sequence')} of {length:,} tokens" if length >= _LEAST_LENGTH else "",
         f"1 sequence of {one:,} tokens" if one >= _LEAST_LENGTH and not count else "",
     ]
-    needed = shape.num_bytes(sequences, longest) + temporary_bytes(model, shape, options, sequences, longest)
+    needed = needs(sequences, longest)
     raise InferenceError(
         "the cache does not fit the memory that the model leaves",
         found=f"{_counted(sequences, 'sequence')} of {longest:,} tokens take {needed / MIB:,.1f} MiB of "

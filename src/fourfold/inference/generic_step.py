@@ -139,6 +139,10 @@ class GenericStep:
             self.model.set_adapter(adapter, inference_mode=True)
         self._in_force = [adapter]
 
+    def captured_bytes(self, _length: int) -> int:
+        """None of its prompts is captured."""
+        return 0
+
     @torch.no_grad()
     def prefill(self, slot: int, input_ids: Tensor, cache: SlotCache, adapter: str | None, start: int = 0) -> Tensor:
         self.use(adapter)

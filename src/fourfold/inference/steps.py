@@ -22,6 +22,10 @@ class Step(Protocol):
     shape: CacheShape
     vocab_size: int
 
+    def captured_bytes(self, length: int) -> int:
+        """What it keeps at most for passes over prompts that are CUDA graphs, where slots have so many tokens."""
+        ...
+
     def prefill(self, slot: int, input_ids: Tensor, cache: SlotCache, adapter: str | None, start: int = 0) -> Tensor:
         """Write a part of a prompt into a slot.
 

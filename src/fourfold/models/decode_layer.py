@@ -20,16 +20,15 @@ from fourfold.kernels.decode_attention import decode_attention_
 from fourfold.kernels.decode_linear import MAX_ROWS, decode_linear, serves
 from fourfold.kernels.decode_norm import decode_norm, low_products
 from fourfold.kernels.launching import next_power_of_2
+from fourfold.kernels.low_rank import row_length
 from fourfold.kernels.norm import add_rms_norm_, rms_norm
 from fourfold.kernels.rotary import rotary
 from fourfold.kernels.swiglu import swiglu
 from fourfold.models.attention import attention_forward
-from fourfold.models.block_forward import attention_output, fill_low
 from fourfold.models.block_state import parts
 from fourfold.models.linear_group import AdaptedLinear, LinearGroup
+from fourfold.models.weight_room import Expansion, WeightRoom
 from fourfold.quantization.linear import QuantizedLinear
-from fourfold.quantization.scales import NestedScales
-from fourfold.quantization.tensor import QuantizedTensor, are_alike
 
 __all__ = ["Angles", "DecodeLayer", "DecodeLinears"]
 
@@ -59,22 +58,22 @@ class DecodeLinears:
         return self.group.bias(self.dtype)
 
     @cached_property
+    def expansion(self) -> Expansion:
+        """What their weights are dequantized by."""
+        return Expansion(self.group)
+
+    @cached_property
     def served(self) -> bool:
         """Whether `decode_linear` takes them."""
-        weights = self._weights
-        if len(weights) < len(self.group.linears) or self.dtype not in (torch.bfloat16, torch.float16):
+        if self.expansion.parts is None or self.dtype not in (torch.bfloat16, torch.float16):
             return False
-        first, rows = weights[0], [weight.shape[0] for weight in weights]
+        weights = self.expansion.weights
+        first, rows = weights[0], self.expansion.num_rows
         return (
-            are_alike(weights)
-            and self._rank <= MOST_RANK
+            self._rank <= MOST_RANK
             and serves(first.device, first.codebook, first.block_size, rows, first.shape[1])
             and all(weight.codes.data_ptr() % 16 == 0 for weight in weights)
         )
-
-    @property
-    def _weights(self) -> list[QuantizedTensor]:
-        return [linear.base.quantized for linear in self.group.linears if isinstance(linear.base, QuantizedLinear)]
 
     @property
     def _rank(self) -> int:
@@ -114,15 +113,9 @@ class DecodeLinears:
     @cached_property
     def arguments(self) -> tuple[Any, ...]:
         """Of `decode_linear`, those between x and dtype."""
-        weights = self._weights
-        codes, rows, first = [weight.codes for weight in weights], [weight.shape[0] for weight in weights], weights[0]
-        if not isinstance(first.scales, NestedScales):
-            return codes, first.codebook, [weight.scales.dequantize() for weight in weights], None, [], [], 1, rows
-        nested = [weight.scales for weight in weights if isinstance(weight.scales, NestedScales)]
-        scales, absmax = [each.codes for each in nested], [each.nested_absmax for each in nested]
-        offsets = [each.offset for each in nested]
-        sizes = (first.scales.nested_block_size, rows)
-        return codes, first.codebook, scales, first.scales.code_map, absmax, offsets, *sizes
+        assert self.expansion.parts is not None
+        *parts, _, nested_block_size = self.expansion.parts
+        return (*parts, nested_block_size, self.expansion.num_rows)
 
     def run(self, x: Tensor, low: Tensor | None = None, x_scale: float = 1.0, **others: Any) -> Tensor:
         """`decode_linear`; `low` where a norm made it with x."""
@@ -217,42 +210,83 @@ class DecodeLayer:
         gate_up = self.gate_up.one_by_one(normed)
         return mid + self.down.one_by_one(swiglu(gate_up, None, self.activation))
 
-    def prefill(self, x: Tensor, angles: Angles, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    @cached_property
+    def weight_elements(self) -> int:
+        """Elements of the weights that a prompt's pass has dequantized at a time."""
+        qkv, out, gate_up, down = (one.expansion for one in (self.qkv, self.out, self.gate_up, self.down))
+        return max(*(WeightRoom.elements(one) for one in (qkv, out)), WeightRoom.elements(gate_up, down))
+
+    @cached_property
+    def token_elements(self) -> int:
+        """Elements that a prompt's pass holds of a token at most."""
+        hidden, qkv, heads = len(self.norm1), self.qkv.group.out_features, self.out.group.in_features
+        gate_up, inner = self.gate_up.group.out_features, self.down.group.in_features
+        attention = 2 * qkv + 2 * heads + row_length(hidden, self.qkv.group.rank)
+        mlp = 2 * hidden + row_length(hidden, self.gate_up.group.rank)
+        mlp += gate_up + row_length(inner, self.down.group.rank)
+        return hidden + max(attention, mlp)
+
+    @cached_property
+    def _heads(self) -> tuple[Any, ...]:
+        return self.num_heads, self.num_kv_heads, self.qkv.bias, self.q_norm, self.k_norm, self.head_eps
+
+    def prefill(
+        self,
+        x: Tensor,
+        angles: Angles,
+        keys: Tensor,
+        values: Tensor,
+        slot: int | Tensor,
+        weights: WeightRoom,
+        start: int = 0,
+        only: slice | Tensor | None = None,
+    ) -> Tensor:
         """Tokens of one sequence, from `start` on.
 
         Args:
             x: [length, hidden].
             angles: Of these positions.
-            keys, values: [kv_heads, length of the cache, head_dim] of the slot, of which those before `start` are read,
+            keys, values: [slots, kv_heads, length of the cache, head_dim], of which a slot's before `start` are read,
                 and the tokens' own are written.
+            slot: Which; an int64 tensor [1] where `start` is 0, which a captured pass reads whenever it is replayed.
+            weights: Room for this layer's.
+            only: Tokens whose output is wanted; None for all.
 
         Returns:
-            [length, hidden].
+            [length or tokens wanted, hidden].
         """
         length = len(x)
-        weight = self.qkv.group.expand(x)
-        normed_x, _ = rms_norm(x, self.norm1, self.norm_eps, self.qkv.group.rank)
-        fill_low(normed_x, weight)
         cos, sin = angles if self.rotates else (None, None)
-        heads = (self.num_heads, self.num_kv_heads, self.qkv.bias, self.q_norm, self.k_norm, self.head_eps)
-        rotated = rotary(normed_x @ weight.forward.T, cos, sin, *heads)
+        weight = weights.expand(self.qkv.expansion)
+        normed_x, _ = rms_norm(x, self.norm1, self.norm_eps, weight.rank)
+        weight.fill_low(normed_x)
+        rotated = rotary(normed_x @ weight.forward, cos, sin, *self._heads)
         counts = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = rotated.view(1, length, -1, self.head_dim).split(counts, dim=2)
-        keys[:, start : start + length] = k[0].transpose(0, 1)
-        values[:, start : start + length] = v[0].transpose(0, 1)
+        for held, new in ((keys, k), (values, v)):
+            if isinstance(slot, Tensor):
+                held[:, :, :length].index_copy_(0, slot, new.transpose(1, 2))
+            else:
+                held[slot, :, start : start + length] = new[0].transpose(0, 1)
         if start == 0:
             attention, _ = attention_forward(q, k, v, scale=self.scale, window=self.window)
-            attention = attention.reshape(length, -1)
+            attention = attention.view(length, -1)
         else:
-            attention = self._attend_behind(q[0].transpose(0, 1), keys, values, start)
-        mid, _ = attention_output(attention, self.out.group.expand(x))
-        weight, down = self.gate_up.group.expand(x), self.down.group.expand(x)
+            attention = self._attend_behind(q[0].transpose(0, 1), keys[slot], values[slot], start)
+        if only is not None:
+            x, attention = x[only], attention[only]
+        # What comes has need of the memory.
+        del normed_x, rotated, q, k, v, new
+        mid = weights.expand(self.out.expansion).product(attention)
+        del attention
+        weight = weights.expand(self.gate_up.expansion)
+        down = weights.expand(self.down.expansion, behind=self.gate_up.expansion)
         out = torch.empty_like(mid)
-        normed_x, _ = add_rms_norm_(x, mid, self.norm2, self.norm_eps, self.gate_up.group.rank, copy=out)
-        fill_low(normed_x, weight)
-        for part in parts(length, whole=False, offload=False):
-            act_x = swiglu(normed_x[part] @ weight.forward.T, down.down, self.activation)
-            out[part].addmm_(act_x, down.forward.T)
+        normed_x, _ = add_rms_norm_(x, mid, self.norm2, self.norm_eps, weight.rank, copy=out)
+        weight.fill_low(normed_x)
+        for part in parts(len(x), whole=False, offload=False):
+            act_x = swiglu(normed_x[part] @ weight.forward, down.down, self.activation)
+            out[part].addmm_(act_x, down.forward)
         return out
 
     def _attend_behind(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:

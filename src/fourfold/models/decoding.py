@@ -24,6 +24,7 @@ from fourfold.models.block import ACTIVATIONS, fused_layer_class, sliding_window
 from fourfold.models.decode_layer import Angles, DecodeLayer, DecodeLinears
 from fourfold.models.linear_group import LinearGroup, Unsupported, refuse_hooks, view_linear
 from fourfold.models.underlying import underlying
+from fourfold.models.weight_room import WeightRoom
 from fourfold.quantization.embedding import QuantizedEmbedding
 from fourfold.quantization.linear import QuantizedLinear, QuantizedWeight
 
@@ -44,7 +45,7 @@ class FusedStep:
     """What turns tokens into logits, by the kernels of `kernels/decode_*.py` where they serve.
 
     Adapters are LoRA's; their matrices are read, and copied in the dtype of the model, when a name is used for the
-    first time: `refresh` has them read anew.
+    first time: `refresh` has them read anew. So it does with the base, whose weights are read where they stood then.
 
     Attributes:
         vocab_size: Columns of the logits.
@@ -146,11 +147,59 @@ class FusedStep:
         Raises:
             Unsupported: See `supports`.
         """
-        x = self._embedding(input_ids)
+        return self._read(input_ids, slot, slice(-1, None), cache, adapter, start)
+
+    @torch.no_grad()
+    def prefill_padded(
+        self, input_ids: Tensor, slot: Tensor, last: Tensor, cache: HeldCache, adapter: str | None
+    ) -> Tensor:
+        """Write the beginning of a prompt into a slot, with tokens behind it that fill up a length.
+
+        Reads nothing back and allocates by the shape of `input_ids` alone, so that it can be captured in a CUDA graph.
+        What the tokens behind the prompt leave in the slot stands where the sequence's next tokens are written before
+        they are read.
+
+        Args:
+            input_ids: int64 [length], the prompt, and any tokens behind it.
+            slot: int64 [1], which.
+            last: int64 [1], the index of the prompt's last token.
+            cache: Has room for `length` tokens.
+            adapter: Name of the adapter; None for the base.
+
+        Returns:
+            Logits [vocab] after the prompt's last token.
+
+        Raises:
+            Unsupported: See `supports`.
+        """
+        return self._read(input_ids, slot, last, cache, adapter)
+
+    def prompt_bytes(self, length: int) -> int:
+        """What a pass over so many tokens takes at most beside weights and cache, by any adapter that there is."""
+        names = [name for name in (None, *self.adapters()) if self.supports(name) is None]
+        layers = [layer for name in names for layer in self._view(name)]
+        weights = max(layer.weight_elements for layer in layers)
+        tokens = length * max(layer.token_elements for layer in layers)
+        return (weights + tokens) * self.dtype.itemsize
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        slot: int | Tensor,
+        last: slice | Tensor,
+        cache: HeldCache,
+        adapter: str | None,
+        start: int = 0,
+    ) -> Tensor:
+        layers = self._view(adapter)
+        x: Tensor = self._embedding(input_ids)
         angles = self._angles(torch.arange(start, start + len(input_ids), device=input_ids.device))
-        for layer, keys, values in zip(self._view(adapter), cache.keys, cache.values, strict=True):
-            x = layer.prefill(x, angles, keys[slot], values[slot], start)
-        return self._logits(x[-1:])[0]
+        weights = WeightRoom(max(layer.weight_elements for layer in layers), self.dtype, x.device)
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+            # Behind the last layer's attention only the last token counts.
+            only = last if layer is layers[-1] else None
+            x = layer.prefill(x, angles, keys, values, slot, weights, start, only)
+        return self._logits(x)[0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, slots: Tensor, positions: Tensor, cache: HeldCache, adapter: str | None) -> Tensor:

@@ -173,14 +173,23 @@ class LinearGroup:
         """The extended weight, dequantized anew, of the dtype and device of `x`."""
         rows, columns = self.out_features, self.in_features
         out = new_extended(x, rows + self.rank, columns, self.rank)
-        adapters = [_joined(linear.adapters) for linear in self.linears]
-        quantized = [linear.base.read(x.device) for linear in self.linears if isinstance(linear.base, QuantizedLinear)]
+        self.expand_(out)
+        return ExtendedWeight(out, rows, columns)
+
+    def expand_(self, out: Tensor) -> None:
+        """Write the extended weight to `out` [rows + rank, columns + rank], last stride 1."""
+        adapters = self.joined_adapters()
+        device = out.device
+        quantized = [linear.base.read(device) for linear in self.linears if isinstance(linear.base, QuantizedLinear)]
         if len(quantized) == len(self.linears) and are_alike(quantized):
             lora_a, lora_b, scalings = zip(*adapters, strict=True)
             expand_alike_(out, quantized, lora_a, lora_b, scalings)
         else:
             self._expand_each(out, adapters)
-        return ExtendedWeight(out, rows, columns)
+
+    def joined_adapters(self) -> list[tuple[Tensor | None, Tensor | None, float]]:
+        """A, B and scaling of each layer's adapters as one of their joint rank; None, None and 1 for none."""
+        return [_joined(linear.adapters) for linear in self.linears]
 
     def _expand_each(self, out: Tensor, adapters: Sequence[tuple[Tensor | None, Tensor | None, float]]) -> None:
         row = rank_row = 0

@@ -10,10 +10,11 @@ parameters, on the device that the model was loaded to.
   tensors, whose memory FSDP2 empties and fills.
 - Scales stand behind their codes in one parameter (`QuantizedWeight.join_scales`). What is one in ten thousand, nested
   scales and frozen vectors, such as norms, stays whole.
-- The input embedding is a group, which is needed in the forward pass alone; with a weight that is tied it belongs to
-  the root.
-- The root group holds what remains: the output head. FSDP2 leaves it gathered after the forward pass, for the loss;
-  `gathered_head` gives it back as soon as the loss has been taken.
+- The input embedding is a group, which is needed in the forward pass alone.
+- A frozen output head is a group of its own, too: whole from its forward pass on until the loss, which reads its weight
+  within `gathered_head`, has been taken. As a part of the root it would be so from the start, beside the embedding.
+- The root group holds what remains: a head that learns, or whose weight is the embedding's. FSDP2 leaves it gathered
+  after the forward pass, for the loss.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
         model: A causal LM of Transformers, adapters on it or not, on `device` or on the CPU. The same everywhere.
         device: Where this process computes.
         fill: Called with each part of the model, in the order of the forward pass, before it is sharded: to give it
-            weights that were not there before, on `device`. The output head and the rest come last, as the whole model.
+            weights that were not there before, on `device`. The output head comes last, then the rest, as the whole
+            model.
 
     Raises:
         ConfigError: Quantized experts, a base that streams, weights trained in fp16, or no decoder layers.
@@ -79,7 +81,7 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied and not any(True for _ in embedding.children()):
         shard(embedding)
-        if not any(parameter.requires_grad for parameter in embedding.parameters()):
+        if not _learns(embedding):
             # Else it would be gathered ahead for a pass that has no use for it.
             embedding.set_unshard_in_backward(False)
     layers = decoder_layers(base)
@@ -89,6 +91,8 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
         if isinstance(layer, FusedDecoderLayer):
             layer._graphs = None  # the weights' memory comes and goes
         shard(layer)
+    if head is not None and not is_tied and not any(True for _ in head.children()) and not _learns(head):
+        shard(head, False)  # its forward pass comes just before the loss
     shard(base, None)  # FSDP2 leaves it gathered, as the root
     if "hf_device_map" in vars(base):
         vars(base)["hf_device_map"] = {"": device}
@@ -125,8 +129,11 @@ def give_back(model: nn.Module) -> None:
     """Of a sharded model, what a pass without a backward pass has left gathered, as an evaluation's: parameters are
     parts again."""
     root = _root(underlying(model))
-    if root is not None:
-        root.reshard()
+    if root is None:
+        return
+    root.reshard()
+    if _is_group(head := root.get_output_embeddings()):
+        head.reshard()
 
 
 @contextlib.contextmanager
@@ -140,22 +147,32 @@ def gathered_head(base: nn.Module) -> Iterator[None]:
     if root is None:
         yield
         return
-    root.unshard()
+    head = root.get_output_embeddings()
+    group = head if _is_group(head) else root
+    group.unshard()
     try:
         yield
     finally:
-        learns = any(parameter.requires_grad for parameter in root.get_output_embeddings().parameters())
-        if not (learns and torch.is_grad_enabled()):
-            root.reshard()
+        if not (_learns(head) and torch.is_grad_enabled()):
+            group.reshard()
 
 
 def _root(base: Any) -> Any:
     """The model as FSDP2's; None where it is not sharded."""
+    return base if _is_group(base) else None
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _is_group(module: Any) -> bool:
+    """Whether FSDP2 gathers it by itself."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
+        return False
     from torch.distributed.fsdp import FSDPModule
 
-    return base if isinstance(base, FSDPModule) else None
+    return isinstance(module, FSDPModule)
 
 
 def held_bytes(model: nn.Module) -> int:
