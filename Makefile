@@ -27,9 +27,9 @@ endif
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart/quickstart.py
 
-# One thread a process: the tests' tensors are small.
+# One thread a process: the tests' tensors are small. tests/conftest.py says in which order.
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(MARKS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(MARKS) $(PYTEST_ARGS)
 ifneq ($(NUM_GPUS),0)
 	$(BIN)/python -m pytest -m whole_gpu $(PYTEST_ARGS)
 endif

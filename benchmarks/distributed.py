@@ -8,7 +8,7 @@ tokens, all of them labelled. Each setting runs by a torchrun of its own. What i
 
 - seconds of a step at the same batch on each GPU, without and with recomputation, and the ratio of tokens a second to
   one GPU's;
-- the base's bytes on each GPU, and the peak;
+- the base's bytes on each GPU, all that torch has allocated once the model stands, and the peak;
 - the loss over 50 steps on data that is the same: one GPU with twice the rows, two with a half each.
 
 70b: each process may take 24 GiB of its GPU. Its layers are made one at a time and sharded as they come.
@@ -17,8 +17,10 @@ tokens, all of them labelled. Each setting runs by a torchrun of its own. What i
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -245,6 +247,10 @@ def run(name: str, setting: Setting) -> dict[str, Any] | None:
         model = nn.parallel.DistributedDataParallel(adapted, device_ids=ids, **options)
     result: dict[str, Any] = {"name": name, "gpus": setting.num_processes, "built_seconds": time.perf_counter() - began}
     result["weights_bytes"] = held_bytes(adapted)
+    if on_gpu:
+        gc.collect()
+        # Parameters and scales, and whatever else was left behind.
+        result["standing_bytes"] = torch.cuda.memory_allocated()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, lr=1e-5, state_bits=8, max_grad_norm=1.0)
     vocab = SHAPES[setting.shape]["vocab_size"]
@@ -294,7 +300,9 @@ def beside_one(row: dict[str, Any], one: dict[str, Any] | None) -> dict[str, Any
     shared = [policy for policy in ("none", "selective") if policy in row and policy in one]
     for policy in shared:
         row[policy]["times_one_gpu"] = row[policy]["tokens_per_second"] / one[policy]["tokens_per_second"]
-    row["weights_of_one_gpu"] = row["weights_bytes"] / one["weights_bytes"]
+    for part in ("weights", "standing"):
+        if f"{part}_bytes" in row and f"{part}_bytes" in one:
+            row[f"{part}_of_one_gpu"] = row[f"{part}_bytes"] / one[f"{part}_bytes"]
     if "losses" in row:
         off = [abs(a - b) / b for a, b in zip(row["losses"], one["losses"], strict=True)]
         row["loss_off_by"] = {"mean": statistics.mean(off), "largest": max(off)}
@@ -304,11 +312,12 @@ def beside_one(row: dict[str, Any], one: dict[str, Any] | None) -> dict[str, Any
 def shown(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: {row['error']}"
-    lines = [
-        f"{row['name']}: built in {row['built_seconds']:.1f} s, weights {row['weights_bytes'] / 2**30:.2f} GiB a GPU"
-    ]
-    if "weights_of_one_gpu" in row:
-        lines[0] += f" ({row['weights_of_one_gpu']:.3f} of one GPU's)"
+    lines = [f"{row['name']}: built in {row['built_seconds']:.1f} s"]
+    for part in ("weights", "standing"):
+        if f"{part}_bytes" in row:
+            lines[0] += f", {part} {row[f'{part}_bytes'] / 2**30:.2f} GiB a GPU"
+        if f"{part}_of_one_gpu" in row:
+            lines[0] += f" ({row[f'{part}_of_one_gpu']:.3f} of one GPU's)"
     for policy, found in row.items():
         if isinstance(found, dict) and "step_seconds" in found:
             line = f"  {policy:<14} {found['step_seconds']:.3f} s/step  {found['tokens_per_second']:>9,.0f} tokens/s"
@@ -340,7 +349,9 @@ def main() -> None:
         if result is not None:
             print(json.dumps(result), flush=True)
         return
-    record = about(f"python benchmarks/distributed.py --json {args.json}") | {"gpus": torch.cuda.device_count()}
+    record = about(shlex.join(["python", "benchmarks/distributed.py", *sys.argv[1:]])) | {
+        "gpus": torch.cuda.device_count()
+    }
     rows: list[dict[str, Any]] = []
     one: dict[str, Any] | None = None
     for name in list(TINY) if args.tiny else args.settings:

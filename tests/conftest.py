@@ -36,6 +36,24 @@ CORPUS = (
     "system user assistant",
 )
 
+# The files that take longest begin, since all wait for the worker that ends last. xdist's own order, by the number of
+# tests in a file, would keep them for the end: they have few.
+LONGEST_FIRST = (
+    "kernels/test_compiling.py",
+    "training/test_distributed.py",
+    "training/test_zero.py",
+    "cli/test_flow.py",
+    "test_distributed_runs.py",
+    "kernels/test_sanitized.py",
+    "benchmarks/test_memory.py",
+    "benchmarks/test_kill.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
 
 @pytest.fixture(scope="module")
 def one_quiet_thread() -> Iterator[None]:

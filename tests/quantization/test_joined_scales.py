@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourfold.quantization.linear import QuantizedLinear
 
-
-@pytest.mark.parametrize(
+FORMATS = pytest.mark.parametrize(
     "options",
     [{"format": "nf4"}, {"format": "nf4", "double_quant": False}, {"format": "int8"}, {"format": "llm_int8"}],
     ids=["nested", "plain", "int8", "llm_int8"],
 )
+
+
+@FORMATS
 # 33 * 30 codes of 4 bits are no multiple of 16 bytes.
 @pytest.mark.parametrize("shape", [(64, 128), (33, 30)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16], ids=str)
@@ -34,3 +38,26 @@ def test_joined_scales_give_the_same_weight_bit_for_bit(
     assert layer.weight.dtype == dtype
     assert layer.scales is not None
     assert num_bytes <= layer.weight.nbytes + layer.scales.num_bytes < num_bytes + 16 + dtype.itemsize
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """All that are in a module's attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors(each)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+@FORMATS
+def test_a_joined_weight_keeps_nothing_of_what_it_was_joined_from(options: dict[str, Any]) -> None:
+    layer = QuantizedLinear.from_linear(nn.Linear(128, 64, bias=False), **options)
+    codes, scales = layer.weight.untyped_storage(), layer.quantized.scales.as_bytes().untyped_storage()
+    layer.join_scales(torch.device("cpu"))
+    held = {tensor.untyped_storage().data_ptr() for tensor in tensors(vars(layer))}
+    assert layer.weight.untyped_storage().data_ptr() in held
+    # Both are still here, so that nothing else is at their addresses.
+    assert not held & {codes.data_ptr(), scales.data_ptr()}

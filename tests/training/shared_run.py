@@ -5,6 +5,7 @@ What each came to stands in FOLDER/NAME.json and, of weights, FOLDER/NAME.safete
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -17,10 +18,13 @@ import tiny
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import fourfold
 from fourfold.errors import FourfoldError
+from fourfold.kernels.shards import local_part
+from fourfold.models.sharding import held_bytes, shard_model
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.swapping import dense_linears
 from fourfold.training.distributed import processes
@@ -111,6 +115,36 @@ def ended(folder: Path, name: str, kind: str, **options: Any) -> None:
         (folder / f"{name}-{processes().rank}.json").write_text(json.dumps(record))
 
 
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Those of all tensors of this process, by address, which nothing else has while they are held here."""
+    gc.collect()
+    found = [local_part(each) for each in gc.get_objects() if issubclass(type(each), Tensor) and not each.is_meta]
+    held = [each.untyped_storage() for each in found]
+    return {each.data_ptr(): each for each in held}
+
+
+def filled(folder: Path) -> None:
+    """A base that gets its weights layer by layer while it is sharded: what it says that it holds, and what is held."""
+    before = storages()
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=tiny.VOCAB))
+    head = base.get_output_embeddings()
+    for name, linear in list(dense_linears(base)):
+        if linear is not head:
+            empty = QuantizedLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+            base.set_submodule(name, empty)
+
+    def fill(part: nn.Module) -> None:
+        for module in part.modules():
+            if isinstance(module, QuantizedLinear) and module.weight.is_meta:
+                module.quantized = fourfold.quantize(torch.randn(module.out_features, module.in_features))
+
+    shard_model(base, torch.device("cpu"), fill)
+    alive = sum(each.nbytes() for address, each in storages().items() if address not in before)
+    record = {"held": held_bytes(base), "alive": alive}
+    (folder / f"filled-{processes().rank}.json").write_text(json.dumps(record))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     held_out = {"eval_dataset": tiny.rows(7, seed=5), "eval_strategy": "steps", "eval_steps": 3}
@@ -124,6 +158,7 @@ def main(folder: Path) -> None:
     plain(folder, "fsdp2-8bit", distributed="fsdp2", optim="paged_adamw_8bit")
     gone_on(folder, "ddp-to-fsdp2", folder / "ddp" / "checkpoint-3", distributed="fsdp2")
     gone_on(folder, "one-8bit-to-fsdp2", folder / "one-8bit" / "checkpoint-3", distributed="fsdp2", optim="adamw_8bit")
+    filled(folder)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,13 @@ def test_two_processes_learn_what_one_does(folder, way):
     assert_same_run(folder, way, "one")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_a_base_that_is_filled_as_it_is_sharded_a_process_holds_its_share_alone(folder, rank):
+    # `held_bytes` counts parameters and scales; this is all storages that are alive.
+    found = record(folder, f"filled-{rank}")
+    assert found["held"] <= found["alive"] < 1.05 * found["held"]
+
+
 def test_layers_of_transformers_are_sharded_with_their_checkpoints_of_activations(folder):
     assert_same_run(folder, "fsdp2-generic", "one-generic")
 

@@ -32,6 +32,9 @@ def results(out: Path) -> dict[str, Any]:
         "zero3_offload=zero3,dtype=bfloat16,distributed_offload=all",
         "zero3_generic=zero3,dtype=bfloat16,fused=no",
         f"zero3_from_ddp=zero3,dtype=bfloat16,resume={out}/ddp/checkpoint-2",
+        "ddp_in_fp32=ddp",
+        "zero2_offload_in_fp32=zero2,distributed_offload=optimizer",
+        "zero3_offload_in_fp32=zero3,distributed_offload=all",
         device="cuda",
     )
 
@@ -40,8 +43,21 @@ def results(out: Path) -> dict[str, Any]:
 def test_two_gpus_have_the_losses_and_norms_of_ddp(strategy, results):
     # In bf16 the generic path rounds elsewhere than the fused block.
     bound = 2e-2 if strategy == "zero3_generic" else 2e-3
+    found, wanted = results[strategy], results["ddp"]
+    for key in ("losses", "eval_losses"):
+        assert found[key] == pytest.approx(wanted[key], rel=bound), key
+    assert found["norms"][:2] == pytest.approx(wanted["norms"][:2], rel=bound)
+    # The optimizer is ours, PyTorch's on a GPU or PyTorch's on a CPU, so adapters differ in the last places of fp32,
+    # and a few fall on the other side of a rounding to bf16. Later norms hang upon those: in 20 runs of this model on a
+    # CPU by one process (wide=yes,nudge=1 and so on), the fourth lay up to 0.6% apart, its loss 0.03%; in fp32 the norm
+    # was within 1e-6. So an error of the offload would show there, in the next test.
+    assert found["norms"][2:] == pytest.approx(wanted["norms"][2:], rel=max(bound, 1e-2))
+
+
+@pytest.mark.parametrize("strategy", ["zero2_offload_in_fp32", "zero3_offload_in_fp32"])
+def test_offload_has_the_losses_and_norms_of_ddp_in_fp32_to_its_rounding(strategy, results):
     for key in ("losses", "norms", "eval_losses"):
-        assert results[strategy][key] == pytest.approx(results["ddp"][key], rel=bound), key
+        assert results[strategy][key] == pytest.approx(results["ddp_in_fp32"][key], rel=1e-4), key
 
 
 def test_a_gpu_holds_its_share_of_the_base(results):

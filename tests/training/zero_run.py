@@ -1,12 +1,15 @@
 """What each of several processes runs for the tests of ZeRO: torchrun ... zero_run.py OUT CASE..., results as JSON.
 
-A case is NAME=DISTRIBUTED[,key=value...]; all run one after the other, since importing takes longer than they do.
+A case is NAME=DISTRIBUTED[,key=value...]; all run one after the other, since importing takes longer than they do. Keys
+are options of the trainer, and: dtype; fused=no; resume=CHECKPOINT; wide=yes, on a CPU the model for GPUs; nudge=SEED,
+which moves each trained weight by one unit in its last place, up or down, after each step.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +21,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from fourfold.adapters.lora import register
 from fourfold.errors import FourfoldError
@@ -49,13 +52,25 @@ def launch(out: Path, *cases: str, processes: int = 2, device: str = "cpu") -> d
     return found
 
 
-def model(fused: bool, dtype: torch.dtype, device: str) -> PeftModel:
-    if device == "cpu":
+class Nudge(TrainerCallback):
+    """Moves trained weights by as little as rounding otherwise would."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for weight in (each.data for each in model.parameters() if each.requires_grad):
+            is_up = torch.randint(0, 2, weight.shape, generator=self.generator).bool().to(weight.device)
+            weight.copy_(weight.nextafter(torch.where(is_up, math.inf, -math.inf).to(weight.dtype)))
+
+
+def model(fused: bool, dtype: torch.dtype, device: str, wide: bool = False) -> PeftModel:
+    if device == "cpu" and not wide:
         base = tiny.base_model(dtype)
     else:
         torch.manual_seed(0)
         shape = {"num_hidden_layers": 4, "vocab_size": tiny.VOCAB, "pad_token_id": 0, "eos_token_id": 1} | ON_GPU
-        base = LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).cuda()
+        base = LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).to("cpu" if device == "cpu" else "cuda")
     for path, module in list(base.named_modules()):
         parent, _, name = path.rpartition(".")
         if name in TARGETS:
@@ -87,11 +102,14 @@ def train(out: Path, name: str, distributed: str, device: str = "cpu", **keys: s
     }
     fused, resume = keys.pop("fused", "yes") == "yes", keys.pop("resume", None)
     dtype = getattr(torch, keys.pop("dtype", "float32"))
+    wide, nudge = keys.pop("wide", "no") == "yes", keys.pop("nudge", None)
     options |= {key: yaml.safe_load(value) for key, value in keys.items()}
     if "deepspeed" in options:
         options["deepspeed"] = Path(options["deepspeed"])
-    adapted = model(fused, dtype, device)
-    trainer = tiny.trainer(out / name, adapted, dataset=tiny.rows(40), eval_dataset=tiny.rows(6, seed=9), **options)
+    adapted = model(fused, dtype, device, wide)
+    data = {"dataset": tiny.rows(40), "eval_dataset": tiny.rows(6, seed=9)}
+    callbacks = () if nudge is None else (Nudge(int(nudge)),)
+    trainer = tiny.trainer(out / name, adapted, callbacks=callbacks, **data, **options)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except FourfoldError as error:

@@ -40,18 +40,14 @@ MAXIMUM_COLUMNS = 7168
 
 
 @triton.jit
-def _either(a, b):
-    return a
-
-
-@triton.jit
 def _settled(tile):
     """The tile itself.
 
     A reduction over an axis of one element, which moves nothing, is what the compiler computes nothing anew across. It
-    would else compute the tile twice: as it is stored, and again as the tensor cores take it.
+    would else compute the tile twice: as it is stored, and again as the tensor cores take it. It is a sum because the
+    interpreter goes through any other reduction element by element.
     """
-    return tl.reduce(tl.reshape(tile, [tile.shape[0], tile.shape[1], 1]), 2, _either)
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1], 1]), 2)
 
 
 @triton.jit
