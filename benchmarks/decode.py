@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distributed import SHAPES, Drawn, empty_model
 from fourfold.inference.decode_graphs import GraphedStep
-from fourfold.kernels import decode_attention_triton, decode_linear_triton, decode_norm_triton
+from fourfold.kernels import decode_attention_triton, decode_linear_triton, decode_norm_triton, launching
 from fourfold.models.decoding import FusedStep
 from fourfold.quantization.linear import QuantizedLinear
 from memory import about
@@ -188,20 +188,24 @@ def replayed_distance(step: FusedStep, device: torch.device) -> dict[str, float]
     return found
 
 
-def without(part: str) -> Callable[[], None]:
-    """Turns off a part of the kernels; the function returned turns it on again."""
-    held = [(module, module.launches_early) for module in MODULES]
-    lookup = decode_linear_triton.LOOKUP
-    if part == "early launch":
+def changed(part: str) -> Callable[[], None]:
+    """Changes a part of the kernels; the function returned changes it back."""
+    held = [(module, module.decode_launches_early) for module in MODULES]
+    rows, lookup = launching.EARLY_ROWS, decode_linear_triton.LOOKUP
+    if part == "no early launch":
+        launching.EARLY_ROWS = 1000
+    elif part.startswith("early launch"):
+        launching.EARLY_ROWS = 1
         for module in MODULES:
-            module.launches_early = lambda _: False
-    elif part == "table":
+            if part.endswith("linear layers") and module is not decode_linear_triton:
+                module.decode_launches_early = lambda *_: False
+    elif part == "shuffles":
         decode_linear_triton.LOOKUP = "shuffle"
 
     def back() -> None:
-        decode_linear_triton.LOOKUP = lookup
+        launching.EARLY_ROWS, decode_linear_triton.LOOKUP = rows, lookup
         for module, function in held:
-            module.launches_early = function
+            module.decode_launches_early = function
 
     return back
 
@@ -238,13 +242,14 @@ def main() -> None:
     record["agreement"] = attempt("distance from Transformers", partial(agreement, model, step, device))
     cases = [(rows, adapter, "") for rows in args.rows for adapter in (None, "default")]
     if device.type == "cuda":
-        cases += [(1, None, "early launch"), (1, None, "table")]
-    for rows, adapter, off in cases:
-        back = without(off)
-        took = attempt(f"{rows} rows, {adapter or 'base'} {off}", partial(decoding, step, rows, adapter, device))
+        cases += [(1, None, "early launch"), (1, None, "early launch of linear layers"), (1, None, "shuffles")]
+        cases += [(8, None, "early launch"), (32, None, "no early launch"), (64, None, "no early launch")]
+    for rows, adapter, part in cases:
+        back = changed(part)
+        took = attempt(f"{rows} rows, {adapter or 'base'} {part}", partial(decoding, step, rows, adapter, device))
         back()
         if took is not None:
-            record["rows"].append({"rows": rows, "adapter": adapter, "without": off, "seconds": took})
+            record["rows"].append({"rows": rows, "adapter": adapter, "changed": part, "seconds": took})
     record["replayed"] = attempt("distance of a replayed prompt", partial(replayed_distance, step, device))
     prompts = {
         "prefill": partial(fused_prefill, step, None, device),
@@ -269,10 +274,10 @@ def main() -> None:
     print(f"\ncopy {bandwidth / 1e12:.2f} TB/s; reading the weights once {read * 1e3:.2f} ms; ", end="")
     print(f"{time.perf_counter() - start:.0f} s in all")
     for row in record["rows"]:
-        each, off = row["seconds"], f", without {row['without']}" if row["without"] else ""
-        name = f"{row['rows']} rows, {row['adapter'] or 'base'}{off}"
+        each, part = row["seconds"], f", {row['changed']}" if row["changed"] else ""
+        name = f"{row['rows']} rows, {row['adapter'] or 'base'}{part}"
         print(
-            f"{name:36} {each * 1e3:7.3f} ms a pass {row['rows'] / each:9.0f} tokens/s  limit / pass {read / each:.0%}"
+            f"{name:48} {each * 1e3:7.3f} ms a pass {row['rows'] / each:9.0f} tokens/s  limit / pass {read / each:.0%}"
         )
     for name in prompts:
         if record[name] is not None:

@@ -34,6 +34,7 @@ class Variant:
         options: num_warps, num_stages, enable_fp_fusion.
         unaligned: Arguments that are not divisible by 16; all other pointers and integers are taken to be.
         archs: The GPUs that it is launched on.
+        tolerated: Bytes of registers spilled that count as none: of tiles measured to be faster all the same.
     """
 
     kernel: Any
@@ -41,6 +42,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     unaligned: tuple[str, ...] = ()
     archs: tuple[int, ...] = (80, 90)
+    tolerated: int = 0
 
 
 def compile_variant(variant: Variant, arch: int) -> tuple[str, int]:
@@ -102,7 +104,7 @@ def main() -> None:
     for arch in parser.parse_args().arch:
         for variant in (each for each in variants() if arch in each.archs):
             name, spilled = compile_variant(variant, arch)
-            print(f"sm_{arch} spilled {spilled:5d}  {name}")
+            print(f"sm_{arch} spilled {max(0, spilled - variant.tolerated):5d}  {name}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def launch(
     lookup: str = "table",
     early: bool = True,
     dtype: tl.dtype = tl.bfloat16,
+    tolerated: int = 0,
 ) -> Variant:
     name = "*bf16" if dtype == tl.bfloat16 else "*fp16"
 
@@ -51,7 +52,9 @@ def launch(
     warps = tile.row_warps * tile.column_warps
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "launch_pdl": early}
     unaligned = ("num_inputs", "row_1", "row_2", "num_rows")
-    return Variant(ours.decode_linear_kernel, arguments, options, unaligned, archs=(90,) if early else (80,))
+    return Variant(
+        ours.decode_linear_kernel, arguments, options, unaligned, archs=(90,) if early else (80,), tolerated=tolerated
+    )
 
 
 # Of few and many rows of x and of W, and of a long row of W, as `tile_for` has them.
@@ -60,15 +63,18 @@ FEW, MANY, LONG = (
 )
 BATCH, BATCH_MANY, BATCH_LONG = (
     ours.tile_for(inputs, rows, columns, 132)
-    for inputs, rows, columns in ((32, 6144, 4096), (16, 28672, 4096), (64, 4096, 14336))
+    for inputs, rows, columns in ((32, 6144, 4096), (32, 28672, 4096), (64, 4096, 14336))
 )
 VARIANTS = [
     launch(4096, 3, FEW, rank=16, bias=True),
     launch(4096, 3, BATCH, rank=16, bias=True),
     launch(14336, 1, LONG, residual=True, rank=64),
-    launch(14336, 1, BATCH_LONG, residual=True),
+    # 32 rows of W and of x to a warp: 34 us where 16 rows of W, which spill nothing, take 45.
+    launch(14336, 1, BATCH_LONG, residual=True, tolerated=64),
     launch(4096, 2, MANY, gated=True, rank=16),
-    launch(4096, 2, BATCH_MANY, gated=True, early=False),
+    # Likewise, 57 us where it would be 73.
+    launch(4096, 2, BATCH_MANY, gated=True, tolerated=96),
+    launch(4096, 2, MANY, gated=True, early=False),
     launch(4096, 1, FEW, lookup="shuffle"),
     launch(576, 2, FEW, nested=False, gated=True, dtype=tl.float16),
 ]

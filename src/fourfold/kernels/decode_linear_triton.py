@@ -24,7 +24,7 @@ from torch import Tensor
 from fourfold.kernels.decode_lookup_triton import decoded, fill_table
 from fourfold.kernels.decode_norm_triton import to_operand
 from fourfold.kernels.group_expansion_triton import of_member
-from fourfold.kernels.launching import cdiv, launches_early, on_device
+from fourfold.kernels.launching import cdiv, decode_launches_early, on_device
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
 from fourfold.kernels.small_batch_triton import operand
 
@@ -345,7 +345,7 @@ def decode_linear(
     # Behind all rows where there is no such member.
     row_1 = first[0]
     row_2 = first[0] + first[1] if len(num_rows) > 2 else total
-    early = launches_early(x.device) if early is None else early
+    early = decode_launches_early(x.device, num_inputs) if early is None else early
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]

@@ -10,8 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Tile", "cdiv", "is_hopper", "launches_early", "next_power_of_2", "on_device", "rank_block"]
+__all__ = [
+    "Tile",
+    "cdiv",
+    "decode_launches_early",
+    "is_hopper",
+    "launches_early",
+    "next_power_of_2",
+    "on_device",
+    "rank_block",
+]
 
+# Rows of a decode step from which on its launches begin early: with fewer, and their short kernels, it takes longer.
+EARLY_ROWS = 9
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -56,3 +67,8 @@ def is_hopper(device: torch.device) -> bool:
 def launches_early(device: torch.device) -> bool:
     """Whether a kernel may begin while the one before it is ending (programmatic dependent launch, from 9.0 on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def decode_launches_early(device: torch.device, num_inputs: int) -> bool:
+    """`launches_early` for the kernels of a decode step of as many rows."""
+    return num_inputs >= EARLY_ROWS and launches_early(device)
