@@ -238,6 +238,11 @@ def main() -> None:
         print(f"{name}: {result}", flush=True)
         return result
 
+    def write() -> None:
+        """After each measurement: a run that is cut short leaves what it has."""
+        if args.json:
+            args.json.write_text(json.dumps({"about": about("benchmarks/decode.py"), **record}, indent=1) + "\n")
+
     print(f"kernels serve: {step._view(None)[0].served}; model made in {time.perf_counter() - start:.0f} s", flush=True)
     record["agreement"] = attempt("distance from Transformers", partial(agreement, model, step, device))
     cases = [(rows, adapter, "") for rows in args.rows for adapter in (None, "default")]
@@ -250,6 +255,7 @@ def main() -> None:
         back()
         if took is not None:
             record["rows"].append({"rows": rows, "adapter": adapter, "changed": part, "seconds": took})
+        write()
     record["replayed"] = attempt("distance of a replayed prompt", partial(replayed_distance, step, device))
     prompts = {
         "prefill": partial(fused_prefill, step, None, device),
@@ -260,6 +266,7 @@ def main() -> None:
     }
     for name, call in prompts.items():
         record[name] = attempt(f"{PROMPT} tokens, {name}", call)
+        write()
     if device.type == "cuda":
         profiled = {f"{rows} rows": partial(profile, step, rows, device) for rows in args.profile}
         for adapter in (None, "default") if args.profile else ():
@@ -269,8 +276,7 @@ def main() -> None:
             record[f"profile {name}"] = found = attempt(f"profile, {name}", call)
             for name, count, us in found or ():
                 print(f"  {us:9.1f} us {count:5} {name}")
-    if args.json:
-        args.json.write_text(json.dumps({"about": about("benchmarks/decode.py"), **record}, indent=1) + "\n")
+    write()
     print(f"\ncopy {bandwidth / 1e12:.2f} TB/s; reading the weights once {read * 1e3:.2f} ms; ", end="")
     print(f"{time.perf_counter() - start:.0f} s in all")
     for row in record["rows"]:
