@@ -23,7 +23,7 @@ from fourfold.kernels.swiglu import swiglu_reference
 
 __all__ = ["MAX_ROWS", "decode_linear", "decode_linear_reference", "serves"]
 
-# Of x. From 17 on, W is decoded once for every 16 of them.
+# Of x. From 33 on, W is decoded once for every 32 of them.
 MAX_ROWS = 64
 
 torch.library.define(
