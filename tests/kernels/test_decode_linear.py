@@ -80,6 +80,19 @@ def test_kernel_gives_the_same_whatever_its_tile(inputs: int, gates: bool, tile:
     assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
 
 
+@pytest.mark.parametrize("rank", [16, 32, 128])
+def test_kernel_takes_every_rank(rank: int) -> None:
+    pytest.importorskip("triton")
+    from fourfold.kernels import decode_linear_triton
+
+    torch.manual_seed(0)
+    weights = [quantize(torch.randn(count, 128) / 12) for count in (24, 8)]
+    x, low, up = torch.randn(9, 128).half(), torch.randn(9, 2 * rank).half(), torch.randn(32, rank).half()
+    arguments: Any = (None, None, low, up / 4, "", 1.0, 1.0, torch.float16)
+    ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments)
+    assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
+
+
 def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
     pytest.importorskip("triton")
     from fourfold.kernels.decode_linear_triton import Tile, tile_for

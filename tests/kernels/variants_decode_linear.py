@@ -71,9 +71,11 @@ VARIANTS = [
     launch(14336, 1, LONG, residual=True, rank=64),
     # 32 rows of W and of x to a warp: 34 us where 16 rows of W, which spill nothing, take 45.
     launch(14336, 1, BATCH_LONG, residual=True, tolerated=64),
+    launch(14336, 1, BATCH_LONG, residual=True, rank=128, tolerated=64),
     launch(4096, 2, MANY, gated=True, rank=16),
     # Likewise, 57 us where it would be 73.
     launch(4096, 2, BATCH_MANY, gated=True, tolerated=96),
+    launch(4096, 2, BATCH_MANY, gated=True, rank=128, tolerated=96),
     launch(4096, 2, MANY, gated=True, early=False),
     launch(4096, 1, FEW, lookup="shuffle"),
     launch(576, 2, FEW, nested=False, gated=True, dtype=tl.float16),

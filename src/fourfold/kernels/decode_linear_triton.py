@@ -244,15 +244,18 @@ def decode_linear_kernel(
     inputs = first_input + tl.arange(0, BLOCK_M)
     is_input = inputs < num_inputs
     if RANK > 0:
-        ranks = tl.arange(0, RANK)
+        # A few at a time: what passes through shared memory has to fit beside the table.
+        FEW: tl.constexpr = min(RANK, 32)
         member = tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0))
-        up_at = row.to(tl.int64)[:, None] * RANK + ranks[None, :]
-        up = tl.load(up_ptr + up_at, mask=is_row[:, None], other=0.0)
-        for part in tl.static_range(RANKS // RANK):
-            low_at = inputs[None, :] * RANKS + (part * RANK + ranks)[:, None]
-            low = tl.load(low_ptr + low_at, mask=is_input[None, :], other=0.0)
-            own_up = tl.where((member == part)[:, None], up, 0.0).to(up.dtype)
-            result = tl.dot(own_up, low, result)
+        for start in tl.static_range(0, RANK, FEW):
+            ranks = start + tl.arange(0, FEW)
+            up_at = row.to(tl.int64)[:, None] * RANK + ranks[None, :]
+            up = tl.load(up_ptr + up_at, mask=is_row[:, None], other=0.0)
+            for part in tl.static_range(RANKS // RANK):
+                low_at = inputs[None, :] * RANKS + (part * RANK + ranks)[:, None]
+                low = tl.load(low_ptr + low_at, mask=is_input[None, :], other=0.0)
+                own_up = tl.where((member == part)[:, None], up, 0.0).to(up.dtype)
+                result = tl.dot(own_up, low, result)
     if bias_ptr is not None:
         result += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION == "":
