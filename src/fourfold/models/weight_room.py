@@ -18,8 +18,7 @@ from fourfold.kernels.group_expansion import expand_group_
 from fourfold.kernels.low_rank import extend, fill_columns, row_length
 from fourfold.models.linear_group import ExtendedWeight, LinearGroup
 from fourfold.quantization.linear import QuantizedLinear
-from fourfold.quantization.scales import NestedScales
-from fourfold.quantization.tensor import QuantizedTensor, are_alike
+from fourfold.quantization.tensor import QuantizedTensor, alike_parts, are_alike
 
 __all__ = ["Expansion", "RoomyWeight", "WeightRoom"]
 
@@ -60,14 +59,7 @@ class Expansion:
         weights = self.weights
         if len(weights) < len(self.group.linears) or not are_alike(weights):
             return None
-        first, codes = weights[0], [weight.codes for weight in weights]
-        if not isinstance(first.scales, NestedScales):
-            plain = [weight.scales.dequantize() for weight in weights]
-            return codes, first.codebook, plain, None, [], [], first.block_size, 1
-        nested = [weight.scales for weight in weights if isinstance(weight.scales, NestedScales)]
-        scales, absmax = [each.codes for each in nested], [each.nested_absmax for each in nested]
-        offsets, sizes = [each.offset for each in nested], (first.block_size, first.scales.nested_block_size)
-        return codes, first.codebook, scales, first.scales.code_map, absmax, offsets, *sizes
+        return alike_parts(weights)
 
     @cached_property
     def _adapters(self) -> tuple[Sequence[Any], ...]:

@@ -25,7 +25,7 @@ from fourfold.quantization.number_format import NumberFormat
 from fourfold.quantization.rounding import ROUNDINGS
 from fourfold.quantization.scales import NestedScales, PlainScales, Scales
 
-__all__ = ["DTYPES", "QuantizedTensor", "are_alike", "expand_alike_", "quantize"]
+__all__ = ["DTYPES", "QuantizedTensor", "alike_parts", "are_alike", "expand_alike_", "quantize"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -179,6 +179,19 @@ def _have_like_scales(one: Scales, other: Scales) -> bool:
     return one.code_map is other.code_map and one.nested_block_size == other.nested_block_size
 
 
+def alike_parts(weights: Sequence[QuantizedTensor]) -> tuple[Any, ...]:
+    """Of weights that are alike, what `fourfold.kernels.group_expansion.expand_group_` takes before their rows:
+    codes, codebook, scales, map, nested scales, offsets, block size and that of the scales."""
+    first, codes = weights[0], [weight.codes for weight in weights]
+    if isinstance(first.scales, PlainScales):
+        plain = [weight.scales.dequantize() for weight in weights]
+        return codes, first.codebook, plain, None, [], [], first.block_size, 1
+    nested = [weight.scales for weight in weights if isinstance(weight.scales, NestedScales)]
+    scales, absmax = [each.codes for each in nested], [each.nested_absmax for each in nested]
+    offsets, sizes = [each.offset for each in nested], (first.block_size, first.scales.nested_block_size)
+    return codes, first.codebook, scales, first.scales.code_map, absmax, offsets, *sizes
+
+
 def expand_alike_(
     out: Tensor,
     weights: Sequence[QuantizedTensor],
@@ -190,19 +203,9 @@ def expand_alike_(
 
     Args are those of `fourfold.kernels.group_expansion.expand_group_`.
     """
-    first = weights[0]
-    codes = [weight.codes for weight in weights]
     num_rows = [weight.shape[0] for weight in weights]
-    linears: Any = (num_rows, first.shape[1], lora_a, lora_b, scalings)
-    if isinstance(first.scales, PlainScales):
-        plain = [weight.scales.dequantize() for weight in weights]
-        expand_group_(out, codes, first.codebook, plain, None, [], [], first.block_size, 1, *linears)
-        return
-    scales = [weight.scales for weight in weights if isinstance(weight.scales, NestedScales)]
-    nested_absmax, offsets = [each.nested_absmax for each in scales], [each.offset for each in scales]
-    parts: Any = ([each.codes for each in scales], first.scales.code_map, nested_absmax, offsets)
-    sizes: Any = (first.block_size, first.scales.nested_block_size, *linears)
-    expand_group_(out, codes, first.codebook, *parts, *sizes)
+    linears: Any = (*alike_parts(weights), num_rows, weights[0].shape[1], lora_a, lora_b, scalings)
+    expand_group_(out, *linears)
 
 
 def quantize(
