@@ -84,14 +84,23 @@ LAYERS: dict[str, dict[str, Any]] = {
 # name -> what the launcher is told, for the sizes named; the first is the default.
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "default": ({}, (1, 8, 32, 64)),
-    "no early launch": ({"early": False}, (1, 32)),
+    "no early launch": ({"early": False}, (1, 64)),
+    "early launch": ({"early": True}, (8, 32)),
     "lookup by shuffles": ({"lookup": "shuffle"}, (1,)),
 }
 # With --tiles: what `tile_for` chooses from.
-TILES: dict[int, list[tuple[int, int, int, int]]] = {
-    1: [(8, 16, *warps) for warps in ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1))],
-    32: [(32, rows, *warps) for rows in (16, 32) for warps in ((1, 4), (2, 2), (4, 1))],
-    64: [(32, 32, 1, 4), (32, 32, 2, 2), (32, 32, 4, 1), (64, 16, 2, 2), (64, 16, 4, 1)],
+TILES: dict[int, list[tuple[int, int, int, int, int | None]]] = {
+    1: [
+        (8, 16, *warps, registers)
+        for warps in ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1))
+        for registers in (None, 128, 96)
+    ],
+    8: [(8, 16, *warps, registers) for warps in ((1, 4), (1, 8), (2, 2), (4, 1)) for registers in (None, 96)],
+    32: [
+        *((32, rows, *warps, None) for rows in (16, 32) for warps in ((1, 4), (2, 2), (4, 1))),
+        *((32, 16, 2, 4, registers) for registers in (None, 160)),
+    ],
+    64: [(32, 32, *warps, None) for warps in ((1, 4), (2, 2), (4, 1))],
 }
 
 

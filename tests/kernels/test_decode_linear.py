@@ -40,7 +40,10 @@ def exact(x: Tensor, weights: list[QuantizedTensor]) -> Tensor:
 # Rows that fill no tile, members that end in the middle of one; columns that fill all warps and such that do not.
 @pytest.mark.parametrize(
     ("inputs", "rows", "columns"),
-    [(1, [40], 2048), (3, [24, 8, 20], 320), (9, [72, 40], 4096), (50, [33], 576)],
+    [
+        *((1, [40], 2048), (1, [160], 2048), (2, [24, 8, 20], 320), (2, [40], 14336)),
+        *((3, [24, 8, 20], 320), (8, [40], 2048), (9, [72, 40], 4096), (50, [33], 576)),
+    ],
 )
 @pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("fp4", False)])
 def test_kernel_is_as_near_to_float64_as_its_output_can_be(
@@ -64,7 +67,7 @@ def test_kernel_is_as_near_to_float64_as_its_output_can_be(
 
 
 # Rows of x in one tile and in two; warps that share rows, columns, or both.
-@pytest.mark.parametrize(("inputs", "gates"), [(3, False), (20, False), (9, True)])
+@pytest.mark.parametrize(("inputs", "gates"), [(2, False), (1, True), (3, False), (20, False), (9, True)])
 @pytest.mark.parametrize("tile", [(8, 16, 2, 2), (8, 16, 1, 8), (16, 32, 4, 1), (32, 16, 1, 4), (32, 32, 1, 4)])
 def test_kernel_gives_the_same_whatever_its_tile(inputs: int, gates: bool, tile: tuple[int, int, int, int]) -> None:
     pytest.importorskip("triton")
@@ -80,14 +83,15 @@ def test_kernel_gives_the_same_whatever_its_tile(inputs: int, gates: bool, tile:
     assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
 
 
+@pytest.mark.parametrize("inputs", [2, 9])
 @pytest.mark.parametrize("rank", [16, 32, 128])
-def test_kernel_takes_every_rank(rank: int) -> None:
+def test_kernel_takes_every_rank(rank: int, inputs: int) -> None:
     pytest.importorskip("triton")
     from fourfold.kernels import decode_linear_triton
 
     torch.manual_seed(0)
     weights = [quantize(torch.randn(count, 128) / 12) for count in (24, 8)]
-    x, low, up = torch.randn(9, 128).half(), torch.randn(9, 2 * rank).half(), torch.randn(32, rank).half()
+    x, low, up = torch.randn(inputs, 128).half(), torch.randn(inputs, 2 * rank).half(), torch.randn(32, rank).half()
     arguments: Any = (None, None, low, up / 4, "", 1.0, 1.0, torch.float16)
     ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments)
     assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
@@ -97,13 +101,32 @@ def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
     pytest.importorskip("triton")
     from fourfold.kernels.decode_linear_triton import Tile, tile_for
 
-    assert tile_for(1, 28672, 4096, 132) == Tile(8, 16, 2, 2)
+    assert tile_for(1, 28672, 4096, 132) == Tile(8, 16, 2, 2, 128)
+    assert tile_for(8, 28672, 4096, 132) == Tile(8, 16, 2, 2)
     assert tile_for(8, 4096, 4096, 132) == Tile(8, 16, 1, 4)
-    assert tile_for(1, 4096, 14336, 132) == Tile(8, 16, 1, 8)
+    assert tile_for(1, 4096, 14336, 132) == Tile(8, 16, 1, 8, 128)
+    assert tile_for(32, 4096, 4096, 132) == Tile(32, 16, 2, 4)
+    assert tile_for(32, 6144, 4096, 132) == Tile(32, 16, 1, 4)
     assert tile_for(64, 28672, 4096, 132) == Tile(32, 32, 4, 1)
 
 
-@pytest.mark.parametrize(("inputs", "rows", "columns"), [(1, 40, 2048), (5, 24, 320)])
+def test_rows_of_x_do_not_change_each_other() -> None:
+    """Two rows share the tensor cores' columns, and one has them alone."""
+    pytest.importorskip("triton")
+    from fourfold.kernels import decode_linear_triton
+
+    torch.manual_seed(0)
+    weights = [quantize(torch.randn(40, 1344) / 36)]
+    x = torch.randn(2, 1344).half()
+    x[1, 7] = float("nan")
+    arguments: Any = (None, None, None, None, "", 1.0, 1.0, torch.float16)
+    both = decode_linear_triton.decode_linear(x, *parts(weights), *arguments)
+    alone = decode_linear_triton.decode_linear(x[:1], *parts(weights), *arguments)
+    assert torch.equal(both[:1], alone)
+    assert both[1].isnan().all()
+
+
+@pytest.mark.parametrize(("inputs", "rows", "columns"), [(1, 40, 2048), (2, 136, 576), (5, 24, 320)])
 def test_kernel_gates_as_the_reference_does(inputs: int, rows: int, columns: int) -> None:
     pytest.importorskip("triton")
     from fourfold.kernels import decode_linear_triton

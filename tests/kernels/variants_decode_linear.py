@@ -24,6 +24,7 @@ def launch(
     early: bool = True,
     dtype: tl.dtype = tl.bfloat16,
     tolerated: int = 0,
+    spread: bool = False,
 ) -> Variant:
     name = "*bf16" if dtype == tl.bfloat16 else "*fp16"
 
@@ -41,9 +42,10 @@ def launch(
         "residual_ptr": name if residual else None,
         "low_ptr": name if rank else None,
         "up_ptr": name if rank else None,
-        **dict.fromkeys(["num_inputs", "row_1", "row_2", "num_rows"], "i32"),
+        **dict.fromkeys(["num_inputs", "row_1", "row_2", "num_rows", "zero"], "i32"),
         **dict.fromkeys(["x_scale", "out_scale"], "fp32"),
         **{"COLUMNS": columns, "NESTED_SHIFT": 8 if nested else 0, "LOOKUP": lookup, "BLOCK_M": tile.block_m},
+        "SPREAD": spread,
         **{"ROWS": tile.rows, "ROW_WARPS": tile.row_warps, "COLUMN_WARPS": tile.column_warps},
         "SPANS": -(-columns // (256 * tile.column_warps)),
         **{"RANK": rank, "RANKS": members * rank, "ACTIVATION": "silu" if gated else ""},
@@ -51,29 +53,40 @@ def launch(
     }
     warps = tile.row_warps * tile.column_warps
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "launch_pdl": early}
-    unaligned = ("num_inputs", "row_1", "row_2", "num_rows")
+    options["maxnreg"] = tile.registers
+    unaligned = ("num_inputs", "row_1", "row_2", "num_rows", "zero")
     return Variant(
         ours.decode_linear_kernel, arguments, options, unaligned, archs=(90,) if early else (80,), tolerated=tolerated
     )
 
 
 # Of few and many rows of x and of W, and of a long row of W, as `tile_for` has them.
-FEW, MANY, LONG = (
+ONE, ONE_MANY, ONE_LONG = (
     ours.tile_for(1, rows, columns, 132) for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336))
 )
-BATCH, BATCH_MANY, BATCH_LONG = (
+FEW, MANY, LONG = (
+    ours.tile_for(8, rows, columns, 132) for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336))
+)
+BATCH, BATCH_MANY, BATCH_LONG, BATCH_SQUARE = (
     ours.tile_for(inputs, rows, columns, 132)
-    for inputs, rows, columns in ((32, 6144, 4096), (32, 28672, 4096), (64, 4096, 14336))
+    for inputs, rows, columns in ((32, 6144, 4096), (32, 28672, 4096), (64, 4096, 14336), (32, 4096, 4096))
 )
 VARIANTS = [
+    launch(4096, 3, ONE, rank=16, bias=True, spread=True),
+    launch(4096, 1, ONE, residual=True, spread=True),
+    # A few words before the loop, for a fourth program at a time: 13.7 us, with all registers it would have 15.
+    launch(4096, 2, ONE_MANY, gated=True, rank=16, spread=True, tolerated=32),
+    launch(14336, 1, ONE_LONG, residual=True, rank=64, spread=True, tolerated=32),
+    launch(576, 2, ONE, nested=False, gated=True, dtype=tl.float16, spread=True, early=False),
     launch(4096, 3, FEW, rank=16, bias=True),
     launch(4096, 3, BATCH, rank=16, bias=True),
-    launch(14336, 1, LONG, residual=True, rank=64),
-    # 32 rows of W and of x to a warp: 34 us where 16 rows of W, which spill nothing, take 45.
+    launch(4096, 1, BATCH_SQUARE, residual=True, rank=128),
+    launch(14336, 1, LONG, residual=True, rank=64, tolerated=16),
+    # 34 us, where without a limit that spills nothing it takes 40.
     launch(14336, 1, BATCH_LONG, residual=True, tolerated=64),
     launch(14336, 1, BATCH_LONG, residual=True, rank=128, tolerated=64),
     launch(4096, 2, MANY, gated=True, rank=16),
-    # Likewise, 57 us where it would be 73.
+    # 57 us where tiles that spill nothing take 73.
     launch(4096, 2, BATCH_MANY, gated=True, tolerated=96),
     launch(4096, 2, BATCH_MANY, gated=True, rank=128, tolerated=96),
     launch(4096, 2, MANY, gated=True, early=False),

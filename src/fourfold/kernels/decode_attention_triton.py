@@ -106,11 +106,12 @@ def decode_attention_kernel(
     kv_head = tl.program_id(1)
     m = tl.program_id(2)
     num_parts = tl.num_programs(0)
+    # These are there since before the launch that this one waits for.
+    position = tl.load(positions_ptr + m).to(tl.int32)
+    slot = tl.load(slots_ptr + m)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    position = tl.load(positions_ptr + m).to(tl.int32)
-    slot = tl.load(slots_ptr + m)
     row_ptr = qkv_ptr + m * ((HEADS + 2 * KV_HEADS) * D)
     if cos_ptr is not None:
         cos_ptr += m * ROTARY

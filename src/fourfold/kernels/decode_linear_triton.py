@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fourfold.kernels.decode_lookup_triton import decoded, fill_table
 from fourfold.kernels.decode_norm_triton import to_operand
+from fourfold.kernels.decode_spread_triton import SPREAD_ROWS, load_weights, spread_sums
 from fourfold.kernels.group_expansion_triton import of_member
 from fourfold.kernels.launching import cdiv, decode_launches_early, on_device
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
@@ -79,7 +80,7 @@ def block_sums(
 
 
 # One kernel for all numbers of rows that share a tile.
-@triton.jit(do_not_specialize=["num_inputs", "row_1", "row_2", "num_rows"])
+@triton.jit(do_not_specialize=["num_inputs", "row_1", "row_2", "num_rows", "zero"])
 def decode_linear_kernel(
     out_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -105,12 +106,14 @@ def decode_linear_kernel(
     row_1: tl.tensor,
     row_2: tl.tensor,
     num_rows: tl.tensor,
+    zero: tl.tensor,
     x_scale: tl.tensor,
     out_scale: tl.tensor,
     COLUMNS: tl.constexpr,
     NESTED_SHIFT: tl.constexpr,
     LOOKUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SPREAD: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_WARPS: tl.constexpr,
     COLUMN_WARPS: tl.constexpr,
@@ -138,6 +141,7 @@ def decode_linear_kernel(
     # Of a warp, and of the program.
     OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     ALL_ROWS: tl.constexpr = ROW_WARPS * OUT_ROWS
+    OUT_INPUTS: tl.constexpr = 2 if SPREAD else BLOCK_M
     q, r, warp, block = places(ROWS, WARPS)
     # Programs that read the same rows of W are neighbours, so that all but one find them in the L2 cache.
     num_tiles = tl.cdiv(num_inputs, BLOCK_M)
@@ -165,28 +169,35 @@ def decode_linear_kernel(
         n_own = tl.where(n >= row_2, n - row_2, n_own)
     row_start = n_own * COLUMNS
     first = warp // ROW_WARPS * (SPANS * 4)
-    # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
-    word = (row_start + q * 16) // 16 * 2
-    words0 = block_words(words_ptr, word, first, SPANS > 0, CHECKED)
-    words1 = block_words(words_ptr, word, first + 1, SPANS > 0, CHECKED)
-    words2 = block_words(words_ptr, word, first + 2, SPANS > 0, CHECKED)
-    words3 = block_words(words_ptr, word, first + 3, SPANS > 0, CHECKED)
-    # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
-    own = first + q
-    row_block = n_own * BLOCKS
-    value = tl.load(scales_ptr + (row_block + tl.minimum(own, LAST)))
     nested_ptr = scales_ptr
-    nested_absmax = tl.full([PLACES], 0.0, tl.float32)
-    offset = nested_absmax
-    scale = value
+    offset = tl.full([PLACES], 0.0, tl.float32)
     if code_map_ptr is not None:
         nested_ptr = of_member(n, row_1, row_2, nested_0, nested_1, nested_2)
         offset = tl.load(of_member(n, row_1, row_2, offset_0, offset_1, offset_2))
-        nested_absmax = tl.load(nested_ptr + ((row_block + tl.minimum(own, LAST)) >> NESTED_SHIFT))
-        point = tl.load(code_map_ptr + value.to(tl.int32))
-        scale = tl.load(scales_ptr + (row_block + tl.minimum(own + 4, LAST)))
+    if SPREAD:
+        near, far, scale, nested_absmax = load_weights(
+            *(words_ptr, scales_ptr, nested_ptr, row_start, q, first, SPANS > 0),
+            *(COLUMNS, NESTED_SHIFT, code_map_ptr is not None, not IS_EVEN),
+        )
     else:
-        point = value
+        # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
+        word = (row_start + q * 16) // 16 * 2
+        words0 = block_words(words_ptr, word, first, SPANS > 0, CHECKED)
+        words1 = block_words(words_ptr, word, first + 1, SPANS > 0, CHECKED)
+        words2 = block_words(words_ptr, word, first + 2, SPANS > 0, CHECKED)
+        words3 = block_words(words_ptr, word, first + 3, SPANS > 0, CHECKED)
+        # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
+        own = first + q
+        row_block = n_own * BLOCKS
+        value = tl.load(scales_ptr + (row_block + tl.minimum(own, LAST)))
+        nested_absmax = tl.full([PLACES], 0.0, tl.float32)
+        scale = value
+        if code_map_ptr is not None:
+            nested_absmax = tl.load(nested_ptr + ((row_block + tl.minimum(own, LAST)) >> NESTED_SHIFT))
+            point = tl.load(code_map_ptr + value.to(tl.int32))
+            scale = tl.load(scales_ptr + (row_block + tl.minimum(own + 4, LAST)))
+        else:
+            point = value
     table = 0
     if LOOKUP == "table":
         table = fill_table(codebook_ptr, WARPS)
@@ -198,38 +209,45 @@ def decode_linear_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for step in range(SPANS):
-        now = own + step * 4
-        absmax = point
-        if code_map_ptr is not None:
-            # Two roundings: fused multiply-adds must be off.
-            absmax = point * nested_absmax + offset
-        if not IS_EVEN:
-            absmax = tl.where(now < BLOCKS, absmax, 0.0)
-        after = tl.minimum(now + 4, LAST)
-        if code_map_ptr is not None:
-            point = tl.load(code_map_ptr + scale.to(tl.int32))
-            nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
-            scale = tl.load(scales_ptr + (row_block + tl.minimum(now + 8, LAST)))
-        else:
-            point = tl.load(scales_ptr + (row_block + after))
-        for j in tl.static_range(4):
-            words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
-            ahead = block_words(words_ptr, word, first + (step + 1) * 4 + j, step + 1 < SPANS, CHECKED)
-            if j == 0:
-                words0 = ahead
-            elif j == 1:
-                words1 = ahead
-            elif j == 2:
-                words2 = ahead
+    if SPREAD:
+        total = spread_sums(
+            *(near, far, scale, nested_absmax, words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start),
+            *(q, first, x_ptr, x_q, x_r, x_first, num_inputs, zero, table, codebook_ptr),
+            *(LOOKUP, COLUMNS, NESTED_SHIFT, ROWS, WARPS, SPANS, not IS_EVEN),
+        )
+    else:
+        for step in range(SPANS):
+            now = own + step * 4
+            absmax = point
+            if code_map_ptr is not None:
+                # Two roundings: fused multiply-adds must be off.
+                absmax = point * nested_absmax + offset
+            if not IS_EVEN:
+                absmax = tl.where(now < BLOCKS, absmax, 0.0)
+            after = tl.minimum(now + 4, LAST)
+            if code_map_ptr is not None:
+                point = tl.load(code_map_ptr + scale.to(tl.int32))
+                nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
+                scale = tl.load(scales_ptr + (row_block + tl.minimum(now + 8, LAST)))
             else:
-                words3 = ahead
-            factor = of_sums(from_quad(absmax, q * 0 + j, PLACES), ROWS, WARPS, BLOCK_M)
-            word0, word1 = tl.split(words)
-            weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
-            weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
-            x_at = tl.minimum(x_first + step * 4 + j, LAST) * 64
-            total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
+                point = tl.load(scales_ptr + (row_block + after))
+            for j in tl.static_range(4):
+                words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
+                ahead = block_words(words_ptr, word, first + (step + 1) * 4 + j, step + 1 < SPANS, CHECKED)
+                if j == 0:
+                    words0 = ahead
+                elif j == 1:
+                    words1 = ahead
+                elif j == 2:
+                    words2 = ahead
+                else:
+                    words3 = ahead
+                factor = of_sums(from_quad(absmax, q * 0 + j, PLACES), ROWS, WARPS, BLOCK_M)
+                word0, word1 = tl.split(words)
+                weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+                weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+                x_at = tl.minimum(x_first + step * 4 + j, LAST) * 64
+                total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
     if COLUMN_WARPS == 1:
         result = total.reshape(ROW_WARPS * ROWS, BLOCK_M) * x_scale
     else:
@@ -243,6 +261,10 @@ def decode_linear_kernel(
         row += tl.where(rows % ROWS < OUT_ROWS, 0, row_1)
     inputs = first_input + tl.arange(0, BLOCK_M)
     is_input = inputs < num_inputs
+    if SPREAD:
+        # What an adapter adds stands with the first block.
+        is_input = (inputs % 4 == 0) & (inputs // 4 < num_inputs)
+        inputs = inputs // 4
     if RANK > 0:
         # A few at a time: what passes through shared memory has to fit beside the table.
         FEW: tl.constexpr = min(RANK, 32)
@@ -256,6 +278,10 @@ def decode_linear_kernel(
                 low = tl.load(low_ptr + low_at, mask=is_input[None, :], other=0.0)
                 own_up = tl.where((member == part)[:, None], up, 0.0).to(up.dtype)
                 result = tl.dot(own_up, low, result)
+    if SPREAD:
+        result = tl.sum(result.reshape(ROW_WARPS * ROWS, 2, 4), axis=2)
+        inputs = tl.arange(0, 2)
+        is_input = inputs < num_inputs
     if bias_ptr is not None:
         result += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION == "":
@@ -267,8 +293,8 @@ def decode_linear_kernel(
             rounded = (residual + rounded.to(tl.float32)).to(DTYPE)
         tl.store(out_ptr + at, rounded, mask=mask)
     else:
-        halves = result.to(DTYPE).reshape(ROW_WARPS, 2, OUT_ROWS, BLOCK_M).permute(0, 2, 3, 1)
-        gate, gated = tl.split(halves.reshape(ALL_ROWS, BLOCK_M, 2))
+        halves = result.to(DTYPE).reshape(ROW_WARPS, 2, OUT_ROWS, OUT_INPUTS).permute(0, 2, 3, 1)
+        gate, gated = tl.split(halves.reshape(ALL_ROWS, OUT_INPUTS, 2))
         gate = gate.to(tl.float32)
         activated = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
         y = (activated * gated.to(tl.float32)).to(DTYPE).to(tl.float32) * out_scale
@@ -284,12 +310,14 @@ class Tile(NamedTuple):
         block_m: Rows of x.
         rows: Of W, to a warp; where gate and up are multiplied, half are gate's.
         row_warps, column_warps: That share out rows of W, and the columns; 4 or 8 in all.
+        registers: That a thread may have; None for as many as the compiler likes.
     """
 
     block_m: int
     rows: int
     row_warps: int
     column_warps: int
+    registers: int | None = None
 
 
 @functools.cache
@@ -306,15 +334,20 @@ def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int) 
         num_inputs, num_rows, num_columns: Of x, and of W: all members' rows.
         processors: Multiprocessors of the GPU.
     """
-    is_long = num_columns > 8192
+    is_long, has_many = num_columns > 8192, num_rows >= 128 * processors
     if num_inputs <= 8:
-        if num_rows >= 128 * processors:
-            return Tile(8, 16, 2, 2)
-        return Tile(8, 16, 1, 8 if is_long else 4)
+        # A fourth program of four warps fits a multiprocessor.
+        registers = 128 if num_inputs <= SPREAD_ROWS else None
+        if has_many:
+            return Tile(8, 16, 2, 2, registers)
+        return Tile(8, 16, 1, 8, registers or 96) if is_long else Tile(8, 16, 1, 4)
     block_m = 16 if num_inputs <= 16 else 32
-    if num_rows >= 128 * processors:
+    if has_many:
         return Tile(block_m, 32, 4, 1)
-    return Tile(block_m, 32 if is_long else 16, 1, 4)
+    # A program of eight warps to each multiprocessor, which share what they read of x, where that is all there are.
+    if num_rows <= 32 * processors:
+        return Tile(block_m, 16, 2, 4, 160 if is_long else None)
+    return Tile(block_m, 16, 1, 4)
 
 
 def decode_linear(
@@ -353,17 +386,18 @@ def decode_linear(
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]
     tile = tile or tile_for(num_inputs, total, num_columns, multiprocessors(x.device))
-    block_m, rows, row_warps, column_warps = tile
+    block_m, rows, row_warps, column_warps, registers = tile
     out_rows = row_warps * (rows // 2 if activation else rows)
     with on_device(x):
         decode_linear_kernel[(cdiv(width, out_rows) * cdiv(num_inputs, block_m),)](
             *(out, x, *_three(codes), codebook, *_three(scales), code_map),
             *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
-            *(num_inputs, row_1, row_2, total, float(x_scale), float(out_scale)),
+            *(num_inputs, row_1, row_2, total, 0, float(x_scale), float(out_scale)),
             COLUMNS=num_columns,
             NESTED_SHIFT=nested_block_size.bit_length() - 1,
             LOOKUP=lookup,
             BLOCK_M=block_m,
+            SPREAD=block_m == 8 and num_inputs <= SPREAD_ROWS,
             ROWS=rows,
             ROW_WARPS=row_warps,
             COLUMN_WARPS=column_warps,
@@ -377,6 +411,7 @@ def decode_linear(
             num_stages=1,
             enable_fp_fusion=False,
             launch_pdl=early,
+            maxnreg=registers,
         )
     return out
 

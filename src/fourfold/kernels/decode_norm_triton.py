@@ -37,12 +37,18 @@ def decode_norm_kernel(
     part = tl.program_id(1)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
+    # What is no activation is loaded before the launch waits for the one before it.
+    weight = 0.0
+    a = 0.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    if lora_a_ptr is not None:
+        a = tl.load(lora_a_ptr + part * K + columns, mask=inside, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + m * K + columns, mask=inside, other=0.0).to(tl.float32)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
         rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x) / K + eps)
         # Cast before multiplying by the weight, and after.
         normed = (x * rstd).to(weight.dtype).to(tl.float32)
@@ -52,8 +58,7 @@ def decode_norm_kernel(
     if out_ptr is not None:
         tl.store(out_ptr + m * K + columns, to_operand(x), mask=columns < K * (1 - part))
     if lora_a_ptr is not None:
-        a = tl.load(lora_a_ptr + part * K + columns, mask=inside, other=0.0).to(tl.float32)
-        product = tl.sum(a * x)
+        product = tl.sum(a.to(tl.float32) * x)
         tl.store(low_ptr + m * num_ranks + part, product.to(low_ptr.dtype.element_ty))
 
 

@@ -21,8 +21,8 @@ __all__ = [
     "rank_block",
 ]
 
-# Rows of a decode step from which on its launches begin early: with fewer, and their short kernels, it takes longer.
-EARLY_ROWS = 9
+# Rows of a decode step up to which, and from which on, its launches begin early. Between them it takes longer.
+EARLY_MOST, EARLY_LEAST = 2, 33
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -71,4 +71,4 @@ def launches_early(device: torch.device) -> bool:
 
 def decode_launches_early(device: torch.device, num_inputs: int) -> bool:
     """`launches_early` for the kernels of a decode step of as many rows."""
-    return num_inputs >= EARLY_ROWS and launches_early(device)
+    return (num_inputs <= EARLY_MOST or num_inputs >= EARLY_LEAST) and launches_early(device)
