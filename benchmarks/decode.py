@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distributed import SHAPES, Drawn, empty_model
 from fourfold.inference.decode_graphs import GraphedStep
-from fourfold.kernels import decode_attention_triton, decode_linear_triton, decode_norm_triton, launching
+from fourfold.kernels import decode_attention_triton, decode_linear_triton, decode_norm_triton
 from fourfold.models.decoding import FusedStep
 from fourfold.quantization.linear import QuantizedLinear
 from memory import about
@@ -190,22 +190,17 @@ def replayed_distance(step: FusedStep, device: torch.device) -> dict[str, float]
 
 def changed(part: str) -> Callable[[], None]:
     """Changes a part of the kernels; the function returned changes it back."""
-    held = [(module, module.decode_launches_early) for module in MODULES]
-    early, lookup = (launching.EARLY_MOST, launching.EARLY_LEAST), decode_linear_triton.LOOKUP
+    held, lookup = [(module, module.launches_early) for module in MODULES], decode_linear_triton.LOOKUP
     if part == "no early launch":
-        launching.EARLY_MOST, launching.EARLY_LEAST = 0, 1000
-    elif part.startswith("early launch"):
-        launching.EARLY_MOST, launching.EARLY_LEAST = 1000, 1
         for module in MODULES:
-            if part.endswith("linear layers") and module is not decode_linear_triton:
-                module.decode_launches_early = lambda *_: False
+            module.launches_early = lambda _device: False
     elif part == "shuffles":
         decode_linear_triton.LOOKUP = "shuffle"
 
     def back() -> None:
-        (launching.EARLY_MOST, launching.EARLY_LEAST), decode_linear_triton.LOOKUP = early, lookup
+        decode_linear_triton.LOOKUP = lookup
         for module, function in held:
-            module.decode_launches_early = function
+            module.launches_early = function
 
     return back
 
@@ -247,8 +242,8 @@ def main() -> None:
     record["agreement"] = attempt("distance from Transformers", partial(agreement, model, step, device))
     cases = [(rows, adapter, "") for rows in args.rows for adapter in (None, "default")]
     if device.type == "cuda":
-        cases += [(1, None, "no early launch"), (1, None, "early launch of linear layers"), (1, None, "shuffles")]
-        cases += [(8, None, "early launch"), (32, None, "early launch"), (64, None, "no early launch")]
+        cases += [(rows, None, "no early launch") for rows in args.rows]
+        cases += [(1, None, "shuffles")] if 1 in args.rows else []
     for rows, adapter, part in cases:
         back = changed(part)
         took = attempt(f"{rows} rows, {adapter or 'base'} {part}", partial(decoding, step, rows, adapter, device))

@@ -84,8 +84,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 # name -> what the launcher is told, for the sizes named; the first is the default.
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "default": ({}, (1, 8, 32, 64)),
-    "no early launch": ({"early": False}, (1, 64)),
-    "early launch": ({"early": True}, (8, 32)),
+    "no early launch": ({"early": False}, (1, 8, 32, 64)),
     "lookup by shuffles": ({"lookup": "shuffle"}, (1,)),
 }
 # With --tiles: what `tile_for` chooses from.

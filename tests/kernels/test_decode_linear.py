@@ -107,6 +107,8 @@ def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
     assert tile_for(1, 4096, 14336, 132) == Tile(8, 16, 1, 8, 128)
     assert tile_for(32, 4096, 4096, 132) == Tile(32, 16, 2, 4)
     assert tile_for(32, 6144, 4096, 132) == Tile(32, 16, 1, 4)
+    assert tile_for(32, 4096, 14336, 132) == Tile(32, 16, 2, 4, 160)
+    assert tile_for(64, 4096, 14336, 132) == Tile(32, 32, 1, 4)
     assert tile_for(64, 28672, 4096, 132) == Tile(32, 32, 4, 1)
 
 

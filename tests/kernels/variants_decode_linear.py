@@ -67,9 +67,11 @@ ONE, ONE_MANY, ONE_LONG = (
 FEW, MANY, LONG = (
     ours.tile_for(8, rows, columns, 132) for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336))
 )
-BATCH, BATCH_MANY, BATCH_LONG, BATCH_SQUARE = (
+BATCH, BATCH_MANY, BATCH_LONG, BATCH_SQUARE, BATCH_TWICE = (
     ours.tile_for(inputs, rows, columns, 132)
-    for inputs, rows, columns in ((32, 6144, 4096), (32, 28672, 4096), (64, 4096, 14336), (32, 4096, 4096))
+    for inputs, rows, columns in (
+        *((32, 6144, 4096), (32, 28672, 4096), (32, 4096, 14336), (32, 4096, 4096), (64, 4096, 14336)),
+    )
 )
 VARIANTS = [
     launch(4096, 3, ONE, rank=16, bias=True, spread=True),
@@ -85,6 +87,9 @@ VARIANTS = [
     # 34 us, where without a limit that spills nothing it takes 40.
     launch(14336, 1, BATCH_LONG, residual=True, tolerated=64),
     launch(14336, 1, BATCH_LONG, residual=True, rank=128, tolerated=64),
+    # 32 rows of W and of x to a warp: 34 us where 16 rows of W, which spill nothing, take 45.
+    launch(14336, 1, BATCH_TWICE, residual=True, tolerated=64),
+    launch(14336, 1, BATCH_TWICE, residual=True, rank=128, tolerated=64),
     launch(4096, 2, MANY, gated=True, rank=16),
     # 57 us where tiles that spill nothing take 73.
     launch(4096, 2, BATCH_MANY, gated=True, tolerated=96),

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.decode_norm_triton import to_operand
-from fourfold.kernels.launching import cdiv, decode_launches_early, next_power_of_2, on_device
+from fourfold.kernels.launching import cdiv, launches_early, next_power_of_2, on_device
 
 __all__ = ["BLOCK_N", "decode_attention_", "part_size"]
 
@@ -223,7 +223,7 @@ def decode_attention_(
     sums = torch.empty(rows, heads, parts, head_dim, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=qkv.device)
     out = torch.empty(rows, heads * head_dim, dtype=torch.float16 if as_operand else qkv.dtype, device=qkv.device)
-    early = decode_launches_early(qkv.device, len(qkv)) if early is None else early
+    early = launches_early(qkv.device) if early is None else early
     with on_device(qkv):
         decode_attention_kernel[(parts, kv_heads, rows)](
             *(sums, stats, qkv, cos, sin, keys, values, slots, positions, q_norm, k_norm),

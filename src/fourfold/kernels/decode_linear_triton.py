@@ -1,4 +1,4 @@
-"""The product of `decode_linear` in Triton: up to 64 rows of x, blocks of 64, bound by reading W where they are few.
+"""The product of `decode_linear` in Triton: up to 64 rows of x, blocks of 64, bound by requests to the L1 cache.
 
 A byte of codes is decoded by one lookup: its two code points, in fp16, are an entry of a table in shared memory, of
 which each lane has a copy in a bank of its own, so that no two lanes ever wait for each other. What is looked up goes
@@ -7,7 +7,8 @@ to the tensor cores as it is: the lane that loaded a word holds the part of the 
 
 The warps of a program share out rows of W, and columns: those of the same rows add their sums up at the end, always in
 the same order. A lane has the codes of a span of four blocks on their way while it works on the one before. Everything
-that is no activation is loaded before the launch waits for the one before it.
+that is no activation is loaded before the launch waits for the one before it. One row of x or two are multiplied in
+another way: see `decode_spread_triton`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fourfold.kernels.decode_lookup_triton import decoded, fill_table
 from fourfold.kernels.decode_norm_triton import to_operand
 from fourfold.kernels.decode_spread_triton import SPREAD_ROWS, load_weights, spread_sums
 from fourfold.kernels.group_expansion_triton import of_member
-from fourfold.kernels.launching import cdiv, decode_launches_early, on_device
+from fourfold.kernels.launching import cdiv, launches_early, on_device
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
 from fourfold.kernels.small_batch_triton import operand
 
@@ -345,9 +346,9 @@ def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int) 
     if has_many:
         return Tile(block_m, 32, 4, 1)
     # A program of eight warps to each multiprocessor, which share what they read of x, where that is all there are.
-    if num_rows <= 32 * processors:
+    if num_inputs <= 32 and num_rows <= 32 * processors:
         return Tile(block_m, 16, 2, 4, 160 if is_long else None)
-    return Tile(block_m, 16, 1, 4)
+    return Tile(block_m, 32 if is_long else 16, 1, 4)
 
 
 def decode_linear(
@@ -381,7 +382,7 @@ def decode_linear(
     # Behind all rows where there is no such member.
     row_1 = first[0]
     row_2 = first[0] + first[1] if len(num_rows) > 2 else total
-    early = decode_launches_early(x.device, num_inputs) if early is None else early
+    early = launches_early(x.device) if early is None else early
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.kernels.launching import decode_launches_early, next_power_of_2, on_device
+from fourfold.kernels.launching import launches_early, next_power_of_2, on_device
 
 __all__ = ["decode_norm", "low_products", "to_operand"]
 
@@ -38,8 +38,7 @@ def decode_norm_kernel(
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
     # What is no activation is loaded before the launch waits for the one before it.
-    weight = 0.0
-    a = 0.0
+    weight, a = columns, columns
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     if lora_a_ptr is not None:
@@ -76,7 +75,7 @@ def _launch(
     num_ranks = 0 if lora_a is None else len(lora_a)
     low = torch.empty(num_inputs, num_ranks, dtype=dtype, device=x.device)
     block_k = next_power_of_2(width)
-    early = decode_launches_early(x.device, num_inputs) if early is None else early
+    early = launches_early(x.device) if early is None else early
     with on_device(x):
         decode_norm_kernel[(num_inputs, max(1, num_ranks))](
             *(out, low if num_ranks else None, x, weight, lora_a, num_ranks, eps, float(x_scale)),

@@ -13,7 +13,6 @@ from torch import Tensor
 __all__ = [
     "Tile",
     "cdiv",
-    "decode_launches_early",
     "is_hopper",
     "launches_early",
     "next_power_of_2",
@@ -21,8 +20,6 @@ __all__ = [
     "rank_block",
 ]
 
-# Rows of a decode step up to which, and from which on, its launches begin early. Between them it takes longer.
-EARLY_MOST, EARLY_LEAST = 2, 33
 _HERE: AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -67,8 +64,3 @@ def is_hopper(device: torch.device) -> bool:
 def launches_early(device: torch.device) -> bool:
     """Whether a kernel may begin while the one before it is ending (programmatic dependent launch, from 9.0 on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def decode_launches_early(device: torch.device, num_inputs: int) -> bool:
-    """`launches_early` for the kernels of a decode step of as many rows."""
-    return (num_inputs <= EARLY_MOST or num_inputs >= EARLY_LEAST) and launches_early(device)
