@@ -43,9 +43,13 @@ QUESTION = "Tell me about the sea, about ships, and about the people who sail th
 
 @dataclass
 class Stream:
-    """When the tokens of one stream came, in seconds; `failure` of one that did not end as it should."""
+    """When the pieces of one stream came, in seconds, and how much each held: tokens, or characters as their measure.
+
+    `failure`: Of one that did not end as it should.
+    """
 
     times: list[float]
+    sizes: list[int]
     num_tokens: int
     failure: str | None = None
 
@@ -56,11 +60,10 @@ def time_per_token(streams: list[Stream]) -> float:
     end = min(stream.times[-1] for stream in streams)
     rates = []
     for stream in streams:
-        inside = [moment for moment in stream.times if begin <= moment <= end]
-        # Pieces may hold several tokens where a client reads late; tokens are counted, not pieces.
-        rates.append(
-            (inside[-1] - inside[0]) / max(round((len(inside) - 1) * stream.num_tokens / len(stream.times)), 1)
-        )
+        inside = [number for number, moment in enumerate(stream.times) if begin <= moment <= end]
+        share = sum(stream.sizes[number] for number in inside[1:]) / max(sum(stream.sizes), 1)
+        seconds = stream.times[inside[-1]] - stream.times[inside[0]]
+        rates.append(seconds / max(share * stream.num_tokens, 1))
     return statistics.fmean(rates)
 
 
@@ -71,13 +74,14 @@ def run_engine(served: Served, num_streams: int, num_tokens: int) -> list[Stream
     render = engine.tokenizer.apply_chat_template
     prompts = [render(each, add_generation_prompt=True, return_dict=True)["input_ids"] for each in messages]
     running = {
-        engine.submit(Request(tuple(prompt), max_new_tokens=num_tokens, ignore_eos=True)): Stream([], 0)
+        engine.submit(Request(tuple(prompt), max_new_tokens=num_tokens, ignore_eos=True)): Stream([], [], 0)
         for prompt in prompts
     }
     while engine.has_work:
         for chunk in engine.step():
             stream = running[chunk.sequence]
             stream.times.append(time.monotonic())
+            stream.sizes.append(len(chunk.token_ids))
             stream.num_tokens += len(chunk.token_ids)
     return list(running.values())
 
@@ -91,10 +95,8 @@ async def read_stream(client: httpx2.AsyncClient, url: str, model: str, index: i
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
-        # So that every token has an event, whether or not it makes text.
-        "logprobs": False,
     }
-    stream = Stream([], 0)
+    stream = Stream([], [], 0)
     try:
         async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             response.raise_for_status()
@@ -104,8 +106,9 @@ async def read_stream(client: httpx2.AsyncClient, url: str, model: str, index: i
                 event = json.loads(line[6:])
                 if "error" in event:
                     stream.failure = event["error"]["message"]
-                elif event["choices"] and event["choices"][0]["delta"].get("content"):
+                elif event["choices"] and (text := event["choices"][0]["delta"].get("content")):
                     stream.times.append(time.monotonic())
+                    stream.sizes.append(len(text))
                 elif event["usage"]:
                     stream.num_tokens = event["usage"]["completion_tokens"]
         if stream.num_tokens != num_tokens:
