@@ -32,6 +32,7 @@ from fourfold.kernels import decode_attention_triton, decode_linear_triton, deco
 from fourfold.kernels.decode_attention import decode_attention_reference_
 from fourfold.kernels.decode_linear import decode_linear_reference
 from fourfold.kernels.decode_norm import decode_norm_reference
+from fourfold.kernels.decode_tiles import Tile
 from fourfold.kernels.small_batch import matmul_4bit
 from fourfold.quantization.formats import get_format
 from fourfold.quantization.scales import NestedScales
@@ -106,7 +107,7 @@ TILES: dict[int, list[tuple[int, int, int, int, int | None]]] = {
 def variants(inputs: int, tiles: bool) -> dict[str, dict[str, Any]]:
     found = {name: told for name, (told, at) in VARIANTS.items() if inputs in at}
     if tiles:
-        found |= {str(tile): {"tile": decode_linear_triton.Tile(*tile)} for tile in TILES.get(inputs, [])}
+        found |= {str(tile): {"tile": Tile(*tile)} for tile in TILES.get(inputs, [])}
     return found
 
 

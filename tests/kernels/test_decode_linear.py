@@ -10,6 +10,7 @@ from few_rows import error
 from torch import Tensor
 
 from fourfold.kernels.decode_linear import decode_linear, decode_linear_reference, serves
+from fourfold.kernels.decode_tiles import Tile
 from fourfold.quantization.scales import NestedScales
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
@@ -78,7 +79,7 @@ def test_kernel_gives_the_same_whatever_its_tile(inputs: int, gates: bool, tile:
     weights = [quantize(torch.randn(count, 576) / 24) for count in rows]
     x, low, up = torch.randn(inputs, 576).half(), torch.randn(inputs, 32).half(), torch.randn(sum(rows), 16).half()
     arguments: Any = (None, None, low, up / 4, "silu" if gates else "", 1.0, 0.25, torch.float16)
-    given = decode_linear_triton.Tile(*tile)
+    given = Tile(*tile)
     ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments, tile=given)
     assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
 
@@ -95,21 +96,6 @@ def test_kernel_takes_every_rank(rank: int, inputs: int) -> None:
     arguments: Any = (None, None, low, up / 4, "", 1.0, 1.0, torch.float16)
     ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments)
     assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
-
-
-def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
-    pytest.importorskip("triton")
-    from fourfold.kernels.decode_linear_triton import Tile, tile_for
-
-    assert tile_for(1, 28672, 4096, 132) == Tile(8, 16, 2, 2, 128)
-    assert tile_for(8, 28672, 4096, 132) == Tile(8, 16, 2, 2)
-    assert tile_for(8, 4096, 4096, 132) == Tile(8, 16, 1, 4)
-    assert tile_for(1, 4096, 14336, 132) == Tile(8, 16, 1, 8, 128)
-    assert tile_for(32, 4096, 4096, 132) == Tile(32, 16, 2, 4)
-    assert tile_for(32, 6144, 4096, 132) == Tile(32, 16, 1, 4)
-    assert tile_for(32, 4096, 14336, 132) == Tile(32, 16, 2, 4, 160)
-    assert tile_for(64, 4096, 14336, 132) == Tile(32, 32, 1, 4)
-    assert tile_for(64, 28672, 4096, 132) == Tile(32, 32, 4, 1)
 
 
 def test_rows_of_x_do_not_change_each_other() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,13 +23,14 @@ from torch import Tensor
 
 from fourfold.kernels.decode_lookup_triton import decoded, fill_table
 from fourfold.kernels.decode_norm_triton import to_operand
-from fourfold.kernels.decode_spread_triton import SPREAD_ROWS, load_weights, spread_sums
+from fourfold.kernels.decode_spread_triton import load_weights, spread_sums
+from fourfold.kernels.decode_tiles import SPREAD_ROWS, Tile, tile_for
 from fourfold.kernels.group_expansion_triton import of_member
 from fourfold.kernels.launching import cdiv, launches_early, on_device
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
 from fourfold.kernels.small_batch_triton import operand
 
-__all__ = ["LOOKUP", "MAX_MEMBERS", "Tile", "decode_linear", "tile_for"]
+__all__ = ["LOOKUP", "MAX_MEMBERS", "decode_linear"]
 
 MAX_MEMBERS = 3
 # How codes are looked up: "table" in shared memory, or "shuffle" among the lanes of a warp.
@@ -203,10 +203,11 @@ def decode_linear_kernel(
     if LOOKUP == "table":
         table = fill_table(codebook_ptr, WARPS)
     x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
-    m = first_input + x_block * 8 + x_r
     x_first = x_warp // ROW_WARPS * (SPANS * 4)
-    x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
-    total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
+    if not SPREAD:
+        m = first_input + x_block * 8 + x_r
+        x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
+        total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -304,53 +305,6 @@ def decode_linear_kernel(
         tl.store(out_ptr + inputs[None, :] * row_1 + out_row[:, None], to_operand(y), mask=mask)
 
 
-class Tile(NamedTuple):
-    """What a program takes.
-
-    Args:
-        block_m: Rows of x.
-        rows: Of W, to a warp; where gate and up are multiplied, half are gate's.
-        row_warps, column_warps: That share out rows of W, and the columns; 4 or 8 in all.
-        registers: That a thread may have; None for as many as the compiler likes.
-    """
-
-    block_m: int
-    rows: int
-    row_warps: int
-    column_warps: int
-    registers: int | None = None
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int) -> Tile:
-    """Measured on an H200, in the shapes of Llama-3-8B: `benchmarks/kernels/decode.py --tiles`.
-
-    Warps that share columns have sums to add up; without them, few rows would give a GPU too few warps.
-
-    Args:
-        num_inputs, num_rows, num_columns: Of x, and of W: all members' rows.
-        processors: Multiprocessors of the GPU.
-    """
-    is_long, has_many = num_columns > 8192, num_rows >= 128 * processors
-    if num_inputs <= 8:
-        # A fourth program of four warps fits a multiprocessor.
-        registers = 128 if num_inputs <= SPREAD_ROWS else None
-        if has_many:
-            return Tile(8, 16, 2, 2, registers)
-        return Tile(8, 16, 1, 8, registers or 96) if is_long else Tile(8, 16, 1, 4)
-    block_m = 16 if num_inputs <= 16 else 32
-    if has_many:
-        return Tile(block_m, 32, 4, 1)
-    # A program of eight warps to each multiprocessor, which share what they read of x, where that is all there are.
-    if num_inputs <= 32 and num_rows <= 32 * processors:
-        return Tile(block_m, 16, 2, 4, 160 if is_long else None)
-    return Tile(block_m, 32 if is_long else 16, 1, 4)
-
-
 def decode_linear(
     x: Tensor,
     codes: Sequence[Tensor],
@@ -386,7 +340,7 @@ def decode_linear(
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]
-    tile = tile or tile_for(num_inputs, total, num_columns, multiprocessors(x.device))
+    tile = tile or tile_for(num_inputs, total, num_columns, _multiprocessors(x.device))
     block_m, rows, row_warps, column_warps, registers = tile
     out_rows = row_warps * (rows // 2 if activation else rows)
     with on_device(x):
@@ -415,6 +369,11 @@ def decode_linear(
             maxnreg=registers,
         )
     return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor | None]:

@@ -38,7 +38,6 @@ def decode_norm_kernel(
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
     # What is no activation is loaded before the launch waits for the one before it.
-    weight, a = columns, columns
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     if lora_a_ptr is not None:

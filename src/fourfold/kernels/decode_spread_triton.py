@@ -19,10 +19,7 @@ from fourfold.kernels.decode_lookup_triton import decoded
 from fourfold.kernels.small_batch_parts_triton import from_quad
 from fourfold.kernels.small_batch_triton import operand
 
-__all__ = ["SPREAD_ROWS", "load_weights", "spread_sums"]
-
-# Of x.
-SPREAD_ROWS = 2
+__all__ = ["load_weights", "spread_sums"]
 
 
 @triton.jit
@@ -280,7 +277,7 @@ def spread_sums(
     if SPANS % 2 == 1:
         total, near, far, scale, nested_absmax, x0, x1, x2, x3 = _step(
             *(total, near, far, scale, nested_absmax, x0, x1, x2, x3, words_ptr, scales_ptr, nested_ptr),
-            *(code_map_ptr, offset, row_start, q, first + (SPANS - 1) * 4, SPANS > SPANS, x_ptr, x_row, has_x, x_q),
+            *(code_map_ptr, offset, row_start, q, first + (SPANS - 1) * 4, SPANS == 0, x_ptr, x_row, has_x, x_q),
             *(half, x_first + (SPANS - 1) * 4, zero, table, codebook_ptr),
             *(LOOKUP, COLUMNS, NESTED_SHIFT, ROWS, WARPS, CHECKED),
         )

@@ -1,0 +1,52 @@
+"""What a program of `decode_linear_triton` takes, by the shapes of x and W."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["SPREAD_ROWS", "Tile", "tile_for"]
+
+# Of x, up to which `decode_spread_triton` multiplies.
+SPREAD_ROWS = 2
+
+
+class Tile(NamedTuple):
+    """What a program takes.
+
+    Args:
+        block_m: Rows of x.
+        rows: Of W, to a warp; where gate and up are multiplied, half are gate's.
+        row_warps, column_warps: That share out rows of W, and the columns; 4 or 8 in all.
+        registers: That a thread may have; None for as many as the compiler likes.
+    """
+
+    block_m: int
+    rows: int
+    row_warps: int
+    column_warps: int
+    registers: int | None = None
+
+
+def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int) -> Tile:
+    """Measured on an H200, in the shapes of Llama-3-8B: `benchmarks/kernels/decode.py --tiles`.
+
+    Warps that share columns have sums to add up; without them, few rows would give a GPU too few warps.
+
+    Args:
+        num_inputs, num_rows, num_columns: Of x, and of W: all members' rows.
+        processors: Multiprocessors of the GPU.
+    """
+    is_long, has_many = num_columns > 8192, num_rows >= 128 * processors
+    if num_inputs <= 8:
+        # A fourth program of four warps fits a multiprocessor.
+        registers = 128 if num_inputs <= SPREAD_ROWS else None
+        if has_many:
+            return Tile(8, 16, 2, 2, registers)
+        return Tile(8, 16, 1, 8, registers or 96) if is_long else Tile(8, 16, 1, 4)
+    block_m = 16 if num_inputs <= 16 else 32
+    if has_many:
+        return Tile(block_m, 32, 4, 1)
+    # A program of eight warps to each multiprocessor, which share what they read of x, where that is all there are.
+    if num_inputs <= 32 and num_rows <= 32 * processors:
+        return Tile(block_m, 16, 2, 4, 160 if is_long else None)
+    return Tile(block_m, 32 if is_long else 16, 1, 4)

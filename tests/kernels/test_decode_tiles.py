@@ -1,0 +1,17 @@
+"""Which tiles a decode step's products have."""
+
+from __future__ import annotations
+
+from fourfold.kernels.decode_tiles import Tile, tile_for
+
+
+def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
+    assert tile_for(1, 28672, 4096, 132) == Tile(8, 16, 2, 2, 128)
+    assert tile_for(8, 28672, 4096, 132) == Tile(8, 16, 2, 2)
+    assert tile_for(8, 4096, 4096, 132) == Tile(8, 16, 1, 4)
+    assert tile_for(1, 4096, 14336, 132) == Tile(8, 16, 1, 8, 128)
+    assert tile_for(32, 4096, 4096, 132) == Tile(32, 16, 2, 4)
+    assert tile_for(32, 6144, 4096, 132) == Tile(32, 16, 1, 4)
+    assert tile_for(32, 4096, 14336, 132) == Tile(32, 16, 2, 4, 160)
+    assert tile_for(64, 4096, 14336, 132) == Tile(32, 32, 1, 4)
+    assert tile_for(64, 28672, 4096, 132) == Tile(32, 32, 4, 1)
