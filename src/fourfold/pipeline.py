@@ -222,6 +222,9 @@ def _train(config: RunConfig, progress: str, lifeline: Lifeline, more: Sequence[
         trainer = trainer_of(choices.training_options(config))
     parts = parts_in_use(adapted, trainer.optimizer, memory_used(device).peak_bytes)
     memory = account_memory(planned, parts, say.line, is_sum=device.type == "cuda")
+    if config.adapter_weight != 1:
+        trainer.weigh_adapter(config.adapter_weight)
+        say.line(f"adapter weighed by {config.adapter_weight:g}: all that follows is of it")
     weights = trainer.whole_weights()
     if own.is_main:
         save_result(config, output, adapted, tokenizer, weights)
@@ -229,7 +232,9 @@ def _train(config: RunConfig, progress: str, lifeline: Lifeline, more: Sequence[
     # What is left is the model as it was after this step.
     step, metrics_file = best.get("best_step", trainer.state.global_step), output / run_folder.METRICS_FILE
     lost = {f"{prefix_of(name)}_loss" for name in eval_data}
-    is_evaluated = lost <= {key for record in trainer.state.log_history if record["step"] == step for key in record}
+    logged = {key for record in trainer.state.log_history if record["step"] == step for key in record}
+    # What is logged is of the adapter as it trained.
+    is_evaluated = lost <= logged and config.adapter_weight == 1
     # Evaluation every so many steps may have ended before the last one.
     hint = f"what was trained is in {output}; `fourfold evaluate` with smaller eval_ batch sizes measures it"
     with reporting_out_of_memory("the trained model was measured", hint):

@@ -46,7 +46,7 @@ def model_card(
         base_model=config.model_name_or_path,
         data=data,
         quantization=chosen("load_in_4bit", "load_in_8bit", "llm_int8_", "bnb_", "quantize_", "modules_to_not"),
-        lora=chosen("lora_", "use_", "target_", "init_lora", "loftq_", "modules_to_save"),
+        lora=chosen("lora_", "use_", "target_", "init_lora", "loftq_", "modules_to_save", "adapter_weight"),
         hyperparameters={
             **chosen("num_train", "max_steps", "per_device_train", "gradient_", "learning_", "lr_", "warmup_"),
             **chosen("weight_decay", "max_grad", "optim", "seed", "max_length", "packing", "train_on_prompt"),

@@ -66,6 +66,11 @@ class LifeKeys(BaseModel):
     early_stopping_threshold: float = Field(
         0.0, ge=0, description="By how much a figure must be better than the best one to count as better."
     )
+    adapter_weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="What the adapter is multiplied by when training ends, before it is saved and measured: less of "
+        "the task, more of what the base could. Checkpoints have it as it trained.",
+    )
     sample_prompts: Text | Prompts | None = Field(
         None,
         description="What the model answers now and then while it trains: texts or conversations, or a file of them "
@@ -102,6 +107,7 @@ class LifeKeys(BaseModel):
 def life_contradictions(config: RunConfig) -> Iterator[Contradiction]:
     """What of these keys does not fit together, or to others."""
     yield from _best_contradictions(config)
+    yield from _weight_contradictions(config)
     yield from _sample_contradictions(config)
     if config.neftune_noise_alpha is not None and config.method in PREFERENCE_METHODS:
         yield Contradiction(
@@ -161,6 +167,35 @@ def _best_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             "the best adapter would belong to another base than the last one, which requantize_every leaves",
             "give one of them",
         )
+
+
+def _weight_contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    """Where w s B A is not w times what was trained, or the base without it is not what training began from."""
+    if config.adapter_weight == 1:
+        return
+    start = config.init_lora_weights
+    for key, is_set, what in (
+        ("adapter", config.adapter is None, "adapter: null trains all weights, and there is none"),
+        ("use_dora", config.use_dora, "use_dora scales the weight by a norm that is not multiplied along"),
+        (
+            "init_lora_weights",
+            isinstance(start, str) and start != "gaussian",
+            f"init_lora_weights: {start} gives it a part of the base, which would be multiplied too",
+        ),
+        ("modules_to_save", bool(config.modules_to_save), "modules_to_save are trained beside it, and would stay"),
+        ("method", config.method == "reward", "method: reward trains a layer of scores beside it, which would stay"),
+        (
+            "requantize_every",
+            config.requantize_every is not None,
+            "requantize_every leaves but the last part of what was learned in it",
+        ),
+    ):
+        if is_set:
+            yield Contradiction(
+                ("adapter_weight", key),
+                f"adapter_weight: {config.adapter_weight:g} multiplies the adapter, and {what}",
+                f"leave adapter_weight or {key} out",
+            )
 
 
 def _sample_contradictions(config: RunConfig) -> Iterator[Contradiction]:

@@ -91,6 +91,10 @@ class ShardedState(WholeState):
         whole = _on_main((name, _whole(named[name])) for name in dict.fromkeys(first.values()))
         return {name: whole[first[local_part(value).data_ptr()]] for name, value in named.items()} if whole else whole
 
+    def weigh(self, model: nn.Module, weight: float) -> None:
+        give_back(model)
+        super().weigh(model, weight)
+
     @contextlib.contextmanager
     def head(self, base: PreTrainedModel) -> Iterator[nn.Module]:
         with gathered_head(base):

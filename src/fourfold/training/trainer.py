@@ -336,6 +336,10 @@ class FourfoldTrainer(KeepsBest):
         """What is trained, whole, on the main process; None: the model holds it whole. All processes call this."""
         return self._whole.weights(self.model)
 
+    def weigh_adapter(self, weight: float) -> None:
+        """Multiply the adapter, when training has ended: the optimizer knows nothing of it. All processes call this."""
+        self._whole.weigh(self.model, weight)
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.row.zero_stage is None or resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

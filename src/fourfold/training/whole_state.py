@@ -6,9 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 from transformers import PreTrainedModel
 
+from fourfold.adapters.weighing import weighed_parameters
+from fourfold.kernels.shards import local_part
 from fourfold.training.parameter_groups import names_by_group
 
 __all__ = ["WholeState"]
@@ -27,6 +30,12 @@ class WholeState:
     def load_weights(self, model: nn.Module, folder: Path) -> bool:
         """Give the model the weights of a checkpoint; False where that is left to the Trainer."""
         return False
+
+    def weigh(self, model: nn.Module, weight: float) -> None:
+        """Multiply the trained adapters, in their own type, each number rounded once."""
+        with torch.no_grad():
+            for parameter in weighed_parameters(model):
+                local_part(parameter).mul_(weight)
 
     def shapes(self, model: nn.Module) -> dict[str, Size]:
         """Name and shape of each trained parameter, in the model's order."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fourfold.adapters.weighing import weighed_parameters
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.block import keep_order
 from fourfold.models.underlying import decoder_layers, underlying
@@ -110,6 +111,18 @@ class ZeroState(WholeState):
 
         with deepspeed.zero.GatheredParameters(list(trained.values())):
             return {name: value.detach().cpu().clone() for name, value in trained.items()}
+
+    def weigh(self, model: nn.Module, weight: float) -> None:
+        weighed = weighed_parameters(model)
+        if not any(hasattr(value, "ds_id") for value in weighed):
+            super().weigh(model, weight)
+            return
+        import deepspeed
+
+        # What the main process leaves in them becomes everyone's part.
+        with deepspeed.zero.GatheredParameters(weighed, modifier_rank=0):
+            if deepspeed.comm.get_rank() == 0:
+                super().weigh(model, weight)
 
     def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
         return {
