@@ -31,6 +31,7 @@ from fourfold.training.distributed import processes
 from fourfold.training.trainer import FourfoldTrainer
 
 STEPS = 6
+WEIGHT = 0.3
 # Rows of a step: of 2 processes 2 in each of 2 passes, of one in 4 passes.
 SHARED: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
 
@@ -73,6 +74,8 @@ def plain(folder: Path, name: str, **options: Any) -> None:
     ran = trainer(folder / name, **options)
     ran.train()
     write(folder, name, ran)
+    ran.weigh_adapter(WEIGHT)
+    write(folder, f"{name}-weighed", ran)
 
 
 def full(folder: Path, name: str, **options: Any) -> None:

@@ -70,6 +70,13 @@ def test_two_processes_learn_what_one_does(folder, way):
     assert_same_run(folder, way, "one")
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_an_adapter_is_weighed_once_however_many_hold_it(folder, way):
+    trained, found = (load_file(folder / f"{way}{suffix}.safetensors") for suffix in ("", "-weighed"))
+    for name, value in trained.items():
+        assert torch.equal(found[name], value * shared_run.WEIGHT if "lora_B" in name else value), name
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_a_base_that_is_filled_as_it_is_sharded_a_process_holds_its_share_alone(folder, rank):
     # `held_bytes` counts parameters and scales; this is all storages that are alive.

@@ -53,6 +53,11 @@ def test_two_processes_have_the_losses_and_norms_of_one(strategy, one_process, t
         assert two_processes[strategy][key] == pytest.approx(one_process[key], rel=1e-5), key
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_adapter_is_weighed_once_whoever_holds_its_parts(strategy, two_processes):
+    assert two_processes[strategy]["weighed"] == {"A": [1.0], "B": [0.5]}
+
+
 def test_only_zero3_parts_the_base_and_the_adapters(one_process, two_processes):
     whole = one_process["held"]
     assert two_processes["zero1"]["held"] == two_processes["zero2_offload"]["held"] == whole

@@ -119,10 +119,11 @@ class ZeroState(WholeState):
             return
         import deepspeed
 
-        # What the main process leaves in them becomes everyone's part.
-        with deepspeed.zero.GatheredParameters(weighed, modifier_rank=0):
+        # What the main process leaves in them, whole as they are within, becomes everyone's part.
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(weighed, modifier_rank=0):
             if deepspeed.comm.get_rank() == 0:
-                super().weigh(model, weight)
+                for parameter in weighed:
+                    parameter.mul_(weight)
 
     def shapes(self, model: nn.Module) -> dict[str, torch.Size]:
         return {
