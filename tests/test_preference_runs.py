@@ -56,10 +56,11 @@ def figures_of(folder: Path) -> set[str]:
     [
         ({"method": "dpo", "gradient_checkpointing": True}, pair),
         ({"method": "dpo", "adapter": None, "load_in_4bit": False, "precompute_ref_log_probs": True}, pair),
+        ({"method": "dpo", "adapter_weight": 0.5}, pair),
         ({"method": "orpo", "loss_type": None}, pair),
         ({"method": "kto"}, marked),
     ],
-    ids=["dpo", "dpo-full", "orpo", "kto"],
+    ids=["dpo", "dpo-full", "dpo-weighed", "orpo", "kto"],
 )
 def test_a_run_learns_is_measured_again_and_answers(
     tiny_run, tmp_path: Path, keys: dict[str, Any], row: Callable[[int], dict[str, Any]]
