@@ -140,7 +140,7 @@ def test_adapters_on_a_16_bit_base_and_on_embeddings_are_weighed_too(tiny_run, t
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"adapter": None, "load_in_4bit": False}, "adapter: null trains all weights(.|\n)*adapter_weight or adapter"),
+        ({"adapter": None, "load_in_4bit": False}, "adapter: null trains all weights(.|\n)*give adapter_weight: 1"),
         ({"use_dora": True}, "use_dora scales the weight by a norm"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa gives it a part of the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: pissa_niter_4"),

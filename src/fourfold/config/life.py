@@ -194,7 +194,7 @@ def _weight_contradictions(config: RunConfig) -> Iterator[Contradiction]:
             yield Contradiction(
                 ("adapter_weight", key),
                 f"adapter_weight: {config.adapter_weight:g} multiplies the adapter, and {what}",
-                f"leave adapter_weight or {key} out",
+                f"give adapter_weight: 1, or leave {key} out",
             )
 
 
