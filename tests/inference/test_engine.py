@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,16 @@ def answer(engine: Engine, request: Request) -> Sequence:
     return sequence
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "ahead"])
+def run_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """All that an engine does it does whether passes run ahead, as they do on a GPU, or not."""
+    is_ahead: bool = request.param
+    monkeypatch.setattr(sys.modules[__name__], "OPTIONS", replace(OPTIONS, run_ahead=is_ahead))
+    return is_ahead
+
+
 @pytest.fixture
-def engine(tiny_tokenizer: Any) -> Engine:
+def engine(tiny_tokenizer: Any, run_ahead: bool) -> Engine:
     return Engine(small_model(), tiny_tokenizer, OPTIONS)
 
 
@@ -208,7 +218,47 @@ def test_a_conversation_goes_on_from_what_its_slot_holds(engine: Engine) -> None
     assert two.token_ids == generated(small_model(), longer, 9)
 
 
-def test_a_long_prompt_is_read_in_parts_while_others_go_on(engine: Engine) -> None:
+def test_a_conversation_goes_on_behind_a_stop_that_nobody_could_foresee(engine: Engine) -> None:
+    draw = random.Random(17)
+    first = prompt(draw, 14)
+    whole = answer(engine, Request(first, max_new_tokens=20, ignore_eos=True))
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    one = answer(engine, Request(first, max_new_tokens=20, ignore_eos=True, stop=(stop,)))
+    assert 2 < len(one.token_ids) < 20
+    assert one.token_ids == whole.token_ids[: len(one.token_ids)]
+    longer = (*first, *one.token_ids, *prompt(draw, 5))
+    two = answer(engine, Request(longer, max_new_tokens=9))
+    assert two.reused >= len(first)
+    assert two.token_ids == generated(small_model(), longer, 9)
+
+
+class Noted(GenericStep):
+    """Counts passes."""
+
+    passes = 0
+
+    def decode(self, tokens: Tensor, *args: Any) -> Tensor:
+        self.passes += 1
+        return super().decode(tokens, *args)
+
+
+def test_a_pass_begins_before_the_tokens_of_the_one_before_are_read(tiny_tokenizer: Any, run_ahead: bool) -> None:
+    model = small_model()
+    step = Noted(model)
+    engine = Engine(model, tiny_tokenizer, OPTIONS, step=step)
+    sequence = engine.submit(Request((5, 6, 7), max_new_tokens=6, ignore_eos=True))
+    read = []
+    while engine.has_work:
+        engine.step()
+        read.append((step.passes, len(sequence.token_ids)))
+    # The first token is the prompt's; the end is foreseen, and no pass is for nothing.
+    if run_ahead:
+        assert read == [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (5, 6)]
+    else:
+        assert read == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_go_on(engine: Engine, run_ahead: bool) -> None:
     draw = random.Random(10)
     running = engine.submit(Request(prompt(draw, 3), max_new_tokens=40, ignore_eos=True))
     engine.step()
@@ -217,7 +267,8 @@ def test_a_long_prompt_is_read_in_parts_while_others_go_on(engine: Engine) -> No
     while not long.token_ids:
         engine.step()
         counts.append(len(running.token_ids))
-    assert counts == list(range(2, 2 + len(counts)))
+    first = 1 if run_ahead else 2
+    assert counts == list(range(first, first + len(counts)))
     assert len(counts) == 5  # 22 tokens, 5 at a time
 
 

@@ -127,7 +127,10 @@ class GraphedStep:
             self.decode(zeros, slots, zeros, cache, adapter)
 
     def clear(self) -> None:
-        """Free all graphs."""
+        """Free all graphs, once none of them runs."""
+        held = next((graph for graph in (*self._graphs.values(), *self._prompts.values())), None)
+        if held is not None and held.inputs.is_cuda:
+            torch.cuda.synchronize(held.inputs.device)
         self._graphs.clear()
         self._prompts.clear()
         self._pools.clear()

@@ -9,18 +9,39 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fourfold.inference.logprobs import TokenLogprob, token_logprobs
+from fourfold.inference.logprobs import ArrivingLogprobs, TokenLogprob
 from fourfold.inference.requests import Sequence
 from fourfold.inference.sampling import RowSampling, sample
+from fourfold.inference.transfers import Arriving
 
-__all__ = ["Drawing", "Drawn"]
+__all__ = ["Draw", "Drawing", "Drawn"]
 
 Drawn: TypeAlias = tuple[int, TokenLogprob | None]
 """A token, -1 where none can be chosen, and what was asked for of its probability."""
 
 
+class Draw:
+    """A token of each row, on its way from the device.
+
+    Args:
+        tokens: int64 [rows].
+        logprobs: What was asked for of their probabilities.
+    """
+
+    def __init__(self, tokens: Tensor, logprobs: ArrivingLogprobs) -> None:
+        self._tokens, self._logprobs = Arriving(tokens), logprobs
+
+    def read(self) -> list[Drawn]:
+        """The tokens, when they are there."""
+        tokens = self._tokens.wait()[0].tolist()
+        return list(zip(tokens, self._logprobs.read(tokens), strict=True))
+
+
 class Drawing:
     """Samples as each sequence asks for, and knows the tokens of those whose repetitions cost.
+
+    Attributes:
+        last: int64 [num_slots], what was drawn last for each slot, on the device; 0 where no token could be chosen.
 
     Args:
         num_slots: Slots of the cache.
@@ -32,31 +53,37 @@ class Drawing:
         self._shape, self._device = (num_slots, vocab_size), device
         self._seen: Tensor | None = None
         self._rows: tuple[tuple[int, ...], RowSampling] | None = None
+        self.last = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
-    def see(self, slot: int, tokens: Iterable[int], anew: bool = False) -> None:
-        """Remember tokens of a slot's sequence; with `anew`, it is another one than before."""
+    def see(self, slot: int, tokens: Iterable[int]) -> None:
+        """Begin a slot's sequence with these tokens: drawn ones are remembered with them."""
         if self._seen is None:
             self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-        if anew:
-            self._seen[slot] = False
+        self._seen[slot] = False
         self._seen[slot, torch.tensor(list(tokens), device=self._device)] = True
 
     def draw(
-        self, sequences: Rows[Sequence], slots: list[int], logits: Tensor, positions: Tensor, allowed: Tensor | None
-    ) -> list[Drawn]:
-        """Sample a token for each row.
+        self, sequences: Rows[Sequence], slots: Tensor, logits: Tensor, positions: Tensor, allowed: Tensor | None
+    ) -> Draw:
+        """Sample a token for each row. Nothing is waited for.
 
         Args:
-            sequences, slots: Of the rows.
+            sequences: Of the rows.
+            slots: int64 [n], theirs.
             logits: [n, vocab].
             positions: int64 [n], where the tokens will stand.
             allowed: bool [n, vocab], or None for all.
         """
         rows = self._sampling_of(sequences)
-        seen = self._seen[slots] if rows.has_penalty and self._seen is not None else None
-        tokens = sample(logits, rows, positions, seen, allowed).tolist()
-        wanted = [sequence.request.logprobs for sequence in sequences]
-        return list(zip(tokens, token_logprobs(logits, tokens, wanted), strict=True))
+        seen = self._seen if rows.has_penalty else None
+        tokens = sample(logits, rows, positions, None if seen is None else seen[slots], allowed)
+        drawn = Draw(tokens, ArrivingLogprobs(logits, tokens, [one.request.logprobs for one in sequences]))
+        # Last, so that a draw that fails can be repeated.
+        chosen = tokens.clamp(min=0)
+        self.last.index_copy_(0, slots, chosen)
+        if seen is not None:
+            seen[slots, chosen] = True
+        return drawn
 
     def _sampling_of(self, sequences: Rows[Sequence]) -> RowSampling:
         """That of these rows; made anew only where they are others than in the step before."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,51 +20,22 @@ from torch import Tensor
 from fourfold.errors import InferenceError
 from fourfold.inference.cache import SlotCache
 from fourfold.inference.choosing import step_for
-from fourfold.inference.drawing import Drawing, Drawn
+from fourfold.inference.drawing import Drawing
 from fourfold.inference.footprint import ServingFootprint, fitting_options, free_bytes, serving_footprint
 from fourfold.inference.generate import stop_token_ids
 from fourfold.inference.logprobs import TokenLogprob
 from fourfold.inference.options import EngineOptions
+from fourfold.inference.passes import Passes
 from fourfold.inference.requests import Chunk, FinishReason, Request, Sequence
+from fourfold.inference.running import Running, Slot
 from fourfold.inference.steps import Step
 from fourfold.inference.text import Detokenizer, StopStrings
+from fourfold.inference.transfers import to_device
 from fourfold.models.underlying import underlying
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Slot:
-    """One row of the cache.
-
-    Attributes:
-        tokens: What stands in it.
-        adapter: What wrote them.
-        used_at: Number of the step that last had it.
-    """
-
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    adapter: str | None = None
-    used_at: int = 0
-
-
-@dataclass(eq=False)
-class _Running:
-    """A sequence in a slot. `todo` are tokens that are still to be written; the last one's logits give the next."""
-
-    sequence: Sequence
-    slot: _Slot
-    todo: list[int]
-    detokenizer: Detokenizer
-    stop: StopStrings
-    most_tokens: int
-
-    @property
-    def request(self) -> Request:
-        return self.sequence.request
 
 
 class Engine:
@@ -104,11 +74,13 @@ class Engine:
         self.cache = SlotCache(shape, self.max_sequences, self.max_length, self.device, options.first_bucket)
         self.stop_ids = frozenset(stop_token_ids(base, tokenizer))
         self._adapters: tuple[str, ...] = tuple(getattr(model, "peft_config", ()))
-        self._free = [_Slot(index) for index in range(self.max_sequences)]
+        self._free = [Slot(index) for index in range(self.max_sequences)]
         self._waiting: deque[Sequence] = deque()
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._chunks: list[Chunk] = []
         self._drawing = Drawing(self.max_sequences, self.step_of_model.vocab_size, self.device)
+        runs_ahead = self.device.type == "cuda" if options.run_ahead is None else options.run_ahead
+        self._passes = Passes(self.step_of_model, self.cache, self._drawing, runs_ahead, self._take, self._fail)
         self._num_steps = 0
         self._most_running = self.max_sequences
 
@@ -165,16 +137,17 @@ class Engine:
 
     def forget(self) -> None:
         """Read no prompt from the middle of what slots hold now: after a fault nobody knows what that is."""
+        self._passes.forget()
         for slot in (*self._free, *(running.slot for running in self._running)):
             slot.tokens.clear()
 
     def step(self) -> list[Chunk]:
         """Go on by a token: the pieces that sequences got."""
         self._num_steps += 1
-        decoding = [running for running in self._running if len(running.todo) == 1 and running.sequence.token_ids]
+        decoding = [running for running in self._running if running.goes_on]
         self._admit()
         self._prefill(keep_short=bool(decoding))
-        self._decode([running for running in decoding if running.sequence.finish_reason is None])
+        self._passes.decode([running for running in decoding if running.is_live])
         chunks, self._chunks = self._chunks, []
         return chunks
 
@@ -191,14 +164,14 @@ class Engine:
             slot.adapter = request.adapter
             sequence.reused = reused
             most = min(request.max_new_tokens, self.max_length - len(prompt))
-            running = _Running(
+            running = Running(
                 sequence, slot, prompt[reused:], Detokenizer(self.tokenizer), StopStrings(request.stop), most
             )
             self._running.append(running)
             if request.sampling.repetition_penalty != 1:
-                self._drawing.see(slot.index, prompt, anew=True)
+                self._drawing.see(slot.index, prompt)
 
-    def _choose_slot(self, prompt: list[int], adapter: str | None) -> tuple[_Slot, int]:
+    def _choose_slot(self, prompt: list[int], adapter: str | None) -> tuple[Slot, int]:
         """The free slot that holds most of the prompt's beginning, or else was not used for longest."""
         best, most = min(self._free, key=lambda slot: slot.used_at), 0
         if self.options.reuse_prefixes:
@@ -220,8 +193,7 @@ class Engine:
                 try:
                     logits = self._read(running, part)
                     if not running.todo:
-                        position = torch.tensor([len(running.slot.tokens)], device=self.device)
-                        self._take_all([running], self._draw([running], logits[None], position))
+                        self._passes.first_token(running, logits)
                 except torch.OutOfMemoryError as error:
                     if len(self._running) == 1:
                         self._fail(running, error)
@@ -237,7 +209,7 @@ class Engine:
                         return
                     left = most
 
-    def _wait_again(self, running: _Running) -> None:
+    def _wait_again(self, running: Running) -> None:
         """There is no memory for this prompt beside those that run: it comes next when one of them has ended."""
         logger.warning("No memory for a prompt of %d tokens now: it waits", len(running.request.prompt_ids))
         if self.device.type == "cuda":
@@ -246,85 +218,17 @@ class Engine:
         self._waiting.appendleft(running.sequence)
         self._most_running = len(self._running)
 
-    def _read(self, running: _Running, part: list[int]) -> Tensor:
+    def _read(self, running: Running, part: list[int]) -> Tensor:
         slot = running.slot
         start = len(slot.tokens)
         self.cache.ensure(start + len(part))
-        input_ids = torch.tensor(part, device=self.device)
+        input_ids = to_device(part, torch.int64, self.device)
         logits = self.step_of_model.prefill(slot.index, input_ids, self.cache, running.request.adapter, start)
         slot.tokens += part
         del running.todo[: len(part)]
         return logits
 
-    def _decode(self, decoding: list[_Running]) -> None:
-        by_adapter: dict[str | None, list[_Running]] = {}
-        for running in decoding:
-            by_adapter.setdefault(running.request.adapter, []).append(running)
-        for adapter, group in by_adapter.items():
-            try:
-                self._decode_group(group, adapter)
-            except Exception as error:
-                if len(group) == 1:
-                    self._fail(group[0], error)
-                    continue
-                # Whose fault it is shows when each goes alone. Writing a token again changes nothing.
-                logger.warning("A pass over %d sequences failed; each goes alone: %s", len(group), error)
-                for running in group:
-                    try:
-                        self._decode_group([running], adapter)
-                    except Exception as own:
-                        self._fail(running, own)
-
-    def _decode_group(self, group: list[_Running], adapter: str | None) -> None:
-        # Slots that lie side by side, in their order, are read where they are.
-        group = sorted(group, key=lambda running: running.slot.index)
-        self.cache.ensure(max(len(running.slot.tokens) for running in group) + 1)
-        state = [
-            [running.todo[0] for running in group],
-            [running.slot.index for running in group],
-            [len(running.slot.tokens) for running in group],
-        ]
-        tokens, slots, positions = torch.tensor(state, device=self.device)
-        logits = self.step_of_model.decode(tokens, slots, positions, self.cache, adapter)
-        drawn = self._draw(group, logits, positions + 1)
-        # Only now: what failed before can be done again.
-        for running in group:
-            running.slot.tokens += running.todo
-            running.todo.clear()
-        self._take_all(group, drawn)
-
-    def _draw(self, group: list[_Running], logits: Tensor, positions: Tensor) -> list[Drawn]:
-        """Sample a token for each of these, which will stand at these positions."""
-        allowed = self._allowed(group, logits.shape[1])
-        slots = [running.slot.index for running in group]
-        return self._drawing.draw([running.sequence for running in group], slots, logits, positions, allowed)
-
-    def _take_all(self, group: list[_Running], drawn: list[Drawn]) -> None:
-        for running, (token, logprob) in zip(group, drawn, strict=True):
-            # It may have ended meanwhile, by its constraint.
-            if running.sequence.finish_reason is not None:
-                continue
-            try:
-                self._take(running, token, logprob)
-            except Exception as error:
-                self._fail(running, error)
-
-    def _allowed(self, group: list[_Running], vocab: int) -> Tensor | None:
-        if all(running.request.constraint is None for running in group):
-            return None
-        allowed = torch.ones(len(group), vocab, dtype=torch.bool)
-        for row, running in zip(allowed, group, strict=True):
-            constraint = running.request.constraint
-            if constraint is not None:
-                try:
-                    mask = constraint.mask(running.sequence.token_ids)
-                    row[:] = False
-                    row[: len(mask)] = mask[:vocab]
-                except Exception as error:
-                    self._fail(running, error)
-        return allowed.to(self.device)
-
-    def _take(self, running: _Running, token: int, logprob: TokenLogprob | None) -> None:
+    def _take(self, running: Running, token: int, logprob: TokenLogprob | None) -> None:
         sequence, request = running.sequence, running.request
         if token < 0:
             raise InferenceError("no token can be chosen: logits are not finite, or the constraint allows none")
@@ -337,24 +241,23 @@ class Engine:
             return
         if request.constraint is not None:
             request.constraint.advance(token)
-        if request.sampling.repetition_penalty != 1:
-            self._drawing.see(running.slot.index, [token])
         text, is_stopped = running.stop.add(running.detokenizer.add(token))
         if is_stopped:
             self._finish(sequence, "stop", text, (token,), logprobs)
         elif len(sequence.token_ids) >= running.most_tokens:
             self._finish(sequence, "length", text + self._rest(running), (token,), logprobs)
         else:
-            running.todo.append(token)
+            # A pass that has begun since then has written it.
+            (running.slot.tokens if running.ahead else running.todo).append(token)
             sequence.text += text
             self._chunks.append(Chunk(sequence, text, (token,), logprobs))
 
-    def _rest(self, running: _Running) -> str:
+    def _rest(self, running: Running) -> str:
         """Text that was held back, if no stop string is in it."""
         text, is_stopped = running.stop.add(running.detokenizer.end())
         return text if is_stopped else text + running.stop.end()
 
-    def _fail(self, running: _Running, error: Exception) -> None:
+    def _fail(self, running: Running, error: Exception) -> None:
         sequence = running.sequence
         if sequence.finish_reason is not None:
             return
@@ -380,7 +283,7 @@ class Engine:
             self._release(running)
         self._chunks.append(Chunk(sequence, text, token_ids, logprobs, reason))
 
-    def _release(self, running: _Running) -> None:
+    def _release(self, running: Running) -> None:
         running.slot.used_at = self._num_steps
         self._free.append(running.slot)
         self._free.sort(key=lambda slot: slot.index)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TokenLogprob", "token_logprobs"]
+from fourfold.inference.transfers import Arriving, to_device
+
+__all__ = ["ArrivingLogprobs", "TokenLogprob"]
 
 
 @dataclass(frozen=True)
@@ -26,25 +28,32 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], wanted: Sequence[int | None]) -> list[TokenLogprob | None]:
-    """Those of the rows that ask for them.
+class ArrivingLogprobs:
+    """Those of the rows that ask for them, on their way to the host.
 
     Args:
         logits: [rows, vocab].
-        tokens: The token that was chosen in each row; -1 for none.
+        tokens: int64 [rows], the token that was chosen in each; -1 for none.
         wanted: How many of the likeliest each row asks for; None for nothing at all.
     """
-    told: list[TokenLogprob | None] = [None] * len(tokens)
-    rows = [row for row, count in enumerate(wanted) if count is not None]
-    if not rows:
+
+    def __init__(self, logits: Tensor, tokens: Tensor, wanted: Sequence[int | None]) -> None:
+        self._wanted = wanted
+        self._rows = [row for row, count in enumerate(wanted) if count is not None]
+        self._arriving = Arriving()
+        if self._rows:
+            rows = to_device(self._rows, torch.int64, logits.device)
+            scores = logits[rows].float().log_softmax(dim=1)
+            own = scores.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0]
+            most = scores.topk(max(count or 0 for count in wanted), dim=1)
+            self._arriving = Arriving(own, most.values, most.indices)
+
+    def read(self, tokens: Sequence[int]) -> list[TokenLogprob | None]:
+        """Of each row, given its token."""
+        told: list[TokenLogprob | None] = [None] * len(self._wanted)
+        arrived = [tensor.tolist() for tensor in self._arriving.wait()]
+        for place, row in enumerate(self._rows):
+            own, values, indices = (each[place] for each in arrived)
+            count = self._wanted[row]
+            told[row] = TokenLogprob(tokens[row], own, tuple(zip(indices[:count], values[:count], strict=True)))
         return told
-    scores = logits[rows].float().log_softmax(dim=1)
-    chosen = torch.tensor([max(tokens[row], 0) for row in rows], device=logits.device)
-    own = scores.gather(1, chosen[:, None])[:, 0].tolist()
-    most = scores.topk(max(count or 0 for count in wanted), dim=1)
-    values, indices = most.values.tolist(), most.indices.tolist()
-    for place, row in enumerate(rows):
-        count = wanted[row]
-        top = tuple(zip(indices[place][:count], values[place][:count], strict=True))
-        told[row] = TokenLogprob(tokens[row], own[place], top)
-    return told

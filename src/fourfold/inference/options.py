@@ -23,6 +23,9 @@ class EngineOptions:
         first_bucket: Tokens a slot has room for at first; it doubles as needed.
         reuse_prefixes: Whether a prompt may go on from what an ended sequence left in its slot.
         memory_bytes: What cache and passes may take beside the model. None for what the device has left.
+        run_ahead: Whether a pass begins before the tokens of the one before have been read, so that a GPU does not wait
+            for the host. What only a token can tell, such as a stop, is known a pass later, which was for nothing. None
+            for doing so on a GPU.
 
     Raises:
         InferenceError: A value that is not allowed.
@@ -35,6 +38,7 @@ class EngineOptions:
     first_bucket: int = FIRST_BUCKET
     reuse_prefixes: bool = True
     memory_bytes: int | None = None
+    run_ahead: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_length", "prefill_chunk", "prefill_alone", "first_bucket", "memory_bytes"):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import ConfigError
+from fourfold.inference.transfers import to_device
 
 __all__ = ["RowSampling", "SamplingOptions", "gumbel_noise", "processed_logits", "sample"]
 
@@ -100,7 +101,7 @@ class RowSampling:
         def columns(names: tuple[str, ...], dtype: torch.dtype) -> Iterator[Tensor]:
             # Copied together.
             values = [[[getattr(row, name)] for row in rows] for name in names]
-            return iter(torch.tensor(values, dtype=dtype, device=device).unbind())
+            return iter(to_device(values, dtype, device).unbind())
 
         drawn = [row for row in rows if row.temperature > 0]
         temperature, top_p, min_p, penalty = columns(
