@@ -10,7 +10,7 @@ from few_rows import error
 from torch import Tensor
 
 from fourfold.kernels.decode_linear import decode_linear, decode_linear_reference, serves
-from fourfold.kernels.decode_tiles import Tile
+from fourfold.kernels.decode_tiles import SPREAD_ROWS, Tile
 from fourfold.quantization.scales import NestedScales
 from fourfold.quantization.tensor import QuantizedTensor, quantize
 
@@ -42,7 +42,9 @@ def exact(x: Tensor, weights: list[QuantizedTensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("inputs", "rows", "columns"),
     [
-        *((1, [40], 2048), (1, [160], 2048), (2, [24, 8, 20], 320), (2, [40], 14336)),
+        *((1, [40], 2048), (1, [160], 2048), (2, [24, 8, 20], 384), (2, [40], 14336)),
+        # Blocks that do not come in pairs, and rows of W that do not come in fours.
+        *((1, [24, 8, 20], 320), (2, [24, 33], 384)),
         *((3, [24, 8, 20], 320), (8, [40], 2048), (9, [72, 40], 4096), (50, [33], 576)),
     ],
 )
@@ -76,8 +78,9 @@ def test_kernel_gives_the_same_whatever_its_tile(inputs: int, gates: bool, tile:
 
     torch.manual_seed(0)
     rows = [40, 40] if gates else [24, 20]
-    weights = [quantize(torch.randn(count, 576) / 24) for count in rows]
-    x, low, up = torch.randn(inputs, 576).half(), torch.randn(inputs, 32).half(), torch.randn(sum(rows), 16).half()
+    columns = 640 if inputs <= SPREAD_ROWS else 576
+    weights = [quantize(torch.randn(count, columns) / 24) for count in rows]
+    x, low, up = torch.randn(inputs, columns).half(), torch.randn(inputs, 32).half(), torch.randn(sum(rows), 16).half()
     arguments: Any = (None, None, low, up / 4, "silu" if gates else "", 1.0, 0.25, torch.float16)
     given = Tile(*tile)
     ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments, tile=given)
@@ -104,8 +107,8 @@ def test_rows_of_x_do_not_change_each_other() -> None:
     from fourfold.kernels import decode_linear_triton
 
     torch.manual_seed(0)
-    weights = [quantize(torch.randn(40, 1344) / 36)]
-    x = torch.randn(2, 1344).half()
+    weights = [quantize(torch.randn(40, 1408) / 36)]
+    x = torch.randn(2, 1408).half()
     x[1, 7] = float("nan")
     arguments: Any = (None, None, None, None, "", 1.0, 1.0, torch.float16)
     both = decode_linear_triton.decode_linear(x, *parts(weights), *arguments)
@@ -114,7 +117,7 @@ def test_rows_of_x_do_not_change_each_other() -> None:
     assert both[1].isnan().all()
 
 
-@pytest.mark.parametrize(("inputs", "rows", "columns"), [(1, 40, 2048), (2, 136, 576), (5, 24, 320)])
+@pytest.mark.parametrize(("inputs", "rows", "columns"), [(1, 40, 2048), (2, 136, 640), (2, 136, 576), (5, 24, 320)])
 def test_kernel_gates_as_the_reference_does(inputs: int, rows: int, columns: int) -> None:
     pytest.importorskip("triton")
     from fourfold.kernels import decode_linear_triton

@@ -32,7 +32,13 @@ def layers(rows: list[int], columns: int, double_quant: bool = True) -> tuple[An
 @pytest.mark.parametrize("inputs", [1, 3, 8, 9, 16, 17, 64])
 @pytest.mark.parametrize(
     ("rows", "columns", "double_quant"),
-    [([4096, 1024, 1024], 4096, True), ([4096], 14336, True), ([300, 20], 576, False), ([40], 64, True)],
+    [
+        ([4096, 1024, 1024], 4096, True),
+        ([4096], 14336, True),
+        ([300, 20], 576, False),
+        ([300, 20], 640, True),
+        ([40], 64, True),
+    ],
 )
 @pytest.mark.parametrize("lookup", ["table", "shuffle"])
 def test_linear_layers_are_as_near_to_float64_as_their_output_can_be(

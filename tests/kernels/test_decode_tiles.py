@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fourfold.kernels.decode_tiles import Tile, tile_for
+from fourfold.kernels.decode_tiles import Tile, spreads, tile_for
 
 
 def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
@@ -10,8 +10,18 @@ def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
     assert tile_for(8, 28672, 4096, 132) == Tile(8, 16, 2, 2)
     assert tile_for(8, 4096, 4096, 132) == Tile(8, 16, 1, 4)
     assert tile_for(1, 4096, 14336, 132) == Tile(8, 16, 1, 8, 128)
+    assert tile_for(1, 4096, 4096, 132) == Tile(8, 16, 1, 8, 128)
+    assert tile_for(2, 6144, 4096, 132) == Tile(8, 16, 1, 4)
     assert tile_for(32, 4096, 4096, 132) == Tile(32, 16, 2, 4)
     assert tile_for(32, 6144, 4096, 132) == Tile(32, 16, 1, 4)
     assert tile_for(32, 4096, 14336, 132) == Tile(32, 16, 2, 4, 160)
     assert tile_for(64, 4096, 14336, 132) == Tile(32, 32, 1, 4)
     assert tile_for(64, 28672, 4096, 132) == Tile(32, 32, 4, 1)
+
+
+def test_columns_tell_blocks_apart_for_few_rows_of_x_where_w_comes_in_fours_of_rows_and_pairs_of_blocks() -> None:
+    assert spreads(2, [4096, 1024, 1024], 4096)
+    assert spreads(1, [24], 384)
+    assert not spreads(3, [4096], 4096)
+    assert not spreads(1, [4096, 1022], 4096)
+    assert not spreads(1, [4096], 576)

@@ -50,7 +50,7 @@ def launch(
         **{"ROWS": tile.rows, "ROW_WARPS": tile.row_warps, "COLUMN_WARPS": tile.column_warps},
         "SPANS": -(-columns // (256 * tile.column_warps)),
         **{"RANK": rank, "RANKS": members * rank, "ACTIVATION": "silu" if gated else ""},
-        **{"DTYPE": dtype, "EARLY": early},
+        **{"DTYPE": dtype, "EARLY": early, "AT_ONCE": spread},
     }
     warps = tile.row_warps * tile.column_warps
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "launch_pdl": early}
@@ -62,8 +62,8 @@ def launch(
 
 
 # Of few and many rows of x and of W, and of a long row of W, as `tile_for` has them.
-ONE, ONE_MANY, ONE_LONG = (
-    tile_for(1, rows, columns, 132) for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336))
+ONE, ONE_SQUARE, ONE_MANY, ONE_LONG = (
+    tile_for(1, rows, columns, 132) for rows, columns in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 )
 FEW, MANY, LONG = (tile_for(8, rows, columns, 132) for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336)))
 BATCH, BATCH_MANY, BATCH_LONG, BATCH_SQUARE, BATCH_TWICE = (
@@ -74,11 +74,11 @@ BATCH, BATCH_MANY, BATCH_LONG, BATCH_SQUARE, BATCH_TWICE = (
 )
 VARIANTS = [
     launch(4096, 3, ONE, rank=16, bias=True, spread=True),
-    launch(4096, 1, ONE, residual=True, spread=True),
+    launch(4096, 1, ONE_SQUARE, residual=True, spread=True),
     # A few words before the loop, for a fourth program at a time: down 13.7 us, and more than 15 without a limit.
     launch(4096, 2, ONE_MANY, gated=True, rank=16, spread=True, tolerated=32),
     launch(14336, 1, ONE_LONG, residual=True, rank=64, spread=True, tolerated=32),
-    launch(576, 2, ONE, nested=False, gated=True, dtype=tl.float16, spread=True, early=False),
+    launch(640, 2, ONE, nested=False, gated=True, dtype=tl.float16, spread=True, early=False),
     launch(4096, 3, FEW, rank=16, bias=True),
     launch(4096, 3, BATCH, rank=16, bias=True),
     launch(4096, 1, BATCH_SQUARE, residual=True, rank=128),

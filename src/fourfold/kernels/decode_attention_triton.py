@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.decode_norm_triton import to_operand
+from fourfold.kernels.early_triton import AT_ONCE_ROWS, begin, wait
 from fourfold.kernels.launching import cdiv, launches_early, next_power_of_2, on_device
 
 __all__ = ["BLOCK_N", "decode_attention_", "part_size"]
@@ -73,6 +74,48 @@ def rotated(
 
 
 @triton.jit
+def cached(
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    base: tl.tensor,
+    token_stride: tl.tensor,
+    tokens: tl.tensor,
+    first_seen: tl.tensor,
+    end: tl.tensor,
+    D: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Keys [D, N] and values [N, D] of tokens [N] of a slot's head, zeros before `first_seen` and from `end` on."""
+    is_seen = (tokens < end) & (tokens >= first_seen)
+    d = tl.arange(0, D)
+    at = base + tokens.to(tl.int64) * token_stride
+    keys = tl.load(keys_ptr + (at[None, :] + d[:, None]), mask=is_seen[None, :], other=0.0)
+    values = tl.load(values_ptr + (at[:, None] + d[None, :]), mask=is_seen[:, None], other=0.0)
+    return keys, values
+
+
+@triton.jit
+def attended(
+    largest: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    is_seen: tl.tensor,
+    scale: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The largest score, the sum of exponentials and the weighted values so far, with a block of tokens counted in."""
+    scores = tl.where(is_seen[None, :], tl.dot(q, keys) * scale, float("-inf"))
+    now = tl.maximum(largest, tl.max(scores, axis=1))
+    # A block of which nothing is seen leaves all as it was.
+    safe = tl.where(now == float("-inf"), 0.0, now)
+    shrink = tl.exp2(largest - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    total = total * shrink + tl.sum(weights, axis=1)
+    return now, total, tl.dot(weights.to(values.dtype), values, sums * shrink[:, None])
+
+
+@triton.jit
 def decode_attention_kernel(
     sums_ptr: tl.tensor,  # fp32 [M, heads, parts, D]
     stats_ptr: tl.tensor,  # fp32 [M, heads, parts, 2]: largest score, sum of exponentials
@@ -99,64 +142,59 @@ def decode_attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
     """window: 0 for none. BLOCK_G: heads of a group, at least 16 for the tensor cores."""
+    begin(EARLY, AT_ONCE)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
     m = tl.program_id(2)
     num_parts = tl.num_programs(0)
-    # These are there since before the launch that this one waits for.
+    # These, and what the cache holds of the tokens before, are there since before the launch that this one waits for.
     position = tl.load(positions_ptr + m).to(tl.int32)
     slot = tl.load(slots_ptr + m)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row_ptr = qkv_ptr + m * ((HEADS + 2 * KV_HEADS) * D)
-    if cos_ptr is not None:
-        cos_ptr += m * ROTARY
-        sin_ptr += m * ROTARY
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, D)
+    n = tl.arange(0, BLOCK_N)
     base = slot * slot_stride + kv_head * head_stride
     first_seen = 0
     if window > 0:
         first_seen = tl.maximum(position + 1 - window, 0)
     start = tl.maximum(part * part_size, first_seen // BLOCK_N * BLOCK_N)
     end = tl.minimum((part + 1) * part_size, position)
+    if AT_ONCE:
+        first_keys, first_values = cached(keys_ptr, values_ptr, base, token_stride, start + n, first_seen, end, D)
+    wait(EARLY, AT_ONCE)
+    row_ptr = qkv_ptr + m * ((HEADS + 2 * KV_HEADS) * D)
+    if cos_ptr is not None:
+        cos_ptr += m * ROTARY
+        sin_ptr += m * ROTARY
+    # All are on their way together, though part 0 alone has use for the new key and value.
     q = rotated(row_ptr, kv_head * GROUP + g, g < GROUP, cos_ptr, sin_ptr, q_norm_ptr, eps, D, ROTARY)
+    one = tl.arange(0, 1)
+    new_k = rotated(row_ptr, HEADS + kv_head + one, one < 1, cos_ptr, sin_ptr, k_norm_ptr, eps, D, ROTARY)
+    new_v = tl.load(row_ptr + ((HEADS + KV_HEADS + kv_head) * D + one[:, None] + d[None, :]))
     # Powers of two: the scores are divided by log(2).
     scale *= 1.4426950408889634
     largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.full([BLOCK_G], 0.0, tl.float32)
     sums = tl.full([BLOCK_G, D], 0.0, tl.float32)
     if part == 0:
-        one = tl.arange(0, 1)
-        k = rotated(row_ptr, HEADS + kv_head + one, one < 1, cos_ptr, sin_ptr, k_norm_ptr, eps, D, ROTARY)
-        v = tl.load(row_ptr + ((HEADS + KV_HEADS + kv_head) * D + one[:, None] + d[None, :]))
         at = base + position.to(tl.int64) * token_stride + one[:, None] + d[None, :]
-        tl.store(keys_ptr + at, k)
-        tl.store(values_ptr + at, v)
-        largest = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+        tl.store(keys_ptr + at, new_k)
+        tl.store(values_ptr + at, new_v)
+        largest = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
         total += 1.0
-        sums += v.to(tl.float32)
-    n = tl.arange(0, BLOCK_N)
+        sums += new_v.to(tl.float32)
+    if AT_ONCE and start < end:
+        is_seen = (start + n < end) & (start + n >= first_seen)
+        largest, total, sums = attended(largest, total, sums, q, first_keys, first_values, is_seen, scale)
+        start += BLOCK_N
     for block in range(start, end, BLOCK_N):
-        token = block + n
-        is_seen = (token < end) & (token >= first_seen)
-        at = base + token.to(tl.int64) * token_stride
-        keys = tl.load(keys_ptr + (at[None, :] + d[:, None]), mask=is_seen[None, :], other=0.0)
-        values = tl.load(values_ptr + (at[:, None] + d[None, :]), mask=is_seen[:, None], other=0.0)
-        scores = tl.dot(q, keys) * scale
-        scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        now = tl.maximum(largest, tl.max(scores, axis=1))
-        # A block of which nothing is seen leaves all as it was.
-        safe = tl.where(now == float("-inf"), 0.0, now)
-        shrink = tl.exp2(largest - safe)
-        weights = tl.exp2(scores - safe[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None])
-        largest = now
+        is_seen = (block + n < end) & (block + n >= first_seen)
+        keys, values = cached(keys_ptr, values_ptr, base, token_stride, block + n, first_seen, end, D)
+        largest, total, sums = attended(largest, total, sums, q, keys, values, is_seen, scale)
     head = kv_head * GROUP + g
     place = (m * HEADS + head) * num_parts + part
     tl.store(sums_ptr + (place[:, None] * D + d[None, :]), sums, mask=(g < GROUP)[:, None])
@@ -174,15 +212,15 @@ def join_parts_kernel(
     BLOCK_P: tl.constexpr,
     DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
     """A program has a head of a row. Rounded to DTYPE, whatever `out` is."""
+    begin(EARLY, AT_ONCE)
     head = tl.program_id(0)
     d = tl.arange(0, D)
     p = tl.arange(0, BLOCK_P)
     is_part = p < num_parts
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait(EARLY, AT_ONCE)
     at = head * num_parts + p
     largest = tl.load(stats_ptr + at * 2, mask=is_part, other=float("-inf"))
     total = tl.load(stats_ptr + at * 2 + 1, mask=is_part, other=0.0)
@@ -235,7 +273,9 @@ def decode_attention_(
             BLOCK_G=max(16, next_power_of_2(heads // kv_heads)),
             BLOCK_N=BLOCK_N,
             EARLY=early,
-            num_warps=4,
+            AT_ONCE=rows <= AT_ONCE_ROWS,
+            # Few programs have the GPU to themselves.
+            num_warps=8 if rows <= AT_ONCE_ROWS else 4,
             num_stages=2,
             launch_pdl=early,
         )
@@ -245,6 +285,7 @@ def decode_attention_(
             BLOCK_P=next_power_of_2(parts),
             DTYPE=tl.bfloat16 if qkv.dtype == torch.bfloat16 else tl.float16,
             EARLY=early,
+            AT_ONCE=rows <= AT_ONCE_ROWS,
             num_warps=max(1, min(4, head_dim // 32)),
             launch_pdl=early,
         )

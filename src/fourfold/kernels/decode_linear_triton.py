@@ -23,8 +23,9 @@ from torch import Tensor
 
 from fourfold.kernels.decode_lookup_triton import decoded, fill_table
 from fourfold.kernels.decode_norm_triton import to_operand
-from fourfold.kernels.decode_spread_triton import load_weights, spread_sums
-from fourfold.kernels.decode_tiles import SPREAD_ROWS, Tile, tile_for
+from fourfold.kernels.decode_spread_triton import load_spans, spread_sums
+from fourfold.kernels.decode_tiles import Tile, spreads, tile_for
+from fourfold.kernels.early_triton import AT_ONCE_ROWS, begin, wait
 from fourfold.kernels.group_expansion_triton import of_member
 from fourfold.kernels.launching import cdiv, launches_early, on_device
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
@@ -80,6 +81,41 @@ def block_sums(
     return tl.fma(sums, factor, total)
 
 
+@triton.jit
+def rows_of_program(
+    first_row: tl.tensor,
+    row_1: tl.tensor,
+    num_rows: tl.tensor,
+    ROWS: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Of W, a program's [ROW_WARPS * ROWS], and whether there are such."""
+    rows = tl.arange(0, ROW_WARPS * ROWS)
+    row = first_row + rows
+    is_row = row < num_rows
+    if ACTIVATION != "":
+        row = first_row + rows // ROWS * (ROWS // 2) + rows % (ROWS // 2)
+        is_row = row < row_1
+        row += tl.where(rows % ROWS < ROWS // 2, 0, row_1)
+    return row, is_row
+
+
+@triton.jit
+def load_up(
+    up_ptr: tl.tensor, row: tl.tensor, is_row: tl.tensor, start: tl.tensor, RANK: tl.constexpr, FEW: tl.constexpr
+) -> tl.tensor:
+    """[rows, FEW] of an adapter's B, from rank `start` on."""
+    at = row.to(tl.int64)[:, None] * RANK + (start + tl.arange(0, FEW))[None, :]
+    return tl.load(up_ptr + at, mask=is_row[:, None], other=0.0)
+
+
+@triton.jit
+def load_low(low_ptr: tl.tensor, at: tl.tensor, FEW: tl.constexpr) -> tl.tensor:
+    """fp32 [rows, FEW]: of what x has become by an adapter's A, from `at` [rows] on."""
+    return tl.load(low_ptr + (at[:, None] + tl.arange(0, FEW)[None, :])).to(tl.float32)
+
+
 # One kernel for all numbers of rows that share a tile.
 @triton.jit(do_not_specialize=["num_inputs", "row_1", "row_2", "num_rows", "zero"])
 def decode_linear_kernel(
@@ -124,6 +160,7 @@ def decode_linear_kernel(
     ACTIVATION: tl.constexpr,
     DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
     """ROW_WARPS times ROWS rows of the members' W, one over the other: member i begins with row_i.
 
@@ -132,6 +169,7 @@ def decode_linear_kernel(
     RANK, RANKS: Low-rank columns of a member and of all, in `low`; of `up`, those of its own member. 0: no adapter.
     ACTIVATION: "" or what gates: half of the rows are gate's, half the same of up, and `out` is their product.
     """
+    begin(EARLY, AT_ONCE)
     WARPS: tl.constexpr = ROW_WARPS * COLUMN_WARPS
     BLOCKS: tl.constexpr = COLUMNS // 64
     LAST: tl.constexpr = BLOCKS - 1
@@ -143,16 +181,24 @@ def decode_linear_kernel(
     OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     ALL_ROWS: tl.constexpr = ROW_WARPS * OUT_ROWS
     OUT_INPUTS: tl.constexpr = 2 if SPREAD else BLOCK_M
-    q, r, warp, block = places(ROWS, WARPS)
     # Programs that read the same rows of W are neighbours, so that all but one find them in the L2 cache.
     num_tiles = tl.cdiv(num_inputs, BLOCK_M)
     first_row = tl.program_id(0) // num_tiles * ALL_ROWS
     first_input = tl.program_id(0) % num_tiles * BLOCK_M
-    n = first_row + warp % ROW_WARPS * OUT_ROWS + block * 8 + r
-    if ACTIVATION != "":
-        n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
-    # Rows that are not there are read as the last one, which is cheaper than a mask: their sums are never stored.
-    n = tl.minimum(n, num_rows - 1)
+    # Rows that are not there are read as the last ones, which is cheaper than a mask: their sums are never stored.
+    q, r, warp, block = places(ROWS, WARPS)
+    if SPREAD:
+        # The first of four.
+        row = r // 2 * 4
+        n = first_row + warp % ROW_WARPS * OUT_ROWS + row
+        if ACTIVATION != "":
+            n = tl.where(row < 8, tl.minimum(n, row_1 - 4), tl.minimum(n - 8, row_1 - 4) + row_1)
+        n = tl.minimum(n, num_rows - 4)
+    else:
+        n = first_row + warp % ROW_WARPS * OUT_ROWS + block * 8 + r
+        if ACTIVATION != "":
+            n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
+        n = tl.minimum(n, num_rows - 1)
     # As words before they are chosen from: Triton from 3.7 on forgets how a chosen pointer is aligned once it is cast.
     words_0 = codes_0.to(tl.pointer_type(tl.int32))
     words_1 = codes_1
@@ -171,14 +217,14 @@ def decode_linear_kernel(
     row_start = n_own * COLUMNS
     first = warp // ROW_WARPS * (SPANS * 4)
     nested_ptr = scales_ptr
-    offset = tl.full([PLACES], 0.0, tl.float32)
+    offset = row_start.to(tl.float32)
     if code_map_ptr is not None:
         nested_ptr = of_member(n, row_1, row_2, nested_0, nested_1, nested_2)
         offset = tl.load(of_member(n, row_1, row_2, offset_0, offset_1, offset_2))
     if SPREAD:
-        near, far, scale, nested_absmax = load_weights(
-            *(words_ptr, scales_ptr, nested_ptr, row_start, q, first, SPANS > 0),
-            *(COLUMNS, NESTED_SHIFT, code_map_ptr is not None, not IS_EVEN),
+        loaded = load_spans(
+            *(words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, r % 2, block, first),
+            *(LOOKUP, COLUMNS, NESTED_SHIFT, SPANS, not IS_EVEN),
         )
     else:
         # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
@@ -208,14 +254,26 @@ def decode_linear_kernel(
         m = first_input + x_block * 8 + x_r
         x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
         total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if SPREAD:
+        row, is_row = rows_of_program(first_row, row_1, num_rows, ROWS, ROW_WARPS, ACTIVATION)
+        if RANK > 0:
+            member = tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0))
+            up = load_up(up_ptr, row, is_row, 0, RANK, min(RANK, 32))
+    wait(EARLY, AT_ONCE)
+    if SPREAD:
+        # What the end needs is asked for at the beginning.
+        inputs = tl.arange(0, 2)
+        mask = is_row[:, None] & (inputs < num_inputs)[None, :]
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + (inputs[None, :] * num_rows + row[:, None]), mask=mask, other=0.0)
+        if RANK > 0:
+            low_at = member * RANK
+            low0 = load_low(low_ptr, low_at, min(RANK, 32))
+            low1 = load_low(low_ptr, low_at + tl.minimum(1, num_inputs - 1) * RANKS, min(RANK, 32))
         total = spread_sums(
-            *(near, far, scale, nested_absmax, words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start),
-            *(q, first, x_ptr, x_q, x_r, x_first, num_inputs, zero, table, codebook_ptr),
-            *(LOOKUP, COLUMNS, NESTED_SHIFT, ROWS, WARPS, SPANS, not IS_EVEN),
+            *(loaded, words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, r % 2, block),
+            *(first, x_ptr, num_inputs, x_q, x_r, x_first, zero, table, codebook_ptr),
+            *(LOOKUP, COLUMNS, NESTED_SHIFT, WARPS, SPANS, not IS_EVEN),
         )
     else:
         for step in range(SPANS):
@@ -229,7 +287,8 @@ def decode_linear_kernel(
             after = tl.minimum(now + 4, LAST)
             if code_map_ptr is not None:
                 point = tl.load(code_map_ptr + scale.to(tl.int32))
-                nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
+                if (1 << NESTED_SHIFT) % BLOCKS != 0:
+                    nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
                 scale = tl.load(scales_ptr + (row_block + tl.minimum(now + 8, LAST)))
             else:
                 point = tl.load(scales_ptr + (row_block + after))
@@ -251,48 +310,41 @@ def decode_linear_kernel(
                 x_at = tl.minimum(x_first + step * 4 + j, LAST) * 64
                 total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
     if COLUMN_WARPS == 1:
-        result = total.reshape(ROW_WARPS * ROWS, BLOCK_M) * x_scale
+        result = total.reshape(ROW_WARPS * ROWS, OUT_INPUTS) * x_scale
     else:
-        result = tl.sum(total.reshape(COLUMN_WARPS, ROW_WARPS * ROWS, BLOCK_M), axis=0) * x_scale
-    rows = tl.arange(0, ROW_WARPS * ROWS)
-    row = first_row + rows
-    is_row = row < num_rows
-    if ACTIVATION != "":
-        row = first_row + rows // ROWS * OUT_ROWS + rows % OUT_ROWS
-        is_row = row < row_1
-        row += tl.where(rows % ROWS < OUT_ROWS, 0, row_1)
-    inputs = first_input + tl.arange(0, BLOCK_M)
-    is_input = inputs < num_inputs
-    if SPREAD:
-        # What an adapter adds stands with the first block.
-        is_input = (inputs % 4 == 0) & (inputs // 4 < num_inputs)
-        inputs = inputs // 4
-    if RANK > 0:
-        # A few at a time: what passes through shared memory has to fit beside the table.
-        FEW: tl.constexpr = min(RANK, 32)
+        result = tl.sum(total.reshape(COLUMN_WARPS, ROW_WARPS * ROWS, OUT_INPUTS), axis=0) * x_scale
+    if not SPREAD:
+        row, is_row = rows_of_program(first_row, row_1, num_rows, ROWS, ROW_WARPS, ACTIVATION)
+    if not SPREAD:
+        inputs = first_input + tl.arange(0, BLOCK_M)
+        mask = is_row[:, None] & (inputs < num_inputs)[None, :]
+    # A few ranks at a time: what passes through shared memory has to fit beside the table.
+    FEW: tl.constexpr = min(RANK, 32)
+    if RANK > 0 and SPREAD:
+        for start in tl.static_range(0, RANK, FEW):
+            if start > 0:
+                up = load_up(up_ptr, row, is_row, start, RANK, FEW)
+                low0 = load_low(low_ptr, low_at + start, FEW)
+                low1 = load_low(low_ptr, low_at + start + tl.minimum(1, num_inputs - 1) * RANKS, FEW)
+            result += tl.join(tl.sum(up.to(tl.float32) * low0, axis=1), tl.sum(up.to(tl.float32) * low1, axis=1))
+    elif RANK > 0:
         member = tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0))
         for start in tl.static_range(0, RANK, FEW):
-            ranks = start + tl.arange(0, FEW)
-            up_at = row.to(tl.int64)[:, None] * RANK + ranks[None, :]
-            up = tl.load(up_ptr + up_at, mask=is_row[:, None], other=0.0)
+            up = load_up(up_ptr, row, is_row, start, RANK, FEW)
             for part in tl.static_range(RANKS // RANK):
-                low_at = inputs[None, :] * RANKS + (part * RANK + ranks)[:, None]
-                low = tl.load(low_ptr + low_at, mask=is_input[None, :], other=0.0)
+                low_at = inputs[None, :] * RANKS + (part * RANK + start + tl.arange(0, FEW))[:, None]
+                low = tl.load(low_ptr + low_at, mask=(inputs < num_inputs)[None, :], other=0.0)
                 own_up = tl.where((member == part)[:, None], up, 0.0).to(up.dtype)
                 result = tl.dot(own_up, low, result)
-    if SPREAD:
-        result = tl.sum(result.reshape(ROW_WARPS * ROWS, 2, 4), axis=2)
-        inputs = tl.arange(0, 2)
-        is_input = inputs < num_inputs
     if bias_ptr is not None:
         result += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION == "":
-        mask = is_row[:, None] & is_input[None, :]
         at = inputs[None, :] * num_rows + row[:, None]
         rounded = result.to(DTYPE)
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            rounded = (residual + rounded.to(tl.float32)).to(DTYPE)
+            if not SPREAD:
+                residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
+            rounded = (residual.to(tl.float32) + rounded.to(tl.float32)).to(DTYPE)
         tl.store(out_ptr + at, rounded, mask=mask)
     else:
         halves = result.to(DTYPE).reshape(ROW_WARPS, 2, OUT_ROWS, OUT_INPUTS).permute(0, 2, 3, 1)
@@ -301,7 +353,7 @@ def decode_linear_kernel(
         activated = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
         y = (activated * gated.to(tl.float32)).to(DTYPE).to(tl.float32) * out_scale
         out_row = first_row + tl.arange(0, ALL_ROWS)
-        mask = (out_row < row_1)[:, None] & is_input[None, :]
+        mask = (out_row < row_1)[:, None] & (inputs < num_inputs)[None, :]
         tl.store(out_ptr + inputs[None, :] * row_1 + out_row[:, None], to_operand(y), mask=mask)
 
 
@@ -352,7 +404,7 @@ def decode_linear(
             NESTED_SHIFT=nested_block_size.bit_length() - 1,
             LOOKUP=lookup,
             BLOCK_M=block_m,
-            SPREAD=block_m == 8 and num_inputs <= SPREAD_ROWS,
+            SPREAD=block_m == 8 and spreads(num_inputs, num_rows, num_columns),
             ROWS=rows,
             ROW_WARPS=row_warps,
             COLUMN_WARPS=column_warps,
@@ -362,6 +414,7 @@ def decode_linear(
             ACTIVATION=activation,
             DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
             EARLY=early,
+            AT_ONCE=num_inputs <= AT_ONCE_ROWS,
             num_warps=row_warps * column_warps,
             num_stages=1,
             enable_fp_fusion=False,

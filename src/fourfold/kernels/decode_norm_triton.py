@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourfold.kernels.early_triton import AT_ONCE_ROWS, begin, wait
 from fourfold.kernels.launching import launches_early, next_power_of_2, on_device
 
 __all__ = ["decode_norm", "low_products", "to_operand"]
@@ -31,8 +32,10 @@ def decode_norm_kernel(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
     """Program (m, 0) writes row m of `out`, where there is one; program (m, i) column i of that row of `low`."""
+    begin(EARLY, AT_ONCE)
     m = tl.program_id(0)
     part = tl.program_id(1)
     columns = tl.arange(0, BLOCK_K)
@@ -42,9 +45,7 @@ def decode_norm_kernel(
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     if lora_a_ptr is not None:
         a = tl.load(lora_a_ptr + part * K + columns, mask=inside, other=0.0)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait(EARLY, AT_ONCE)
     x = tl.load(x_ptr + m * K + columns, mask=inside, other=0.0).to(tl.float32)
     if weight_ptr is not None:
         rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x) / K + eps)
@@ -81,6 +82,7 @@ def _launch(
             K=width,
             BLOCK_K=block_k,
             EARLY=early,
+            AT_ONCE=num_inputs <= AT_ONCE_ROWS,
             num_warps=max(1, min(block_k // 512, 16)),
             launch_pdl=early,
         )

@@ -3,11 +3,12 @@
 The tensor cores multiply W with eight columns at least, of which one row of x would use one. Here column n has row
 n // 4 of x where a lane's codes are of a span's block n % 4, and zeros elsewhere. So the sums of a span's four blocks
 come out beside each other, and lanes that share a row of W need not go through the same block: each reads sixteen bytes
-at once, in half as many requests to the L1 cache, which is what bounds the product.
+at once. Two quads share four rows of W, of which one has the first two blocks of a span and the other the last two: the
+eight lanes read a whole line of the L1 cache at a time, whose requests are what bounds the product.
 
 A warp counts its loads by six scoreboards, and waits for all that one of them counts: the compiler mixes what comes
 from far with what is near. So all that a lane needs for a span is asked for while it works on the span before, and not
-before that one's own has come.
+before that one's own has come. Where there are few spans, all is asked for at the beginning.
 """
 
 from __future__ import annotations
@@ -19,73 +20,106 @@ from fourfold.kernels.decode_lookup_triton import decoded
 from fourfold.kernels.small_batch_parts_triton import from_quad
 from fourfold.kernels.small_batch_triton import operand
 
-__all__ = ["load_weights", "spread_sums"]
+__all__ = ["HELD_SPANS", "load_spans", "spread_sums"]
+
+# All of which a lane asks for at the beginning; where there are more, it asks for one while it works on another.
+HELD_SPANS = tl.constexpr(4)
 
 
 @triton.jit
-def load_weights(
+def _load_weights(
     words_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     nested_ptr: tl.tensor,
     row_start: tl.tensor,
     q: tl.tensor,
+    half: tl.tensor,
+    second: tl.tensor,
     block: tl.tensor,
     is_there: tl.tensor,
     COLUMNS: tl.constexpr,
     NESTED_SHIFT: tl.constexpr,
     IS_NESTED: tl.constexpr,
     CHECKED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """What a lane reads of its row of W over a span: words of codes [places, 4] of either half, of which lanes 0 and 1
-    have the first block and 2 and 3 the second; the scale of block q [places], and what that is decoded with.
+) -> tuple[tl.tensor, ...]:
+    """What a lane reads of a span: of rows `second` and 2 + `second` of four of W the words of codes [places, 4]; of
+    row q the scale of block `second` of its half [places], and what that is decoded with [places].
 
     Args:
-        row_start: First element of the row.
+        row_start: First element of the first row.
+        half: Which half of the span a lane has, of which lanes q of 0 and 1 have the first block.
+        second: 0 or 1, a lane's two places.
         block: First of the span.
         is_there: Whether there is such a span; else zeros.
         CHECKED: Whether blocks may lie behind the row.
     """
     BLOCKS: tl.constexpr = COLUMNS // 64
+    ROW: tl.constexpr = COLUMNS // 8
     # Rounded to what it is a multiple of anyway, so that Triton knows it and loads sixteen bytes at once.
-    at = (words_ptr + (row_start // 32 * 4 + block * 8 + q * 4))[:, None] + tl.arange(0, 4)[None, :]
-    is_near = tl.full(q.shape, 1, tl.int1) & is_there
-    is_far = is_near
+    word = row_start // 32 * 4 + second * ROW + block * 8 + half * 16 + q * 4
+    at = (words_ptr + word)[:, None] + tl.arange(0, 4)[None, :]
+    is_inside = tl.full(q.shape, 1, tl.int1) & is_there
     if CHECKED:
-        is_near = is_near & (block + q // 2 < BLOCKS)
-        is_far = is_far & (block + q // 2 + 2 < BLOCKS)
-    near = tl.load(at, mask=is_near[:, None], other=0, eviction_policy="evict_first")
-    far = tl.load(at + 16, mask=is_far[:, None], other=0, eviction_policy="evict_first")
-    own = row_start // 64 + tl.minimum(block + q, BLOCKS - 1)
-    scale = tl.load(scales_ptr + own)
+        is_inside = is_inside & (block + half * 2 + q // 2 < BLOCKS)
+    own_block = tl.minimum(block + half * 2 + second, BLOCKS - 1)
+    words0 = tl.load(at, mask=is_inside[:, None], other=0, eviction_policy="evict_first")
+    words1 = tl.load(at + 2 * ROW, mask=is_inside[:, None], other=0, eviction_policy="evict_first")
+    own_row = row_start // 64 + q * BLOCKS
+    scale = tl.load(scales_ptr + (own_row + own_block))
     nested_absmax = row_start.to(tl.float32)
     if IS_NESTED:
-        nested_absmax = tl.load(nested_ptr + (own >> NESTED_SHIFT))
-    return near, far, scale, nested_absmax
+        # A row that lies in one block of scales has one number.
+        if (1 << NESTED_SHIFT) % BLOCKS == 0:
+            nested_absmax = tl.load(nested_ptr + (own_row >> NESTED_SHIFT))
+        else:
+            nested_absmax = tl.load(nested_ptr + ((own_row + own_block) >> NESTED_SHIFT))
+    return words0, words1, scale, nested_absmax
+
+
+@triton.jit
+def _absmax(
+    scale: tl.tensor,
+    nested_absmax: tl.tensor,
+    code_map_ptr: tl.tensor,
+    offset: tl.tensor,
+    block: tl.tensor,
+    BLOCKS: tl.constexpr,
+    CHECKED: tl.constexpr,
+) -> tl.tensor:
+    """[places] of a block; 0 where it lies behind the row."""
+    absmax = scale
+    if code_map_ptr is not None:
+        # Two roundings: fused multiply-adds must be off.
+        absmax = tl.load(code_map_ptr + scale.to(tl.int32)) * nested_absmax + offset
+    if CHECKED:
+        absmax = tl.where(block < BLOCKS, absmax, 0.0)
+    return absmax
 
 
 @triton.jit
 def _load_x(
     x_ptr: tl.tensor,
-    x_row: tl.tensor,
-    has_x: tl.tensor,
+    num_inputs: tl.tensor,
     q: tl.tensor,
-    half: tl.tensor,
+    r: tl.tensor,
     block: tl.tensor,
     COLUMNS: tl.constexpr,
     CHECKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Four times [places of x, 8] that go with the words of `load_weights`, of the half that a place's column is for.
+    """Four times [lanes, 8] that go with the words of `_load_weights`: of column r of the tensor cores' result, lane
+    q's part.
 
     Args:
-        x_row: First element of a place's row of x.
-        has_x: Whether the place's lane and column go together.
-        half: 0 or 1, per place.
         block: First of the span.
     """
+    m = r // 4
+    half = r % 4 // 2
+    has_x = (m < num_inputs) & (r % 2 == q // 2)
     first = block + half * 2
     if CHECKED:
-        has_x = has_x & (first + q // 2 < COLUMNS // 64)
-    at = (x_ptr + (x_row + first * 64 + q * 32) // 32 * 32)[:, None] + tl.arange(0, 8)[None, :]
+        has_x = has_x & (first < COLUMNS // 64)
+    row = tl.minimum(m, num_inputs - 1) * COLUMNS
+    at = (x_ptr + (row + first * 64 + q * 32) // 32 * 32)[:, None] + tl.arange(0, 8)[None, :]
     x0 = tl.load(at, mask=has_x[:, None], other=0.0)
     x1 = tl.load(at + 8, mask=has_x[:, None], other=0.0)
     x2 = tl.load(at + 16, mask=has_x[:, None], other=0.0)
@@ -94,9 +128,9 @@ def _load_x(
 
 
 @triton.jit
-def _known_once(words: tl.tensor, zero: tl.tensor, PLACES: tl.constexpr) -> tl.tensor:
+def _known_once(words: tl.tensor, zero: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
     """Zeros [places] that are known once `words` have come. `zero` is 0, of which the compiler does not know it."""
-    even, _ = tl.split(words.reshape(PLACES, 2, 2))
+    even, _ = tl.split(words.reshape(64 * WARPS, 2, 2))
     word, _ = tl.split(even)
     return word & zero
 
@@ -110,63 +144,65 @@ def _issued() -> None:
 
 
 @triton.jit
-def _span_total(
-    total: tl.tensor,
-    near: tl.tensor,
-    far: tl.tensor,
-    x0: tl.tensor,
-    x1: tl.tensor,
-    x2: tl.tensor,
-    x3: tl.tensor,
+def _factors(absmax: tl.tensor, first: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
+    """[WARPS, 16, 8]: absmax of rows `first` and the next of each four, where their sums are."""
+    PLACES: tl.constexpr = 64 * WARPS
+    both = tl.join(from_quad(absmax, first, PLACES), from_quad(absmax, first + 1, PLACES))
+    # blocks of the pair, warps, r, q, rows of the pair
+    return both.reshape(2, WARPS, 8, 4, 2).permute(1, 4, 2, 3, 0).reshape(WARPS, 16, 8)
+
+
+@triton.jit
+def _with_span(
+    totals: tl.tuple,
+    words0: tl.tensor,
+    words1: tl.tensor,
+    x: tl.tuple,
     absmax: tl.tensor,
     q: tl.tensor,
     table: tl.tensor,
     codebook_ptr: tl.tensor,
     LOOKUP: tl.constexpr,
-    ROWS: tl.constexpr,
     WARPS: tl.constexpr,
-) -> tl.tensor:
-    """`total` [WARPS, rows of W, 8] and what a span adds.
-
-    absmax: [places], that of block q.
-    """
-    PLACES: tl.constexpr = 4 * ROWS * WARPS
+) -> tuple[tl.tensor, tl.tensor]:
+    """Both of `totals` and what a span adds: see `spread_sums`."""
+    PLACES: tl.constexpr = 64 * WARPS
     # Columns that belong to the other half get what nobody wants.
-    near_sums = tl.full(total.shape, 0.0, tl.float32)
-    far_sums = tl.full(total.shape, 0.0, tl.float32)
-    near_even, near_odd = tl.split(near.reshape(PLACES, 2, 2))
-    far_even, far_odd = tl.split(far.reshape(PLACES, 2, 2))
-    near0, near2 = tl.split(near_even)
-    near1, near3 = tl.split(near_odd)
-    far0, far2 = tl.split(far_even)
-    far1, far3 = tl.split(far_odd)
+    sums0 = tl.full([WARPS, 16, 8], 0.0, tl.float32)
+    sums1 = tl.full([WARPS, 16, 8], 0.0, tl.float32)
+    even0, odd0 = tl.split(words0.reshape(PLACES, 2, 2))
+    even1, odd1 = tl.split(words1.reshape(PLACES, 2, 2))
+    first0, third0 = tl.split(even0)
+    second0, fourth0 = tl.split(odd0)
+    first1, third1 = tl.split(even1)
+    second1, fourth1 = tl.split(odd1)
     for i in tl.static_range(4):
-        near_word = near0 if i == 0 else near1 if i == 1 else near2 if i == 2 else near3
-        far_word = far0 if i == 0 else far1 if i == 1 else far2 if i == 2 else far3
-        x = x0 if i == 0 else x1 if i == 1 else x2 if i == 2 else x3
-        columns = operand(x, 8, WARPS).permute(0, 2, 1)
-        near_weight = operand(decoded(near_word.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
-        near_sums = tl.dot(near_weight, columns, near_sums)
-        far_weight = operand(decoded(far_word.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
-        far_sums = tl.dot(far_weight, columns, far_sums)
-    # A lane has the sums of two blocks.
-    pair = tl.join(from_quad(absmax, q * 2 % 4, PLACES), from_quad(absmax, (q * 2 + 1) % 4, PLACES))
-    factor = pair.reshape(ROWS // 8, WARPS, 8, 1, 4, 2).permute(1, 0, 2, 3, 4, 5).reshape(WARPS, ROWS, 8)
-    is_near = (tl.arange(0, 8) % 4 < 2)[None, None, :]
-    return tl.fma(tl.where(is_near, near_sums, far_sums), factor, total)
+        columns = operand(x[i], 8, WARPS).permute(0, 2, 1)
+        word0 = first0 if i == 0 else second0 if i == 1 else third0 if i == 2 else fourth0
+        word1 = first1 if i == 0 else second1 if i == 1 else third1 if i == 2 else fourth1
+        weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), 16, WARPS)
+        sums0 = tl.dot(weight0, columns, sums0)
+        weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), 16, WARPS)
+        sums1 = tl.dot(weight1, columns, sums1)
+    total0 = tl.fma(sums0, _factors(absmax, q * 0, WARPS), totals[0])
+    total1 = tl.fma(sums1, _factors(absmax, q * 0 + 2, WARPS), totals[1])
+    return total0, total1
 
 
 @triton.jit
-def _step(
-    total: tl.tensor,
-    near: tl.tensor,
-    far: tl.tensor,
-    scale: tl.tensor,
-    nested_absmax: tl.tensor,
-    x0: tl.tensor,
-    x1: tl.tensor,
-    x2: tl.tensor,
-    x3: tl.tensor,
+def _joined(totals: tl.tuple, WARPS: tl.constexpr) -> tl.tensor:
+    """[WARPS, 16, 2]: of both of `totals`, the sums of all blocks for each row of W and of x."""
+    # rows of the pair, fours of rows, halves; rows of x, halves, blocks of the pair; pairs
+    both = tl.join(totals[0], totals[1]).reshape(WARPS, 2, 4, 2, 2, 2, 2, 2)
+    half = tl.arange(0, 2)
+    is_own = half[:, None] == half[None, :]
+    both = tl.where(is_own[None, None, None, :, None, :, None, None], both, 0.0)
+    sums = tl.sum(tl.sum(tl.sum(both, axis=6), axis=5), axis=3)
+    return sums.permute(0, 2, 4, 1, 3).reshape(WARPS, 16, 2)
+
+
+@triton.jit
+def load_spans(
     words_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     nested_ptr: tl.tensor,
@@ -174,51 +210,95 @@ def _step(
     offset: tl.tensor,
     row_start: tl.tensor,
     q: tl.tensor,
-    block: tl.tensor,
-    is_more: tl.tensor,
-    x_ptr: tl.tensor,
-    x_row: tl.tensor,
-    has_x: tl.tensor,
-    x_q: tl.tensor,
     half: tl.tensor,
-    x_block: tl.tensor,
+    second: tl.tensor,
+    first: tl.tensor,
+    LOOKUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    SPANS: tl.constexpr,
+    CHECKED: tl.constexpr,
+) -> tl.tuple:
+    """What `_load_weights` has of the first span, in a tuple; or, where all are held, of each, with absmax as scale."""
+    HELD: tl.constexpr = SPANS <= HELD_SPANS
+    loaded: tl.tuple = ()
+    for span in tl.static_range(SPANS if HELD else 1):
+        own = _load_weights(
+            *(words_ptr, scales_ptr, nested_ptr, row_start, q, half, second, first + span * 4, True),
+            *(COLUMNS, NESTED_SHIFT, code_map_ptr is not None, CHECKED),
+        )
+        loaded = loaded + (own,)  # noqa: RUF005, Triton knows no starred tuples
+    if HELD:
+        if LOOKUP != "gather":
+            _issued()
+        held: tl.tuple = ()
+        for span in tl.static_range(SPANS):
+            words0, words1, scale, nested_absmax = loaded[span]
+            block = first + span * 4 + half * 2 + second
+            absmax = _absmax(scale, nested_absmax, code_map_ptr, offset, block, COLUMNS // 64, CHECKED)
+            held = held + ((words0, words1, absmax, nested_absmax),)  # noqa: RUF005
+        loaded = held
+    return loaded
+
+
+@triton.jit
+def _two_spans(
+    totals: tl.tuple,
+    loaded: tl.tuple,
+    x: tl.tuple,
+    words_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    nested_ptr: tl.tensor,
+    code_map_ptr: tl.tensor,
+    offset: tl.tensor,
+    row_start: tl.tensor,
+    q: tl.tensor,
+    half: tl.tensor,
+    second: tl.tensor,
+    first: tl.tensor,
+    x_ptr: tl.tensor,
+    num_inputs: tl.tensor,
+    x_q: tl.tensor,
+    x_r: tl.tensor,
+    x_first: tl.tensor,
+    begin: tl.tensor,
     zero: tl.tensor,
     table: tl.tensor,
     codebook_ptr: tl.tensor,
     LOOKUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     NESTED_SHIFT: tl.constexpr,
-    ROWS: tl.constexpr,
     WARPS: tl.constexpr,
+    SPANS: tl.constexpr,
     CHECKED: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """`total` with a span added, and what `load_weights` and `_load_x` load of the next, if there is one."""
+) -> tuple[tl.tuple, tl.tuple, tl.tuple]:
+    """`totals` with spans `begin` and the next, and what `_load_weights` and `_load_x` load of the one behind them."""
     BLOCKS: tl.constexpr = COLUMNS // 64
-    start = row_start + _known_once(near, zero, 4 * ROWS * WARPS)
-    next_near, next_far, next_scale, next_nested = load_weights(
-        *(words_ptr, scales_ptr, nested_ptr, start, q, block + 4, is_more),
-        *(COLUMNS, NESTED_SHIFT, code_map_ptr is not None, CHECKED),
-    )
-    next_x = tl.minimum(x_block + 4, (BLOCKS - 1) // 4 * 4)
-    next_x0, next_x1, next_x2, next_x3 = _load_x(x_ptr, x_row, has_x, x_q, half, next_x, COLUMNS, CHECKED)
-    if LOOKUP != "gather":
-        _issued()
-    absmax = scale
-    if code_map_ptr is not None:
-        # Two roundings: fused multiply-adds must be off.
-        absmax = tl.load(code_map_ptr + scale.to(tl.int32)) * nested_absmax + offset
-    if CHECKED:
-        absmax = tl.where(block + q < BLOCKS, absmax, 0.0)
-    total = _span_total(total, near, far, x0, x1, x2, x3, absmax, q, table, codebook_ptr, LOOKUP, ROWS, WARPS)
-    return total, next_near, next_far, next_scale, next_nested, next_x0, next_x1, next_x2, next_x3
+    IS_ROWS: tl.constexpr = (1 << NESTED_SHIFT) % BLOCKS == 0
+    IS_NESTED: tl.constexpr = code_map_ptr is not None
+    for step in tl.static_range(2):
+        words0, words1, scale, nested_absmax = loaded
+        now = x
+        span = begin + step
+        loaded = _load_weights(
+            *(words_ptr, scales_ptr, nested_ptr, row_start + _known_once(words0, zero, WARPS), q, half, second),
+            *(first + span * 4 + 4, span + 1 < SPANS, COLUMNS, NESTED_SHIFT, IS_NESTED and not IS_ROWS, CHECKED),
+        )
+        if IS_ROWS:
+            loaded = (loaded[0], loaded[1], loaded[2], nested_absmax)
+        next_x = tl.minimum(x_first + span * 4 + 4, (BLOCKS - 1) // 4 * 4)
+        x = _load_x(x_ptr, num_inputs, x_q, x_r, next_x, COLUMNS, CHECKED)
+        if LOOKUP != "gather":
+            _issued()
+        block = first + span * 4 + half * 2 + second
+        absmax = _absmax(scale, nested_absmax, code_map_ptr, offset, block, BLOCKS, CHECKED)
+        totals = _with_span(totals, words0, words1, now, absmax, q, table, codebook_ptr, LOOKUP, WARPS)
+    return totals, loaded, x
 
 
 @triton.jit
 def spread_sums(
-    near: tl.tensor,
-    far: tl.tensor,
-    scale: tl.tensor,
-    nested_absmax: tl.tensor,
+    loaded: tl.tuple,
     words_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     nested_ptr: tl.tensor,
@@ -226,59 +306,71 @@ def spread_sums(
     offset: tl.tensor,
     row_start: tl.tensor,
     q: tl.tensor,
+    half: tl.tensor,
+    second: tl.tensor,
     first: tl.tensor,
     x_ptr: tl.tensor,
+    num_inputs: tl.tensor,
     x_q: tl.tensor,
     x_r: tl.tensor,
     x_first: tl.tensor,
-    num_inputs: tl.tensor,
     zero: tl.tensor,
     table: tl.tensor,
     codebook_ptr: tl.tensor,
     LOOKUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     NESTED_SHIFT: tl.constexpr,
-    ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     SPANS: tl.constexpr,
     CHECKED: tl.constexpr,
 ) -> tl.tensor:
-    """[WARPS, rows of W, 8]: in column n the sum of row n // 4 of x over all spans' blocks n % 4, times their scales.
+    """[WARPS, 16 rows of W, 2 rows of x]: the sums of a warp's spans.
+
+    On the way there are two times [WARPS, 16, 8], of the first and of the last two of each four rows of W: in rows r
+    and r + 8 the sums of lane r's half of all spans; in column n those of row n // 4 of x over blocks n % 4 of a span,
+    times their scales, if these are of that half.
 
     Args:
-        near, far, scale, nested_absmax: What `load_weights` has of the first span.
+        loaded: What `load_spans` has.
         code_map_ptr: None where scales are fp32, and as they are.
         offset: Of nested scales [places].
+        row_start, q, half, second: See `_load_weights`.
         first, x_first: First block of a warp, for the places of W and of x.
         x_q, x_r: See `places`.
         zero: 0, of which the compiler does not know it.
     """
-    m = x_r // 4
-    half = x_r % 4 // 2
-    has_x = (m < num_inputs) & (x_r % 2 == x_q // 2)
-    x_row = tl.minimum(m, num_inputs - 1) * COLUMNS
-    total = tl.full([WARPS, ROWS, 8], 0.0, tl.float32)
-    x0, x1, x2, x3 = _load_x(x_ptr, x_row, has_x, x_q, half, x_first, COLUMNS, CHECKED)
-    # Two spans a turn, so that nothing is copied from one register to another.
-    for turn in range(SPANS // 2):
-        block, x_block = first + turn * 8, x_first + turn * 8
-        total, near1, far1, scale1, nested1, x4, x5, x6, x7 = _step(
-            *(total, near, far, scale, nested_absmax, x0, x1, x2, x3, words_ptr, scales_ptr, nested_ptr),
-            *(code_map_ptr, offset, row_start, q, block, SPANS > 1, x_ptr, x_row, has_x, x_q, half, x_block),
-            *(zero, table, codebook_ptr),
-            *(LOOKUP, COLUMNS, NESTED_SHIFT, ROWS, WARPS, CHECKED),
+    BLOCKS: tl.constexpr = COLUMNS // 64
+    HELD: tl.constexpr = SPANS <= HELD_SPANS
+    LOOPED: tl.constexpr = 0 if HELD else SPANS // 2 * 2
+    t0 = tl.full([WARPS, 16, 8], 0.0, tl.float32)
+    t1 = tl.full([WARPS, 16, 8], 0.0, tl.float32)
+    x0, x1, x2, x3 = _load_x(x_ptr, num_inputs, x_q, x_r, x_first, COLUMNS, CHECKED)
+    if not HELD:
+        words0, words1, scale, nested_absmax = loaded[0]
+        # Two spans a turn, so that nothing is copied from one register to another. (A loop keeps tensors, no tuples.)
+        for turn in range(LOOPED // 2):
+            totals, now, x = _two_spans(
+                *((t0, t1), (words0, words1, scale, nested_absmax), (x0, x1, x2, x3), words_ptr, scales_ptr),
+                *(nested_ptr, code_map_ptr, offset, row_start, q, half, second, first, x_ptr, num_inputs, x_q, x_r),
+                *(x_first, turn * 2, zero, table, codebook_ptr),
+                *(LOOKUP, COLUMNS, NESTED_SHIFT, WARPS, SPANS, CHECKED),
+            )
+            t0, t1 = totals
+            words0, words1, scale, nested_absmax = now
+            x0, x1, x2, x3 = x
+        absmax = _absmax(
+            *(scale, nested_absmax, code_map_ptr, offset, first + LOOPED * 4 + half * 2 + second, BLOCKS, CHECKED)
         )
-        total, near, far, scale, nested_absmax, x0, x1, x2, x3 = _step(
-            *(total, near1, far1, scale1, nested1, x4, x5, x6, x7, words_ptr, scales_ptr, nested_ptr),
-            *(code_map_ptr, offset, row_start, q, block + 4, turn * 2 + 2 < SPANS, x_ptr, x_row, has_x, x_q, half),
-            *(x_block + 4, zero, table, codebook_ptr),
-            *(LOOKUP, COLUMNS, NESTED_SHIFT, ROWS, WARPS, CHECKED),
-        )
-    if SPANS % 2 == 1:
-        total, near, far, scale, nested_absmax, x0, x1, x2, x3 = _step(
-            *(total, near, far, scale, nested_absmax, x0, x1, x2, x3, words_ptr, scales_ptr, nested_ptr),
-            *(code_map_ptr, offset, row_start, q, first + (SPANS - 1) * 4, SPANS == 0, x_ptr, x_row, has_x, x_q),
-            *(half, x_first + (SPANS - 1) * 4, zero, table, codebook_ptr),
-            *(LOOKUP, COLUMNS, NESTED_SHIFT, ROWS, WARPS, CHECKED),
-        )
-    return total
+        loaded = ((words0, words1, absmax, nested_absmax),)
+    totals = (t0, t1)
+    x = (x0, x1, x2, x3)
+    for span in tl.static_range(LOOPED, SPANS):
+        words0, words1, absmax, _ = loaded[span - LOOPED]
+        now = x
+        if span + 1 < SPANS:
+            next_x = tl.minimum(x_first + span * 4 + 4, (BLOCKS - 1) // 4 * 4)
+            x = _load_x(x_ptr, num_inputs, x_q, x_r, next_x, COLUMNS, CHECKED)
+            if LOOKUP != "gather":
+                _issued()
+        totals = _with_span(totals, words0, words1, now, absmax, q, table, codebook_ptr, LOOKUP, WARPS)
+    return _joined(totals, WARPS)

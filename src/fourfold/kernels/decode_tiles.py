@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["SPREAD_ROWS", "Tile", "tile_for"]
+__all__ = ["SPREAD_ROWS", "Tile", "spreads", "tile_for"]
 
 # Of x, up to which `decode_spread_triton` multiplies.
 SPREAD_ROWS = 2
@@ -37,16 +38,27 @@ def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int) 
         processors: Multiprocessors of the GPU.
     """
     is_long, has_many = num_columns > 8192, num_rows >= 128 * processors
-    if num_inputs <= 8:
-        # A fourth program of four warps fits a multiprocessor.
-        registers = 128 if num_inputs <= SPREAD_ROWS else None
+    # Where a program of eight warps to each multiprocessor is all that there are.
+    is_all = num_rows <= 32 * processors
+    if num_inputs <= SPREAD_ROWS:
+        # Warps that go through more columns have the words of a few alone, and a fourth program fits a multiprocessor.
         if has_many:
-            return Tile(8, 16, 2, 2, registers)
-        return Tile(8, 16, 1, 8, registers or 96) if is_long else Tile(8, 16, 1, 4)
+            return Tile(8, 16, 2, 2, 128 if num_columns > 2048 else None)
+        return Tile(8, 16, 1, 8, 128) if is_long or is_all else Tile(8, 16, 1, 4)
+    if num_inputs <= 8:
+        if has_many:
+            return Tile(8, 16, 2, 2)
+        return Tile(8, 16, 1, 8, 96) if is_long else Tile(8, 16, 1, 4)
     block_m = 16 if num_inputs <= 16 else 32
     if has_many:
         return Tile(block_m, 32, 4, 1)
-    # A program of eight warps to each multiprocessor, which share what they read of x, where that is all there are.
-    if num_inputs <= 32 and num_rows <= 32 * processors:
+    # They share what they read of x.
+    if num_inputs <= 32 and is_all:
         return Tile(block_m, 16, 2, 4, 160 if is_long else None)
     return Tile(block_m, 32 if is_long else 16, 1, 4)
+
+
+def spreads(num_inputs: int, num_rows: Sequence[int], num_columns: int) -> bool:
+    """Whether `decode_spread_triton` multiplies so many rows of x by members with so many rows of W: it takes four of
+    these at a time, and two blocks."""
+    return num_inputs <= SPREAD_ROWS and num_columns % 128 == 0 and all(rows % 4 == 0 for rows in num_rows)
