@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.decode_lookup_triton import decoded, fill_table
-from fourfold.kernels.decode_norm_triton import to_operand
+from fourfold.kernels.decode_result_triton import load_low, load_up, rows_of_program, store_result
 from fourfold.kernels.decode_spread_triton import load_spans, spread_sums
 from fourfold.kernels.decode_tiles import Tile, spreads, tile_for
 from fourfold.kernels.early_triton import AT_ONCE_ROWS, begin, wait
@@ -79,41 +79,6 @@ def block_sums(
     sums = tl.dot(weight0, operand(x0, BLOCK_M, WARPS).permute(0, 2, 1), sums)
     sums = tl.dot(weight1, operand(x1, BLOCK_M, WARPS).permute(0, 2, 1), sums)
     return tl.fma(sums, factor, total)
-
-
-@triton.jit
-def rows_of_program(
-    first_row: tl.tensor,
-    row_1: tl.tensor,
-    num_rows: tl.tensor,
-    ROWS: tl.constexpr,
-    ROW_WARPS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Of W, a program's [ROW_WARPS * ROWS], and whether there are such."""
-    rows = tl.arange(0, ROW_WARPS * ROWS)
-    row = first_row + rows
-    is_row = row < num_rows
-    if ACTIVATION != "":
-        row = first_row + rows // ROWS * (ROWS // 2) + rows % (ROWS // 2)
-        is_row = row < row_1
-        row += tl.where(rows % ROWS < ROWS // 2, 0, row_1)
-    return row, is_row
-
-
-@triton.jit
-def load_up(
-    up_ptr: tl.tensor, row: tl.tensor, is_row: tl.tensor, start: tl.tensor, RANK: tl.constexpr, FEW: tl.constexpr
-) -> tl.tensor:
-    """[rows, FEW] of an adapter's B, from rank `start` on."""
-    at = row.to(tl.int64)[:, None] * RANK + (start + tl.arange(0, FEW))[None, :]
-    return tl.load(up_ptr + at, mask=is_row[:, None], other=0.0)
-
-
-@triton.jit
-def load_low(low_ptr: tl.tensor, at: tl.tensor, FEW: tl.constexpr) -> tl.tensor:
-    """fp32 [rows, FEW]: of what x has become by an adapter's A, from `at` [rows] on."""
-    return tl.load(low_ptr + (at[:, None] + tl.arange(0, FEW)[None, :])).to(tl.float32)
 
 
 # One kernel for all numbers of rows that share a tile.
@@ -339,25 +304,12 @@ def decode_linear_kernel(
                 low = tl.load(low_ptr + low_at, mask=(inputs < num_inputs)[None, :], other=0.0)
                 own_up = tl.where((member == part)[:, None], up, 0.0).to(up.dtype)
                 result = tl.dot(own_up, low, result)
-    if bias_ptr is not None:
-        result += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    if ACTIVATION == "":
-        at = inputs[None, :] * num_rows + row[:, None]
-        rounded = result.to(DTYPE)
-        if residual_ptr is not None:
-            if not SPREAD:
-                residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
-            rounded = (residual.to(tl.float32) + rounded.to(tl.float32)).to(DTYPE)
-        tl.store(out_ptr + at, rounded, mask=mask)
-    else:
-        halves = result.to(DTYPE).reshape(ROW_WARPS, 2, OUT_ROWS, OUT_INPUTS).permute(0, 2, 3, 1)
-        gate, gated = tl.split(halves.reshape(ALL_ROWS, OUT_INPUTS, 2))
-        gate = gate.to(tl.float32)
-        activated = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
-        y = (activated * gated.to(tl.float32)).to(DTYPE).to(tl.float32) * out_scale
-        out_row = first_row + tl.arange(0, ALL_ROWS)
-        mask = (out_row < row_1)[:, None] & (inputs < num_inputs)[None, :]
-        tl.store(out_ptr + inputs[None, :] * row_1 + out_row[:, None], to_operand(y), mask=mask)
+    if not SPREAD or residual_ptr is None:
+        residual = 0
+    store_result(
+        *(out_ptr, result, bias_ptr, residual_ptr, residual, row, is_row, inputs, mask, num_inputs, first_row),
+        *(row_1, num_rows, out_scale, SPREAD, ROW_WARPS, OUT_ROWS, ACTIVATION, DTYPE),
+    )
 
 
 def decode_linear(
