@@ -185,6 +185,10 @@ def decode_linears() -> None:
         (1, (37, 12, 21), 192, True, False),
         (13, (41,), 2112, False, False),
         (5, (21, 21), 320, True, True),
+        # Columns that tell blocks apart: all spans held, some of them without columns; one asked for ahead; gated.
+        (2, (40, 12, 20), 384, True, False),
+        (1, (36,), 4352, True, False),
+        (1, (20, 20), 4224, False, True),
     ):
         weights = [quantized((count, columns), double_quant=double_quant)[0] for count in rows]
         given = [parts(weight) for weight in weights]
@@ -201,13 +205,14 @@ def decode_linears() -> None:
 
 def decode_attention() -> None:
     """The first and the last place of a slot, and between; parts without keys; windows, norms and rotation, or not."""
-    for heads, kv_heads, head_dim, window, plain in ((4, 2, 32, None, False), (3, 1, 16, 70, True)):
+    for rows, heads, kv_heads, head_dim, window, plain in ((3, 4, 2, 32, None, False), (2, 3, 1, 16, 70, True)):
         keys, values = random(3, kv_heads, 130, head_dim), random(3, kv_heads, 130, head_dim)
-        angles = (None, None) if plain else (random(3, head_dim), random(3, head_dim))
+        angles = (None, None) if plain else (random(rows, head_dim), random(rows, head_dim))
         norms = (None, None) if plain else (random(head_dim), random(head_dim))
-        places = (torch.tensor([2, 0, 1], device=DEVICE), torch.tensor([129, 0, 70], device=DEVICE))
+        slots, positions = [2, 0, 1][:rows], [129, 0, 70][:rows]
+        places = (torch.tensor(slots, device=DEVICE), torch.tensor(positions, device=DEVICE))
         decode_attention_triton.decode_attention_(
-            *(random(3, (heads + 2 * kv_heads) * head_dim), *angles, keys, values, *places),
+            *(random(rows, (heads + 2 * kv_heads) * head_dim), *angles, keys, values, *places),
             *(head_dim**-0.5, window, *norms, 1e-6, plain, 64),
         )
 

@@ -225,7 +225,8 @@ def decode_linear_kernel(
     if SPREAD:
         row, is_row = rows_of_program(first_row, row_1, num_rows, ROWS, ROW_WARPS, ACTIVATION)
         if RANK > 0:
-            member = tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0))
+            # Rows that are not there have an adapter that is.
+            member = tl.minimum(tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0)), RANKS // RANK - 1)
             up = load_up(up_ptr, row, is_row, 0, RANK, min(RANK, 32))
     wait(EARLY, AT_ONCE)
     if SPREAD:
