@@ -68,7 +68,7 @@ class MergeReport:
             f"  logits against the trained model, {difference.num_tokens} positions of {difference.num_texts} prompts:",
             f"    relative error  {difference.relative_error:.5f}  (bound {self.bound})",
             f"    largest         {difference.max_abs_difference:.4f}",
-            f"    mean KL         {difference.mean_kl:.2e} nats, at most {difference.max_kl:.2e}{kl}",
+            f"    mean KL         {difference.mean_kl:.2e} nats{kl}, at most {difference.max_kl:.2e} at a position",
             f"    same top token  {difference.top1_agreement:.2%}{top1}",
             f"written to {self.folder} in {self.dtype}",
         ]

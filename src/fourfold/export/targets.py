@@ -80,7 +80,8 @@ class ExportReport:
             found: Agreement = reading.agreement
             lines += [
                 f"  read by {reader}, {found.num_tokens} positions of {found.num_texts} texts:",
-                f"    mean KL         {found.mean_kl:.2e} nats, at most {found.max_kl:.2e}  (bound {self.bounds.kl:g})",
+                f"    mean KL         {found.mean_kl:.2e} nats  (bound {self.bounds.kl:g}), "
+                f"at most {found.max_kl:.2e} at a position",
                 f"    same top token  {found.top1_agreement:.2%}"
                 + ("" if reading.is_sample else f"  (bound {self.bounds.top1:.2%})"),
             ]
