@@ -128,7 +128,7 @@ class GraphedStep:
 
     def clear(self) -> None:
         """Free all graphs, once none of them runs."""
-        held = next((graph for graph in (*self._graphs.values(), *self._prompts.values())), None)
+        held = next(iter((*self._graphs.values(), *self._prompts.values())), None)
         if held is not None and held.inputs.is_cuda:
             torch.cuda.synchronize(held.inputs.device)
         self._graphs.clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 from fourfold.inference.logprobs import ArrivingLogprobs, TokenLogprob
 from fourfold.inference.requests import Sequence
 from fourfold.inference.sampling import RowSampling, sample
-from fourfold.inference.transfers import Arriving
+from fourfold.inference.transfers import Arriving, to_device
 
 __all__ = ["Draw", "Drawing", "Drawn"]
 
@@ -60,7 +60,7 @@ class Drawing:
         if self._seen is None:
             self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
         self._seen[slot] = False
-        self._seen[slot, torch.tensor(list(tokens), device=self._device)] = True
+        self._seen[slot, to_device(list(tokens), torch.int64, self._device)] = True
 
     def draw(
         self, sequences: Rows[Sequence], slots: Tensor, logits: Tensor, positions: Tensor, allowed: Tensor | None

@@ -83,14 +83,15 @@ def cached(
     first_seen: tl.tensor,
     end: tl.tensor,
     D: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Keys [D, N] and values [N, D] of tokens [N] of a slot's head, zeros before `first_seen` and from `end` on."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Keys [D, N] and values [N, D] of tokens [N] of a slot's head, zeros before `first_seen` and from `end` on; and
+    [N] which are between."""
     is_seen = (tokens < end) & (tokens >= first_seen)
     d = tl.arange(0, D)
     at = base + tokens.to(tl.int64) * token_stride
     keys = tl.load(keys_ptr + (at[None, :] + d[:, None]), mask=is_seen[None, :], other=0.0)
     values = tl.load(values_ptr + (at[:, None] + d[None, :]), mask=is_seen[:, None], other=0.0)
-    return keys, values
+    return keys, values, is_seen
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def decode_attention_kernel(
     start = tl.maximum(part * part_size, first_seen // BLOCK_N * BLOCK_N)
     end = tl.minimum((part + 1) * part_size, position)
     if AT_ONCE:
-        first_keys, first_values = cached(keys_ptr, values_ptr, base, token_stride, start + n, first_seen, end, D)
+        first = cached(keys_ptr, values_ptr, base, token_stride, start + n, first_seen, end, D)
     wait(EARLY, AT_ONCE)
     row_ptr = qkv_ptr + m * ((HEADS + 2 * KV_HEADS) * D)
     if cos_ptr is not None:
@@ -188,13 +189,11 @@ def decode_attention_kernel(
         total += 1.0
         sums += new_v.to(tl.float32)
     if AT_ONCE and start < end:
-        is_seen = (start + n < end) & (start + n >= first_seen)
-        largest, total, sums = attended(largest, total, sums, q, first_keys, first_values, is_seen, scale)
+        largest, total, sums = attended(largest, total, sums, q, *first, scale)
         start += BLOCK_N
     for block in range(start, end, BLOCK_N):
-        is_seen = (block + n < end) & (block + n >= first_seen)
-        keys, values = cached(keys_ptr, values_ptr, base, token_stride, block + n, first_seen, end, D)
-        largest, total, sums = attended(largest, total, sums, q, keys, values, is_seen, scale)
+        held = cached(keys_ptr, values_ptr, base, token_stride, block + n, first_seen, end, D)
+        largest, total, sums = attended(largest, total, sums, q, *held, scale)
     head = kv_head * GROUP + g
     place = (m * HEADS + head) * num_parts + part
     tl.store(sums_ptr + (place[:, None] * D + d[None, :]), sums, mask=(g < GROUP)[:, None])

@@ -128,11 +128,18 @@ def _load_x(
 
 
 @triton.jit
+def _four_words(words: tl.tensor, PLACES: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Four times [places] of words [places, 4]."""
+    even, odd = tl.split(words.reshape(PLACES, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _known_once(words: tl.tensor, zero: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
     """Zeros [places] that are known once `words` have come. `zero` is 0, of which the compiler does not know it."""
-    even, _ = tl.split(words.reshape(64 * WARPS, 2, 2))
-    word, _ = tl.split(even)
-    return word & zero
+    return _four_words(words, 64 * WARPS)[0] & zero
 
 
 @triton.jit
@@ -170,19 +177,13 @@ def _with_span(
     # Columns that belong to the other half get what nobody wants.
     sums0 = tl.full([WARPS, 16, 8], 0.0, tl.float32)
     sums1 = tl.full([WARPS, 16, 8], 0.0, tl.float32)
-    even0, odd0 = tl.split(words0.reshape(PLACES, 2, 2))
-    even1, odd1 = tl.split(words1.reshape(PLACES, 2, 2))
-    first0, third0 = tl.split(even0)
-    second0, fourth0 = tl.split(odd0)
-    first1, third1 = tl.split(even1)
-    second1, fourth1 = tl.split(odd1)
+    four0 = _four_words(words0, PLACES)
+    four1 = _four_words(words1, PLACES)
     for i in tl.static_range(4):
         columns = operand(x[i], 8, WARPS).permute(0, 2, 1)
-        word0 = first0 if i == 0 else second0 if i == 1 else third0 if i == 2 else fourth0
-        word1 = first1 if i == 0 else second1 if i == 1 else third1 if i == 2 else fourth1
-        weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), 16, WARPS)
+        weight0 = operand(decoded(four0[i].reshape(PLACES, 1), table, codebook_ptr, LOOKUP), 16, WARPS)
         sums0 = tl.dot(weight0, columns, sums0)
-        weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), 16, WARPS)
+        weight1 = operand(decoded(four1[i].reshape(PLACES, 1), table, codebook_ptr, LOOKUP), 16, WARPS)
         sums1 = tl.dot(weight1, columns, sums1)
     total0 = tl.fma(sums0, _factors(absmax, q * 0, WARPS), totals[0])
     total1 = tl.fma(sums1, _factors(absmax, q * 0 + 2, WARPS), totals[1])

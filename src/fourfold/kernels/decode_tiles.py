@@ -52,7 +52,7 @@ def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int) 
     block_m = 16 if num_inputs <= 16 else 32
     if has_many:
         return Tile(block_m, 32, 4, 1)
-    # They share what they read of x.
+    # Those eight warps share what they read of x.
     if num_inputs <= 32 and is_all:
         return Tile(block_m, 16, 2, 4, 160 if is_long else None)
     return Tile(block_m, 32 if is_long else 16, 1, 4)
