@@ -190,10 +190,8 @@ def decode_linear_kernel(
         nested_ptr = of_member(n, row_1, row_2, nested_0, nested_1, nested_2)
         offset = tl.load(of_member(n, row_1, row_2, offset_0, offset_1, offset_2))
     if SPREAD:
-        loaded = load_spans(
-            *(words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, r % 2, block, first),
-            *(LOOKUP, COLUMNS, NESTED_SHIFT, SPANS, not IS_EVEN),
-        )
+        lanes = (words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, r % 2, block, first)
+        loaded = load_spans(lanes, LOOKUP, COLUMNS, NESTED_SHIFT, SPANS, not IS_EVEN)
     else:
         # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
         word = (row_start + q * 16) // 16 * 2
@@ -240,8 +238,7 @@ def decode_linear_kernel(
             low0 = load_low(low_ptr, low_at, min(RANK, 32))
             low1 = load_low(low_ptr, low_at + tl.minimum(1, num_inputs - 1) * RANKS, min(RANK, 32))
         total = spread_sums(
-            *(loaded, words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, r % 2, block),
-            *(first, x_ptr, num_inputs, x_q, x_r, x_first, zero, table, codebook_ptr),
+            *(loaded, lanes, (x_ptr, num_inputs, x_q, x_r, x_first), zero, table, codebook_ptr),
             *(LOOKUP, COLUMNS, NESTED_SHIFT, WARPS, SPANS, not IS_EVEN),
         )
     else:

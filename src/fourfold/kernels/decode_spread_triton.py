@@ -204,23 +204,21 @@ def _joined(totals: tl.tuple, WARPS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def load_spans(
-    words_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    nested_ptr: tl.tensor,
-    code_map_ptr: tl.tensor,
-    offset: tl.tensor,
-    row_start: tl.tensor,
-    q: tl.tensor,
-    half: tl.tensor,
-    second: tl.tensor,
-    first: tl.tensor,
+    lanes: tl.tuple,
     LOOKUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     NESTED_SHIFT: tl.constexpr,
     SPANS: tl.constexpr,
     CHECKED: tl.constexpr,
 ) -> tl.tuple:
-    """What `_load_weights` has of the first span, in a tuple; or, where all are held, of each, with absmax as scale."""
+    """What `_load_weights` has of the first span, in a tuple; or, where all are held, of each, with absmax as scale.
+
+    Args:
+        lanes: Where W lies, and what of it a lane has: words of codes, scales, what nested ones are decoded with, their
+            code map (None where scales are fp32, and as they are), offset; then row_start, q, half and second (see
+            `_load_weights`) and the first block of a warp [places].
+    """
+    words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, half, second, first = lanes
     HELD: tl.constexpr = SPANS <= HELD_SPANS
     loaded: tl.tuple = ()
     for span in tl.static_range(SPANS if HELD else 1):
@@ -247,21 +245,8 @@ def _two_spans(
     totals: tl.tuple,
     loaded: tl.tuple,
     x: tl.tuple,
-    words_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    nested_ptr: tl.tensor,
-    code_map_ptr: tl.tensor,
-    offset: tl.tensor,
-    row_start: tl.tensor,
-    q: tl.tensor,
-    half: tl.tensor,
-    second: tl.tensor,
-    first: tl.tensor,
-    x_ptr: tl.tensor,
-    num_inputs: tl.tensor,
-    x_q: tl.tensor,
-    x_r: tl.tensor,
-    x_first: tl.tensor,
+    lanes: tl.tuple,
+    of_x: tl.tuple,
     begin: tl.tensor,
     zero: tl.tensor,
     table: tl.tensor,
@@ -274,6 +259,8 @@ def _two_spans(
     CHECKED: tl.constexpr,
 ) -> tuple[tl.tuple, tl.tuple, tl.tuple]:
     """`totals` with spans `begin` and the next, and what `_load_weights` and `_load_x` load of the one behind them."""
+    words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, half, second, first = lanes
+    x_ptr, num_inputs, x_q, x_r, x_first = of_x
     BLOCKS: tl.constexpr = COLUMNS // 64
     IS_ROWS: tl.constexpr = (1 << NESTED_SHIFT) % BLOCKS == 0
     IS_NESTED: tl.constexpr = code_map_ptr is not None
@@ -300,21 +287,8 @@ def _two_spans(
 @triton.jit
 def spread_sums(
     loaded: tl.tuple,
-    words_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    nested_ptr: tl.tensor,
-    code_map_ptr: tl.tensor,
-    offset: tl.tensor,
-    row_start: tl.tensor,
-    q: tl.tensor,
-    half: tl.tensor,
-    second: tl.tensor,
-    first: tl.tensor,
-    x_ptr: tl.tensor,
-    num_inputs: tl.tensor,
-    x_q: tl.tensor,
-    x_r: tl.tensor,
-    x_first: tl.tensor,
+    lanes: tl.tuple,
+    of_x: tl.tuple,
     zero: tl.tensor,
     table: tl.tensor,
     codebook_ptr: tl.tensor,
@@ -333,13 +307,12 @@ def spread_sums(
 
     Args:
         loaded: What `load_spans` has.
-        code_map_ptr: None where scales are fp32, and as they are.
-        offset: Of nested scales [places].
-        row_start, q, half, second: See `_load_weights`.
-        first, x_first: First block of a warp, for the places of W and of x.
-        x_q, x_r: See `places`.
+        lanes: See `load_spans`.
+        of_x: x, its rows, and of the places of x q, r (see `places`) and the first block.
         zero: 0, of which the compiler does not know it.
     """
+    _, _, _, code_map_ptr, offset, _, q, half, second, first = lanes
+    x_ptr, num_inputs, x_q, x_r, x_first = of_x
     BLOCKS: tl.constexpr = COLUMNS // 64
     HELD: tl.constexpr = SPANS <= HELD_SPANS
     LOOPED: tl.constexpr = 0 if HELD else SPANS // 2 * 2
@@ -351,10 +324,8 @@ def spread_sums(
         # Two spans a turn, so that nothing is copied from one register to another. (A loop keeps tensors, no tuples.)
         for turn in range(LOOPED // 2):
             totals, now, x = _two_spans(
-                *((t0, t1), (words0, words1, scale, nested_absmax), (x0, x1, x2, x3), words_ptr, scales_ptr),
-                *(nested_ptr, code_map_ptr, offset, row_start, q, half, second, first, x_ptr, num_inputs, x_q, x_r),
-                *(x_first, turn * 2, zero, table, codebook_ptr),
-                *(LOOKUP, COLUMNS, NESTED_SHIFT, WARPS, SPANS, CHECKED),
+                *((t0, t1), (words0, words1, scale, nested_absmax), (x0, x1, x2, x3), lanes, of_x, turn * 2, zero),
+                *(table, codebook_ptr, LOOKUP, COLUMNS, NESTED_SHIFT, WARPS, SPANS, CHECKED),
             )
             t0, t1 = totals
             words0, words1, scale, nested_absmax = now
