@@ -57,6 +57,7 @@ from fourfold.kernels import (
     swiglu_low_rank_triton,
     swiglu_triton,
 )
+from fourfold.kernels.decode_tiles import Tile
 from fourfold.kernels.low_rank import new_extended
 from fourfold.kernels.optimizer_state import Entry, Hyperparameters, lay_out
 from fourfold.kernels.swiglu import ACTIVATIONS
@@ -181,14 +182,18 @@ def few_rows_on_hopper() -> None:
 
 def decode_linears() -> None:
     """Members that end within a tile, warps without columns; scales and low-rank columns, too, or not; gated."""
-    for inputs, rows, columns, double_quant, gated in (
-        (1, (37, 12, 21), 192, True, False),
-        (13, (41,), 2112, False, False),
-        (5, (21, 21), 320, True, True),
-        # Columns that tell blocks apart: all spans held, some of them without columns; one asked for ahead; gated.
-        (2, (40, 12, 20), 384, True, False),
-        (1, (36,), 4352, True, False),
-        (1, (20, 20), 4224, False, True),
+    for inputs, rows, columns, double_quant, gated, tiles in (
+        (1, (37, 12, 21), 192, True, False, 0),
+        (13, (41,), 2112, False, False, 0),
+        (5, (21, 21), 320, True, True, 0),
+        # Columns that tell blocks apart: all spans held, some of them without columns; one asked for ahead, gated; with
+        # scales that are kept and such that are not; tiles of rows in turn.
+        (2, (40, 12, 20), 384, True, False, 0),
+        (1, (36,), 5888, True, False, 0),
+        (1, (36,), 4224, True, False, 0),
+        (1, (20, 20), 4224, False, True, 0),
+        (2, (72, 28, 12), 2560, True, False, 3),
+        (1, (72, 72), 1024, True, True, 2),
     ):
         weights = [quantized((count, columns), double_quant=double_quant)[0] for count in rows]
         given = [parts(weight) for weight in weights]
@@ -200,6 +205,7 @@ def decode_linears() -> None:
         decode_linear_triton.decode_linear(
             *(random(inputs, columns), codes, weights[0].codebook, scales, given[0][3], *nested, rows),
             *(random(total), residual, low, up, "silu" if gated else "", 1.0, 1.0, torch.float16),
+            tile=Tile(8, 16, 1, 4, tiles=tiles) if tiles else None,
         )
 
 
@@ -391,7 +397,8 @@ def kernels() -> dict[str, Any]:
     for path in sorted(Path(fourfold.kernels.__path__[0]).glob("*_triton.py")):
         module = import_module(f"fourfold.kernels.{path.stem}")
         for name, made in vars(module).items():
-            if isinstance(made, triton.KernelInterface) and name.endswith("_kernel"):
+            is_kernel = isinstance(made, triton.KernelInterface) and name.endswith("_kernel")
+            if is_kernel and made.fn.__module__ == module.__name__:
                 found[f"{path.stem}.{name}"] = made
     return found
 

@@ -69,6 +69,28 @@ def test_kernel_is_as_near_to_float64_as_its_output_can_be(
     assert error(whole, expected + adapted + bias.double() + residual.double()) < 6e-4
 
 
+# Members that end in the middle of a tile, and a program that has fewer tiles than others; a span to a warp, two, and
+# three, of which the last ones are not there.
+@pytest.mark.parametrize(
+    ("inputs", "rows", "gates"), [(1, [72, 72], True), (2, [72, 28, 12], False), (1, [132], False)]
+)
+@pytest.mark.parametrize("columns", [1024, 2048, 2560])
+def test_tiles_of_rows_in_turn_give_the_same(inputs: int, rows: list[int], gates: bool, columns: int) -> None:
+    pytest.importorskip("triton")
+    from fourfold.kernels import decode_linear_triton
+
+    torch.manual_seed(0)
+    weights = [quantize(torch.randn(count, columns) / columns**0.5) for count in rows]
+    total = sum(rows)
+    x, low = torch.randn(inputs, columns).half(), torch.randn(inputs, 16 * len(rows)).half()
+    up, bias = torch.randn(total, 16).half() / 4, torch.randn(total).half()
+    residual = None if gates else torch.randn(inputs, total).half()
+    arguments: Any = (bias, residual, low, up, "silu" if gates else "", 1.0, 0.25 if gates else 1.0, torch.float16)
+    tile = Tile(8, 16, 1, 4, tiles=3)
+    ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments, tile=tile)
+    assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
+
+
 # Rows of x in one tile and in two; warps that share rows, columns, or both.
 @pytest.mark.parametrize(("inputs", "gates"), [(2, False), (1, True), (3, False), (20, False), (9, True)])
 @pytest.mark.parametrize("tile", [(8, 16, 2, 2), (8, 16, 1, 8), (16, 32, 4, 1), (32, 16, 1, 4), (32, 32, 1, 4)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fourfold.kernels.decode_tiles import Tile, spreads, tile_for
+from fourfold.kernels.decode_tiles import Tile, packs, spreads, tile_for
 
 
 def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
@@ -17,6 +17,22 @@ def test_tiles_take_more_rows_of_w_where_these_are_many() -> None:
     assert tile_for(32, 4096, 14336, 132) == Tile(32, 16, 2, 4, 160)
     assert tile_for(64, 4096, 14336, 132) == Tile(32, 32, 1, 4)
     assert tile_for(64, 28672, 4096, 132) == Tile(32, 32, 4, 1)
+
+
+def test_a_gpu_gets_two_programs_to_a_multiprocessor_where_rows_are_many_and_scales_are_kept() -> None:
+    assert tile_for(1, 28672, 4096, 132, packed=True) == Tile(8, 16, 1, 8, 128, 7)
+    # 256 programs have all rows, of 264 that run at a time.
+    assert 256 * 7 * 16 == 28672
+    assert tile_for(1, 28672, 4096, 132, packed=False).tiles == 1
+    assert tile_for(1, 6144, 4096, 132, packed=True).tiles == 1
+    assert tile_for(3, 28672, 4096, 132, packed=True).tiles == 1
+
+
+def test_scales_are_kept_of_few_spans_that_lie_in_two_blocks_of_scales() -> None:
+    assert packs(14336, 7, 256)
+    assert not packs(14336, 17, 256)
+    assert not packs(14336, 16, 32)
+    assert not packs(896, 1, 256)
 
 
 def test_columns_tell_blocks_apart_for_few_rows_of_x_where_w_comes_in_fours_of_rows_and_pairs_of_blocks() -> None:

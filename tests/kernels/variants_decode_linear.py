@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
 import triton.language as tl
 from compiling import Variant
 
 from fourfold.kernels import decode_linear_triton as ours
+from fourfold.kernels.decode_spread_triton import decode_spread_kernel
 from fourfold.kernels.decode_tiles import Tile, tile_for
 
 
@@ -46,7 +48,8 @@ def launch(
         **dict.fromkeys(["num_inputs", "row_1", "row_2", "num_rows", "zero"], "i32"),
         **dict.fromkeys(["x_scale", "out_scale"], "fp32"),
         **{"COLUMNS": columns, "NESTED_SHIFT": 8 if nested else 0, "LOOKUP": lookup, "BLOCK_M": tile.block_m},
-        "SPREAD": spread,
+        **{"partial_ptr": "*fp32" if tile.tiles > 1 else None, "PACKED": nested},
+        **{"TILES": tile.tiles, "HELD_TILES": triton.next_power_of_2(tile.tiles)},
         **{"ROWS": tile.rows, "ROW_WARPS": tile.row_warps, "COLUMN_WARPS": tile.column_warps},
         "SPANS": -(-columns // (256 * tile.column_warps)),
         **{"RANK": rank, "RANKS": members * rank, "ACTIVATION": "silu" if gated else ""},
@@ -56,14 +59,14 @@ def launch(
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "launch_pdl": early}
     options["maxnreg"] = tile.registers
     unaligned = ("num_inputs", "row_1", "row_2", "num_rows", "zero")
-    return Variant(
-        ours.decode_linear_kernel, arguments, options, unaligned, archs=(90,) if early else (80,), tolerated=tolerated
-    )
+    kernel = decode_spread_kernel if spread else ours.decode_linear_kernel
+    return Variant(kernel, arguments, options, unaligned, archs=(90,) if early else (80,), tolerated=tolerated)
 
 
 # Of few and many rows of x and of W, and of a long row of W, as `tile_for` has them.
 ONE, ONE_SQUARE, ONE_MANY, ONE_LONG = (
-    tile_for(1, rows, columns, 132) for rows, columns in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+    tile_for(1, rows, columns, 132, packed=True)
+    for rows, columns in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 )
 FEW, MANY, LONG = (tile_for(8, rows, columns, 132) for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336)))
 BATCH, BATCH_MANY, BATCH_LONG, BATCH_SQUARE, BATCH_TWICE = (

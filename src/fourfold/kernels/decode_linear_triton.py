@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.decode_lookup_triton import decoded, fill_table
-from fourfold.kernels.decode_result_triton import load_low, load_up, rows_of_program, store_result
-from fourfold.kernels.decode_spread_triton import load_spans, spread_sums
-from fourfold.kernels.decode_tiles import Tile, spreads, tile_for
+from fourfold.kernels.decode_result_triton import load_up, rows_of_program, store_result
+from fourfold.kernels.decode_spread_triton import decode_spread_kernel
+from fourfold.kernels.decode_tiles import Tile, packs, spreads, tile_for
 from fourfold.kernels.early_triton import AT_ONCE_ROWS, begin, wait
 from fourfold.kernels.group_expansion_triton import of_member
 from fourfold.kernels.launching import cdiv, launches_early, on_device
@@ -115,7 +115,6 @@ def decode_linear_kernel(
     NESTED_SHIFT: tl.constexpr,
     LOOKUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    SPREAD: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_WARPS: tl.constexpr,
     COLUMN_WARPS: tl.constexpr,
@@ -148,25 +147,16 @@ def decode_linear_kernel(
     # Of a warp, and of the program.
     OUT_ROWS: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     ALL_ROWS: tl.constexpr = ROW_WARPS * OUT_ROWS
-    OUT_INPUTS: tl.constexpr = 2 if SPREAD else BLOCK_M
     # Programs that read the same rows of W are neighbours, so that all but one find them in the L2 cache.
     num_tiles = tl.cdiv(num_inputs, BLOCK_M)
     first_row = tl.program_id(0) // num_tiles * ALL_ROWS
     first_input = tl.program_id(0) % num_tiles * BLOCK_M
     # Rows that are not there are read as the last ones, which is cheaper than a mask: their sums are never stored.
     q, r, warp, block = places(ROWS, WARPS)
-    if SPREAD:
-        # The first of four.
-        row = r // 2 * 4
-        n = first_row + warp % ROW_WARPS * OUT_ROWS + row
-        if ACTIVATION != "":
-            n = tl.where(row < 8, tl.minimum(n, row_1 - 4), tl.minimum(n - 8, row_1 - 4) + row_1)
-        n = tl.minimum(n, num_rows - 4)
-    else:
-        n = first_row + warp % ROW_WARPS * OUT_ROWS + block * 8 + r
-        if ACTIVATION != "":
-            n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
-        n = tl.minimum(n, num_rows - 1)
+    n = first_row + warp % ROW_WARPS * OUT_ROWS + block * 8 + r
+    if ACTIVATION != "":
+        n = tl.where(block < ROWS // 16, tl.minimum(n, row_1 - 1), tl.minimum(n - ROWS // 2, row_1 - 1) + row_1)
+    n = tl.minimum(n, num_rows - 1)
     # As words before they are chosen from: Triton from 3.7 on forgets how a chosen pointer is aligned once it is cast.
     words_0 = codes_0.to(tl.pointer_type(tl.int32))
     words_1 = codes_1
@@ -189,111 +179,76 @@ def decode_linear_kernel(
     if code_map_ptr is not None:
         nested_ptr = of_member(n, row_1, row_2, nested_0, nested_1, nested_2)
         offset = tl.load(of_member(n, row_1, row_2, offset_0, offset_1, offset_2))
-    if SPREAD:
-        lanes = (words_ptr, scales_ptr, nested_ptr, code_map_ptr, offset, row_start, q, r % 2, block, first)
-        loaded = load_spans(lanes, LOOKUP, COLUMNS, NESTED_SHIFT, SPANS, not IS_EVEN)
+    # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
+    word = (row_start + q * 16) // 16 * 2
+    words0 = block_words(words_ptr, word, first, SPANS > 0, CHECKED)
+    words1 = block_words(words_ptr, word, first + 1, SPANS > 0, CHECKED)
+    words2 = block_words(words_ptr, word, first + 2, SPANS > 0, CHECKED)
+    words3 = block_words(words_ptr, word, first + 3, SPANS > 0, CHECKED)
+    # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
+    own = first + q
+    row_block = n_own * BLOCKS
+    value = tl.load(scales_ptr + (row_block + tl.minimum(own, LAST)))
+    nested_absmax = tl.full([PLACES], 0.0, tl.float32)
+    scale = value
+    if code_map_ptr is not None:
+        nested_absmax = tl.load(nested_ptr + ((row_block + tl.minimum(own, LAST)) >> NESTED_SHIFT))
+        point = tl.load(code_map_ptr + value.to(tl.int32))
+        scale = tl.load(scales_ptr + (row_block + tl.minimum(own + 4, LAST)))
     else:
-        # Rounded to what it is a multiple of anyway, so that Triton knows it and loads eight bytes at once.
-        word = (row_start + q * 16) // 16 * 2
-        words0 = block_words(words_ptr, word, first, SPANS > 0, CHECKED)
-        words1 = block_words(words_ptr, word, first + 1, SPANS > 0, CHECKED)
-        words2 = block_words(words_ptr, word, first + 2, SPANS > 0, CHECKED)
-        words3 = block_words(words_ptr, word, first + 3, SPANS > 0, CHECKED)
-        # Scales are loaded two spans ahead, and what nested ones are decoded with one span ahead.
-        own = first + q
-        row_block = n_own * BLOCKS
-        value = tl.load(scales_ptr + (row_block + tl.minimum(own, LAST)))
-        nested_absmax = tl.full([PLACES], 0.0, tl.float32)
-        scale = value
-        if code_map_ptr is not None:
-            nested_absmax = tl.load(nested_ptr + ((row_block + tl.minimum(own, LAST)) >> NESTED_SHIFT))
-            point = tl.load(code_map_ptr + value.to(tl.int32))
-            scale = tl.load(scales_ptr + (row_block + tl.minimum(own + 4, LAST)))
-        else:
-            point = value
+        point = value
     table = 0
     if LOOKUP == "table":
-        table = fill_table(codebook_ptr, WARPS)
+        table, _ = fill_table(codebook_ptr, None, WARPS)
     x_q, x_r, x_warp, x_block = places(BLOCK_M, WARPS)
     x_first = x_warp // ROW_WARPS * (SPANS * 4)
-    if not SPREAD:
-        m = first_input + x_block * 8 + x_r
-        x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
-        total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
-    if SPREAD:
-        row, is_row = rows_of_program(first_row, row_1, num_rows, ROWS, ROW_WARPS, ACTIVATION)
-        if RANK > 0:
-            # Rows that are not there have an adapter that is.
-            member = tl.minimum(tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0)), RANKS // RANK - 1)
-            up = load_up(up_ptr, row, is_row, 0, RANK, min(RANK, 32))
+    m = first_input + x_block * 8 + x_r
+    x_place = (tl.minimum(m, num_inputs - 1) * COLUMNS + x_q * 16) // 16 * 16
+    total = tl.full([WARPS, ROWS, BLOCK_M], 0.0, tl.float32)
     wait(EARLY, AT_ONCE)
-    if SPREAD:
-        # What the end needs is asked for at the beginning.
-        inputs = tl.arange(0, 2)
-        mask = is_row[:, None] & (inputs < num_inputs)[None, :]
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + (inputs[None, :] * num_rows + row[:, None]), mask=mask, other=0.0)
-        if RANK > 0:
-            low_at = member * RANK
-            low0 = load_low(low_ptr, low_at, min(RANK, 32))
-            low1 = load_low(low_ptr, low_at + tl.minimum(1, num_inputs - 1) * RANKS, min(RANK, 32))
-        total = spread_sums(
-            *(loaded, lanes, (x_ptr, num_inputs, x_q, x_r, x_first), zero, table, codebook_ptr),
-            *(LOOKUP, COLUMNS, NESTED_SHIFT, WARPS, SPANS, not IS_EVEN),
-        )
-    else:
-        for step in range(SPANS):
-            now = own + step * 4
-            absmax = point
-            if code_map_ptr is not None:
-                # Two roundings: fused multiply-adds must be off.
-                absmax = point * nested_absmax + offset
-            if not IS_EVEN:
-                absmax = tl.where(now < BLOCKS, absmax, 0.0)
-            after = tl.minimum(now + 4, LAST)
-            if code_map_ptr is not None:
-                point = tl.load(code_map_ptr + scale.to(tl.int32))
-                if not IS_ROWS:
-                    nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
-                scale = tl.load(scales_ptr + (row_block + tl.minimum(now + 8, LAST)))
+    for step in range(SPANS):
+        now = own + step * 4
+        absmax = point
+        if code_map_ptr is not None:
+            # Two roundings: fused multiply-adds must be off.
+            absmax = point * nested_absmax + offset
+        if not IS_EVEN:
+            absmax = tl.where(now < BLOCKS, absmax, 0.0)
+        after = tl.minimum(now + 4, LAST)
+        if code_map_ptr is not None:
+            point = tl.load(code_map_ptr + scale.to(tl.int32))
+            if not IS_ROWS:
+                nested_absmax = tl.load(nested_ptr + ((row_block + after) >> NESTED_SHIFT))
+            scale = tl.load(scales_ptr + (row_block + tl.minimum(now + 8, LAST)))
+        else:
+            point = tl.load(scales_ptr + (row_block + after))
+        for j in tl.static_range(4):
+            words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
+            ahead = block_words(words_ptr, word, first + (step + 1) * 4 + j, step + 1 < SPANS, CHECKED)
+            if j == 0:
+                words0 = ahead
+            elif j == 1:
+                words1 = ahead
+            elif j == 2:
+                words2 = ahead
             else:
-                point = tl.load(scales_ptr + (row_block + after))
-            for j in tl.static_range(4):
-                words = words0 if j == 0 else words1 if j == 1 else words2 if j == 2 else words3
-                ahead = block_words(words_ptr, word, first + (step + 1) * 4 + j, step + 1 < SPANS, CHECKED)
-                if j == 0:
-                    words0 = ahead
-                elif j == 1:
-                    words1 = ahead
-                elif j == 2:
-                    words2 = ahead
-                else:
-                    words3 = ahead
-                factor = of_sums(from_quad(absmax, q * 0 + j, PLACES), ROWS, WARPS, BLOCK_M)
-                word0, word1 = tl.split(words)
-                weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
-                weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
-                x_at = tl.minimum(x_first + step * 4 + j, LAST) * 64
-                total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
+                words3 = ahead
+            factor = of_sums(from_quad(absmax, q * 0 + j, PLACES), ROWS, WARPS, BLOCK_M)
+            word0, word1 = tl.split(words)
+            weight0 = operand(decoded(word0.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+            weight1 = operand(decoded(word1.reshape(PLACES, 1), table, codebook_ptr, LOOKUP), ROWS, WARPS)
+            x_at = tl.minimum(x_first + step * 4 + j, LAST) * 64
+            total = block_sums(total, weight0, weight1, factor, x_ptr, x_place + x_at, WARPS, BLOCK_M)
     if COLUMN_WARPS == 1:
-        result = total.reshape(ROW_WARPS * ROWS, OUT_INPUTS) * x_scale
+        result = total.reshape(ROW_WARPS * ROWS, BLOCK_M) * x_scale
     else:
-        result = tl.sum(total.reshape(COLUMN_WARPS, ROW_WARPS * ROWS, OUT_INPUTS), axis=0) * x_scale
-    if not SPREAD:
-        row, is_row = rows_of_program(first_row, row_1, num_rows, ROWS, ROW_WARPS, ACTIVATION)
-    if not SPREAD:
-        inputs = first_input + tl.arange(0, BLOCK_M)
-        mask = is_row[:, None] & (inputs < num_inputs)[None, :]
+        result = tl.sum(total.reshape(COLUMN_WARPS, ROW_WARPS * ROWS, BLOCK_M), axis=0) * x_scale
+    row, is_row = rows_of_program(first_row, row_1, num_rows, ROWS, ROW_WARPS, ACTIVATION)
+    inputs = first_input + tl.arange(0, BLOCK_M)
+    mask = is_row[:, None] & (inputs < num_inputs)[None, :]
     # A few ranks at a time: what passes through shared memory has to fit beside the table.
     FEW: tl.constexpr = min(RANK, 32)
-    if RANK > 0 and SPREAD:
-        for start in tl.static_range(0, RANK, FEW):
-            if start > 0:
-                up = load_up(up_ptr, row, is_row, start, RANK, FEW)
-                low0 = load_low(low_ptr, low_at + start, FEW)
-                low1 = load_low(low_ptr, low_at + start + tl.minimum(1, num_inputs - 1) * RANKS, FEW)
-            result += tl.join(tl.sum(up.to(tl.float32) * low0, axis=1), tl.sum(up.to(tl.float32) * low1, axis=1))
-    elif RANK > 0:
+    if RANK > 0:
         member = tl.where(row >= row_2, 2, tl.where(row >= row_1, 1, 0))
         for start in tl.static_range(0, RANK, FEW):
             up = load_up(up_ptr, row, is_row, start, RANK, FEW)
@@ -302,11 +257,9 @@ def decode_linear_kernel(
                 low = tl.load(low_ptr + low_at, mask=(inputs < num_inputs)[None, :], other=0.0)
                 own_up = tl.where((member == part)[:, None], up, 0.0).to(up.dtype)
                 result = tl.dot(own_up, low, result)
-    if not SPREAD or residual_ptr is None:
-        residual = 0
     store_result(
-        *(out_ptr, result, bias_ptr, residual_ptr, residual, row, is_row, inputs, mask, num_inputs, first_row),
-        *(row_1, num_rows, out_scale, SPREAD, ROW_WARPS, OUT_ROWS, ACTIVATION, DTYPE),
+        *(out_ptr, result, bias_ptr, residual_ptr, 0, row, is_row, inputs, mask, num_inputs, first_row),
+        *(row_1, num_rows, out_scale, False, ROW_WARPS, ROW_WARPS, OUT_ROWS, ACTIVATION, DTYPE),
     )
 
 
@@ -345,35 +298,45 @@ def decode_linear(
     # The interpreter has no lanes, and no shared memory.
     lookup = (lookup or LOOKUP) if x.is_cuda else "gather"
     rank = 0 if up is None else up.shape[1]
-    tile = tile or tile_for(num_inputs, total, num_columns, _multiprocessors(x.device))
-    block_m, rows, row_warps, column_warps, registers = tile
-    out_rows = row_warps * (rows // 2 if activation else rows)
+    is_nested = code_map is not None
+    tile = tile or tile_for(
+        *(num_inputs, total, num_columns, _multiprocessors(x.device)),
+        packed=is_nested and packs(num_columns, 4, nested_block_size) and spreads(num_inputs, num_rows, num_columns),
+    )
+    spans = cdiv(num_columns, 256 * tile.column_warps)
+    out_rows = tile.row_warps * (tile.rows // 2 if activation else tile.rows)
+    tensors = (
+        *(out, x, *_three(codes), codebook, *_three(scales), code_map),
+        *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
+        *(num_inputs, row_1, row_2, total, 0, float(x_scale), float(out_scale)),
+    )
+    shared = {
+        **{"COLUMNS": num_columns, "NESTED_SHIFT": nested_block_size.bit_length() - 1, "LOOKUP": lookup},
+        **{"ROW_WARPS": tile.row_warps, "COLUMN_WARPS": tile.column_warps, "SPANS": spans},
+        **{"RANK": rank, "RANKS": 0 if low is None else low.shape[1], "ACTIVATION": activation},
+        **{"DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "EARLY": early},
+        **{"num_warps": tile.row_warps * tile.column_warps, "num_stages": 1, "enable_fp_fusion": False},
+        **{"launch_pdl": early, "maxnreg": tile.registers},
+    }
     with on_device(x):
-        decode_linear_kernel[(cdiv(width, out_rows) * cdiv(num_inputs, block_m),)](
-            *(out, x, *_three(codes), codebook, *_three(scales), code_map),
-            *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
-            *(num_inputs, row_1, row_2, total, 0, float(x_scale), float(out_scale)),
-            COLUMNS=num_columns,
-            NESTED_SHIFT=nested_block_size.bit_length() - 1,
-            LOOKUP=lookup,
-            BLOCK_M=block_m,
-            SPREAD=block_m == 8 and spreads(num_inputs, num_rows, num_columns),
-            ROWS=rows,
-            ROW_WARPS=row_warps,
-            COLUMN_WARPS=column_warps,
-            SPANS=cdiv(num_columns, 256 * column_warps),
-            RANK=rank,
-            RANKS=0 if low is None else low.shape[1],
-            ACTIVATION=activation,
-            DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
-            EARLY=early,
-            AT_ONCE=num_inputs <= AT_ONCE_ROWS,
-            num_warps=row_warps * column_warps,
-            num_stages=1,
-            enable_fp_fusion=False,
-            launch_pdl=early,
-            maxnreg=registers,
-        )
+        if tile.block_m == 8 and spreads(num_inputs, num_rows, num_columns):
+            is_packed = is_nested and packs(num_columns, spans, nested_block_size)
+            tiles = tile.tiles if is_packed else 1
+            programs = cdiv(width, out_rows * tiles)
+            partial = None
+            if tiles > 1:
+                partial = torch.empty(programs * tiles * tile.column_warps * 32, dtype=torch.float32, device=x.device)
+            decode_spread_kernel[(programs,)](
+                *(*tensors, partial),
+                **shared,
+                PACKED=is_packed,
+                TILES=tiles,
+                HELD_TILES=triton.next_power_of_2(tiles),
+            )
+        else:
+            decode_linear_kernel[(cdiv(width, out_rows) * cdiv(num_inputs, tile.block_m),)](
+                *tensors, **shared, BLOCK_M=tile.block_m, ROWS=tile.rows, AT_ONCE=num_inputs <= AT_ONCE_ROWS
+            )
     return out
 
 
