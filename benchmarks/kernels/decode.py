@@ -89,25 +89,28 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "lookup by shuffles": ({"lookup": "shuffle"}, (1,)),
 }
 # With --tiles: what `tile_for` chooses from.
-TILES: dict[int, list[tuple[int, int, int, int, int | None]]] = {
+TILES: dict[int, list[Tile]] = {
     1: [
-        (8, 16, *warps, registers)
-        for warps in ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1))
-        for registers in (None, 128, 96)
+        *(
+            Tile(8, 16, *warps, registers)
+            for warps in ((1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1))
+            for registers in (None, 128, 96)
+        ),
+        *(Tile(8, 16, 1, warps, 128, tiles) for warps, tiles in ((8, 2), (8, 4), (8, 7), (4, 4))),
     ],
-    8: [(8, 16, *warps, registers) for warps in ((1, 4), (1, 8), (2, 2), (4, 1)) for registers in (None, 96)],
+    8: [Tile(8, 16, *warps, registers) for warps in ((1, 4), (1, 8), (2, 2), (4, 1)) for registers in (None, 96)],
     32: [
-        *((32, rows, *warps, None) for rows in (16, 32) for warps in ((1, 4), (2, 2), (4, 1))),
-        *((32, 16, 2, 4, registers) for registers in (None, 160)),
+        *(Tile(32, rows, *warps) for rows in (16, 32) for warps in ((1, 4), (2, 2), (4, 1))),
+        *(Tile(32, 16, 2, 4, registers) for registers in (None, 160)),
     ],
-    64: [(32, 32, *warps, None) for warps in ((1, 4), (2, 2), (4, 1))],
+    64: [Tile(32, 32, *warps) for warps in ((1, 4), (2, 2), (4, 1))],
 }
 
 
 def variants(inputs: int, tiles: bool) -> dict[str, dict[str, Any]]:
     found = {name: told for name, (told, at) in VARIANTS.items() if inputs in at}
     if tiles:
-        found |= {str(tile): {"tile": Tile(*tile)} for tile in TILES.get(inputs, [])}
+        found |= {str(tuple(tile)): {"tile": tile} for tile in TILES.get(inputs, [])}
     return found
 
 
