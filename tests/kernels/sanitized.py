@@ -192,7 +192,7 @@ def decode_linears() -> None:
         (1, (36,), 5888, True, False, 0),
         (1, (36,), 4224, True, False, 0),
         (1, (20, 20), 4224, False, True, 0),
-        (2, (72, 28, 12), 2560, True, False, 3),
+        (2, (72, 28, 12), 1536, True, False, 3),
         (1, (72, 72), 1024, True, True, 2),
     ):
         weights = [quantized((count, columns), double_quant=double_quant)[0] for count in rows]

@@ -69,12 +69,12 @@ def test_kernel_is_as_near_to_float64_as_its_output_can_be(
     assert error(whole, expected + adapted + bias.double() + residual.double()) < 6e-4
 
 
-# Members that end in the middle of a tile, and a program that has fewer tiles than others; a span to a warp, two, and
-# three, of which the last ones are not there.
+# Members that end in the middle of a tile, and a program that has fewer tiles than others; a span to a warp, and two,
+# of which the last ones are there or not.
 @pytest.mark.parametrize(
     ("inputs", "rows", "gates"), [(1, [72, 72], True), (2, [72, 28, 12], False), (1, [132], False)]
 )
-@pytest.mark.parametrize("columns", [1024, 2048, 2560])
+@pytest.mark.parametrize("columns", [1024, 1536, 2048])
 def test_tiles_of_rows_in_turn_give_the_same(inputs: int, rows: list[int], gates: bool, columns: int) -> None:
     pytest.importorskip("triton")
     from fourfold.kernels import decode_linear_triton
@@ -89,6 +89,21 @@ def test_tiles_of_rows_in_turn_give_the_same(inputs: int, rows: list[int], gates
     tile = Tile(8, 16, 1, 4, tiles=3)
     ours = decode_linear_triton.decode_linear(x, *parts(weights), *arguments, tile=tile)
     assert error(ours, decode_linear_reference(x, *parts(weights), *arguments).double()) < 8e-4
+
+
+@pytest.mark.parametrize("begin", [4, 8])
+def test_scales_may_lie_anywhere(begin: int) -> None:
+    pytest.importorskip("triton")
+    from fourfold.kernels import decode_linear_triton
+
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(24, 1024) / 32)
+    codes, codebook, scales, *rest = parts([weight])
+    moved = torch.zeros(len(scales[0]) + begin, dtype=torch.uint8)[begin:]
+    moved.copy_(scales[0])
+    x, others = torch.randn(1, 1024).half(), (None, None, None, None, "", 1.0, 1.0, torch.float16)
+    there = decode_linear_triton.decode_linear(x, codes, codebook, [moved], *rest, *others)
+    torch.testing.assert_close(there, decode_linear_triton.decode_linear(x, *parts([weight]), *others), rtol=0, atol=0)
 
 
 # Rows of x in one tile and in two; warps that share rows, columns, or both.

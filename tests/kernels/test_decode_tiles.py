@@ -24,6 +24,10 @@ def test_a_gpu_gets_two_programs_to_a_multiprocessor_where_rows_are_many_and_sca
     # 256 programs have all rows, of 264 that run at a time.
     assert 256 * 7 * 16 == 28672
     assert tile_for(1, 28672, 4096, 132, packed=False).tiles == 1
+    # Nor where warps would have no columns, nor with more sums than a program has registers for.
+    assert tile_for(1, 28672, 2560, 132, packed=True).tiles == 1
+    assert tile_for(1, 57344, 8192, 132, packed=True).tiles == 1
+    assert tile_for(1, 128256, 4096, 28, packed=True).tiles == 16
     assert tile_for(1, 6144, 4096, 132, packed=True).tiles == 1
     assert tile_for(3, 28672, 4096, 132, packed=True).tiles == 1
 

@@ -80,8 +80,7 @@ def decode_linear(
         x: fp16 [M, K], contiguous, M up to MAX_ROWS.
         codes, codebook: Of each layer, W [num_rows[i], K] in blocks of 64 as `dequantize_blockwise` takes it, whose
             memory begins at a multiple of 16 bytes.
-        scales: Of each layer fp32 [num_blocks]; or uint8, with the four that follow, as `dequantize_nested` takes them,
-            whose memory begins at a multiple of 16 bytes.
+        scales: Of each layer fp32 [num_blocks]; or uint8, with the four that follow, as `dequantize_nested` takes them.
         dtype: What the model computes in: bf16 or fp16, that of all of the following.
         bias: [N], N the sum of num_rows, or None.
         residual: [M, N], contiguous, added to the rounded y, or None.

@@ -320,8 +320,10 @@ def decode_linear(
     }
     with on_device(x):
         if tile.block_m == 8 and spreads(num_inputs, num_rows, num_columns):
+            # Kept scales are loaded four bytes and more at a time.
             is_packed = is_nested and packs(num_columns, spans, nested_block_size)
-            tiles = tile.tiles if is_packed else 1
+            is_packed = is_packed and all(each.data_ptr() % 16 == 0 for each in scales)
+            tiles = tile.tiles if is_packed and spans <= 2 else 1
             programs = cdiv(width, out_rows * tiles)
             partial = None
             if tiles > 1:

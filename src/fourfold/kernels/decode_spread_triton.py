@@ -75,8 +75,8 @@ def decode_spread_kernel(
 
     A warp takes SPANS spans of 256 columns.
     PACKED: Whether `decode_scales_triton` keeps the scales.
-    TILES, HELD_TILES: Times 16 rows that a program takes one after the other, if not 1, and a power of two from there
-        on; then there is one row warp.
+    TILES, HELD_TILES: Times 16 rows that a program takes one after the other, and a power of two from there on. With
+        more than one there are one row warp, at most two spans, and PACKED.
     Else see `decode_linear_kernel`.
     """
     begin(EARLY, True)

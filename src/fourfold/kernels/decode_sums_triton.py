@@ -39,17 +39,12 @@ def _of_lanes(value: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _in_pairs(words: tl.tuple, SPANS: tl.constexpr) -> tl.tuple:
-    """Up to four times [lanes] of 32 bits as twice [lanes] of 64."""
-    pairs: tl.tuple = ()
-    for i in tl.static_range(0, 4, 2):
-        pair = (words[0] * 0).to(tl.uint64)
-        if i < SPANS:
-            pair = words[i].to(tl.uint32, bitcast=True).to(tl.uint64)
-        if i + 1 < SPANS:
-            pair = pair | (words[i + 1].to(tl.uint64) << 32)
-        pairs = pairs + (pair,)  # noqa: RUF005
-    return pairs
+def _as_one(words: tl.tuple, SPANS: tl.constexpr) -> tl.tensor:
+    """Once or twice [lanes] of 32 bits as [lanes] of 64."""
+    whole = words[0].to(tl.uint32, bitcast=True).to(tl.uint64)
+    if SPANS == 2:
+        whole = whole | (words[1].to(tl.uint64) << 32)
+    return whole
 
 
 @triton.jit
@@ -201,8 +196,8 @@ def sums_of_tiles(
     ACTIVATION: tl.constexpr,
     CHECKED: tl.constexpr,
 ) -> tl.tensor:
-    """[WARPS, 16 * HELD_TILES, 2]: see `joined`, of one tile of rows after the other. The words of the first span are
-    loaded, and the scales of the first tile.
+    """[WARPS, 16 * HELD_TILES, 2]: see `joined`, of one tile of rows after the other, and of a warp's one span or two.
+    The words of the first span are loaded, and the scales of the first tile.
 
     All that a lane needs is asked for while it works on the span before, from tile to tile; the sums of a tile wait in
     `partial` until all are there.
@@ -214,15 +209,13 @@ def sums_of_tiles(
     at += tl.program_id(0) * (TILES * WARPS * 32)
     # A loop keeps tensors, no tuples.
     w0, w1 = words
-    raw0, raw1 = _in_pairs(scales, SPANS)
+    raw = _as_one(scales, SPANS)
     nested0, nested1, change = decoding
     words_ptr, row_start, q, half, second, first = of_words
     _, _, offset, _, lane_q, lane_r, lane_first = lanes
-    HELD: tl.constexpr = SPANS <= 2
-    held_x: tl.tuple = ()
-    if HELD:
-        for span in tl.static_range(SPANS):
-            held_x = held_x + (load_x(x_ptr, num_inputs, lanes, span, COLUMNS, CHECKED),)  # noqa: RUF005
+    x: tl.tuple = ()
+    for span in tl.static_range(SPANS):
+        x = x + (load_x(x_ptr, num_inputs, lanes, span, COLUMNS, CHECKED),)  # noqa: RUF005, no starred tuples
     for tile in range(TILES):
         next_row = first_row + tl.minimum(tile + 1, TILES - 1) * OUT_ROWS
         next_words, next_lanes = of_rows(next_row, members, rows, COLUMNS, SPANS, 1, OUT_ROWS, ACTIVATION, WARPS)
@@ -237,8 +230,7 @@ def sums_of_tiles(
                 issued(zero, span * 2 + 1, LOOKUP)
             known = _known(w0, zero)
             if span == 0:
-                four = (raw0.to(tl.int32), (raw0 >> 32).to(tl.int32), raw1.to(tl.int32), (raw1 >> 32).to(tl.int32))
-                packed = pack(four, own_lanes, SPANS)[0]
+                packed = pack((raw.to(tl.int32), (raw >> 32).to(tl.int32)), own_lanes, SPANS)[0]
             if span + 1 < SPANS:
                 w0, w1 = load_words(own_words, known, span + 1, True, COLUMNS, CHECKED)
             else:
@@ -247,17 +239,16 @@ def sums_of_tiles(
                     *(next_lanes, _of_lanes(known), COLUMNS, NESTED_SHIFT, SPANS)
                 )
                 nested0, nested1, change = next_decoding
-                raw0, raw1 = _in_pairs(next_scales, SPANS)
+                raw = _as_one(next_scales, SPANS)
                 words_ptr = next_words[0]
                 row_start = next_words[1]
                 offset = next_lanes[2]
             issued(zero, span * 2 + 2, LOOKUP)
-            x = held_x[span] if HELD else load_x(x_ptr, num_inputs, own_lanes, span, COLUMNS, CHECKED)
             absmax = packed_absmax(
                 *(packed, span, own_decoding, own_lanes, span, map_at, code_map_ptr),
                 *(LOOKUP, COLUMNS, NESTED_SHIFT, CHECKED),
             )
-            totals = with_span(totals, now, x, absmax, table, codebook_ptr, LOOKUP, WARPS)
+            totals = with_span(totals, now, x[span], absmax, table, codebook_ptr, LOOKUP, WARPS)
         _keep(partial_ptr + (at + tile * (WARPS * 32)), joined(totals, WARPS), LOOKUP)
     tl.debug_barrier()
     row = tl.arange(0, 16 * HELD_TILES)[None, :, None]

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from fourfold.kernels.launching import cdiv
 
-__all__ = ["MAX_PACKED_SPANS", "SPREAD_ROWS", "Tile", "packs", "spreads", "tile_for"]
+__all__ = ["MAX_PACKED_SPANS", "MAX_TILES", "SPREAD_ROWS", "Tile", "packs", "spreads", "tile_for"]
 
 # Of x, up to which `decode_spread_triton` multiplies.
 SPREAD_ROWS = 2
+# That a program takes in turn: it needs registers for the sums of all.
+MAX_TILES = 16
 # Whose scales `decode_scales_triton` keeps.
 MAX_PACKED_SPANS = 16
 
@@ -23,8 +25,8 @@ class Tile(NamedTuple):
         rows: Of W, to a warp; where gate and up are multiplied, half are gate's.
         row_warps, column_warps: That share out rows of W, and the columns; 4 or 8 in all.
         registers: That a thread may have; None for as many as the compiler likes.
-        tiles: Times as many rows of W, one after the other; more than one only for rows of x that spread, and with one
-            row warp.
+        tiles: Times as many rows of W, one after the other; more than one only for rows of x that spread, with one row
+            warp, and up to 512 columns to a warp.
     """
 
     block_m: int
@@ -50,10 +52,13 @@ def tile_for(num_inputs: int, num_rows: int, num_columns: int, processors: int, 
     is_all = num_rows <= 32 * processors
     if num_inputs <= SPREAD_ROWS:
         # Warps that go through more columns have the words of a few alone, and a fourth program fits a multiprocessor.
-        if has_many and packed and not is_long:
+        # Eight warps with at most two spans each, nearly all of which have columns.
+        is_wide = num_columns <= 4096 and 8 * num_columns >= 7 * 2048 * cdiv(num_columns, 2048)
+        if has_many and packed and is_wide:
             # Two programs to a multiprocessor, to which all rows are shared out: with several programs one after the
             # other, the last ones would leave the GPU half empty (18.0 us instead of 21.5 for gate and up).
-            return Tile(8, 16, 1, 8, 128, cdiv(num_rows, 32 * processors))
+            turns = cdiv(num_rows, 32 * processors)
+            return Tile(8, 16, 1, 8, 128, cdiv(turns, cdiv(turns, MAX_TILES)))
         if has_many:
             return Tile(8, 16, 2, 2, 128 if num_columns > 2048 else None)
         return Tile(8, 16, 1, 8, 128) if is_long or is_all else Tile(8, 16, 1, 4)
