@@ -11,6 +11,7 @@ from few_rows import error
 from fourfold.kernels import decode_attention_triton, decode_linear_triton
 from fourfold.kernels.decode_attention import decode_attention_reference_
 from fourfold.kernels.decode_linear import decode_linear, decode_linear_reference
+from fourfold.kernels.decode_tiles import Tile
 from fourfold.quantization.scales import NestedScales
 from fourfold.quantization.tensor import quantize
 
@@ -57,6 +58,28 @@ def test_linear_layers_are_as_near_to_float64_as_their_output_can_be(
         rounded = decode_linear_reference(x, *given, *options, BF16)
         assert error(ours, exact) < 1.1 * error(rounded, exact) + 1e-4
         assert torch.equal(ours, decode_linear_triton.decode_linear(x, *given, *options, BF16, lookup=lookup))
+
+
+# Members that end in the middle of a tile, and a last program that has fewer tiles.
+@pytest.mark.parametrize(("rows", "gates"), [([72, 28, 12], False), ([2056, 2056], True)])
+@pytest.mark.parametrize("columns", [2048, 3584, 4096])
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("lookup", ["table", "shuffle"])
+def test_tiles_of_rows_in_turn_are_the_reference(
+    rows: list[int], gates: bool, columns: int, inputs: int, lookup: str
+) -> None:
+    torch.manual_seed(0)
+    given, total = layers(rows, columns), sum(rows)
+    x = torch.randn(inputs, columns, device="cuda").half() / columns**0.5
+    low = torch.randn(inputs, 32 * len(rows), device="cuda").to(BF16)
+    up = torch.randn(total, 32, device="cuda").to(BF16) / 8
+    options: Any = (None, None, low, up, "silu" if gates else "", 1.0, 0.25 if gates else 1.0)
+    tile = Tile(8, 16, 1, 8, 128, 3)
+    ours = decode_linear_triton.decode_linear(x, *given, *options, BF16, lookup=lookup, tile=tile)
+    assert error(ours, decode_linear_reference(x.double(), *given, *options, torch.float64).double()) < 8e-3
+    for _ in range(3):
+        again = decode_linear_triton.decode_linear(x, *given, *options, BF16, lookup=lookup, tile=tile)
+        assert torch.equal(ours, again)
 
 
 @pytest.mark.parametrize("inputs", [1, 8, 20])
