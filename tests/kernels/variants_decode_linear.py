@@ -78,9 +78,9 @@ BATCH, BATCH_MANY, BATCH_LONG, BATCH_SQUARE, BATCH_TWICE = (
 VARIANTS = [
     launch(4096, 3, ONE, rank=16, bias=True, spread=True),
     launch(4096, 1, ONE_SQUARE, residual=True, spread=True),
-    # A few words before the loop, for a fourth program at a time: down 13.7 us, and more than 15 without a limit.
-    launch(4096, 2, ONE_MANY, gated=True, rank=16, spread=True, tolerated=32),
-    launch(14336, 1, ONE_LONG, residual=True, rank=64, spread=True, tolerated=32),
+    launch(4096, 2, ONE_MANY, gated=True, rank=16, spread=True),
+    launch(14336, 1, ONE_LONG, residual=True, rank=64, spread=True),
+    launch(4096, 2, ONE_MANY, gated=True, spread=True, early=False),
     launch(640, 2, ONE, nested=False, gated=True, dtype=tl.float16, spread=True, early=False),
     launch(4096, 3, FEW, rank=16, bias=True),
     launch(4096, 3, BATCH, rank=16, bias=True),
