@@ -82,7 +82,7 @@ def block_sums(
 
 
 # One kernel for all numbers of rows that share a tile.
-@triton.jit(do_not_specialize=["num_inputs", "row_1", "row_2", "num_rows", "zero"])
+@triton.jit(do_not_specialize=["num_inputs", "row_1", "row_2", "num_rows"])
 def decode_linear_kernel(
     out_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -108,7 +108,6 @@ def decode_linear_kernel(
     row_1: tl.tensor,
     row_2: tl.tensor,
     num_rows: tl.tensor,
-    zero: tl.tensor,
     x_scale: tl.tensor,
     out_scale: tl.tensor,
     COLUMNS: tl.constexpr,
@@ -308,7 +307,7 @@ def decode_linear(
     tensors = (
         *(out, x, *_three(codes), codebook, *_three(scales), code_map),
         *(*_three(nested_absmax), *_three(offsets), bias, residual, low, up),
-        *(num_inputs, row_1, row_2, total, 0, float(x_scale), float(out_scale)),
+        *(num_inputs, row_1, row_2, total, float(x_scale), float(out_scale)),
     )
     shared = {
         **{"COLUMNS": num_columns, "NESTED_SHIFT": nested_block_size.bit_length() - 1, "LOOKUP": lookup},
@@ -329,7 +328,7 @@ def decode_linear(
             if tiles > 1:
                 partial = torch.empty(programs * tiles * tile.column_warps * 32, dtype=torch.float32, device=x.device)
             decode_spread_kernel[(programs,)](
-                *(*tensors, partial),
+                *(*tensors, 0, partial),
                 **shared,
                 PACKED=is_packed,
                 TILES=tiles,

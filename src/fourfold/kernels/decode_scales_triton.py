@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fourfold.kernels.decode_lookup_triton import decoded_scale
 
-__all__ = ["four_words", "load_scale_words", "load_scales", "pack", "packed_absmax", "plain_absmax"]
+__all__ = ["absmax_of", "four_words", "load_scale_words", "load_scales", "pack"]
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def pack(words: tl.tuple, lanes: tl.tuple, SPANS: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def packed_absmax(
+def _packed_absmax(
     packed: tl.tensor,
     step: tl.constexpr,
     decoding: tl.tuple,
@@ -130,7 +130,7 @@ def load_scales(
 
 
 @triton.jit
-def plain_absmax(
+def _plain_absmax(
     scales: tl.tuple,
     lanes: tl.tuple,
     span: tl.tensor,
@@ -138,7 +138,7 @@ def plain_absmax(
     COLUMNS: tl.constexpr,
     CHECKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """As `packed_absmax`, from what `load_scales` has."""
+    """As `_packed_absmax`, from what `load_scales` has."""
     _, _, offset, _, _, r, first = lanes
     scale0, scale1, nested0, nested1 = scales
     block = first + span * 4 + r % 2 * 2
@@ -149,3 +149,33 @@ def plain_absmax(
         scale0 = tl.where(block < COLUMNS // 64, scale0, 0.0)
         scale1 = tl.where(block + 1 < COLUMNS // 64, scale1, 0.0)
     return scale0, scale1
+
+
+@triton.jit
+def absmax_of(
+    scales: tl.tuple,
+    step: tl.constexpr,
+    decoding: tl.tuple,
+    lanes: tl.tuple,
+    span: tl.tensor,
+    map_at: tl.tensor,
+    code_map_ptr: tl.tensor,
+    LOOKUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    PACKED: tl.constexpr,
+    CHECKED: tl.constexpr,
+) -> tl.tuple:
+    """Twice [lanes]: absmax of a lane's two blocks of `span`; 0 behind the row.
+
+    Args:
+        scales: Of that span, as `load_scales` has them; or PACKED, as `pack` has them, the span's as pair `step` of the
+            first.
+    """
+    if PACKED:
+        absmax = _packed_absmax(
+            *(scales[0], step, decoding, lanes, span, map_at, code_map_ptr, LOOKUP, COLUMNS, NESTED_SHIFT, CHECKED),
+        )
+    else:
+        absmax = _plain_absmax(scales, lanes, span, code_map_ptr, COLUMNS, CHECKED)
+    return absmax

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fourfold.kernels.decode_lookup_triton import decoded
 from fourfold.kernels.decode_scales_triton import four_words
+from fourfold.kernels.group_expansion_triton import of_member
 from fourfold.kernels.small_batch_parts_triton import from_quad, places
 from fourfold.kernels.small_batch_triton import operand
 
@@ -35,12 +36,9 @@ def _first_of_four(
 @triton.jit
 def _of_member(n: tl.tensor, row_1: tl.tensor, row_2: tl.tensor, values: tl.tuple) -> tl.tensor:
     """Of up to three values that of the member to which row n belongs: the second from row_1 on, and so on."""
-    chosen = values[0]
-    if len(values) > 1:
-        chosen = tl.where(n >= row_1, values[1], chosen)
-    if len(values) > 2:
-        chosen = tl.where(n >= row_2, values[2], chosen)
-    return chosen
+    second = values[1] if len(values) > 1 else None
+    third = values[2] if len(values) > 2 else None
+    return of_member(n, row_1, row_2, values[0], second, third)
 
 
 @triton.jit
@@ -213,7 +211,12 @@ def with_span(
     LOOKUP: tl.constexpr,
     WARPS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Both of `totals` and what a span adds: see `spread_sums`."""
+    """Both of `totals` and what a span adds.
+
+    They are [WARPS, 16, 8], of the first and of the last two of each four rows of W: in rows r and r + 8 the sums of
+    lane r's half of all spans; in column n those of row n // 4 of x over blocks n % 4 of a span, times their scales, if
+    these are of that half.
+    """
     PLACES: tl.constexpr = 64 * WARPS
     # Columns that belong to the other half get what nobody wants.
     sums0 = tl.full([WARPS, 16, 8], 0.0, tl.float32)

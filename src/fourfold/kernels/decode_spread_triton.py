@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fourfold.kernels.decode_lookup_triton import fill_table
 from fourfold.kernels.decode_result_triton import load_low, load_up, prefetch_up, rows_of_program, store_result
-from fourfold.kernels.decode_scales_triton import load_scale_words, load_scales, pack, packed_absmax, plain_absmax
+from fourfold.kernels.decode_scales_triton import absmax_of, load_scale_words, load_scales, pack
 from fourfold.kernels.decode_span_triton import issued, load_words, of_rows
 from fourfold.kernels.decode_sums_triton import held_sums, looped_sums, sums_of_tiles
 from fourfold.kernels.early_triton import begin, wait
@@ -52,9 +52,9 @@ def decode_spread_kernel(
     row_1: tl.tensor,
     row_2: tl.tensor,
     num_rows: tl.tensor,
-    zero: tl.tensor,
     x_scale: tl.tensor,
     out_scale: tl.tensor,
+    zero: tl.tensor,
     partial_ptr: tl.tensor,
     COLUMNS: tl.constexpr,
     NESTED_SHIFT: tl.constexpr,
@@ -74,6 +74,7 @@ def decode_spread_kernel(
     """ROW_WARPS times 16 rows of the members' W, one over the other: member i begins with row_i.
 
     A warp takes SPANS spans of 256 columns.
+    zero: 0, of which the compiler does not know it.
     PACKED: Whether `decode_scales_triton` keeps the scales.
     TILES, HELD_TILES: Times 16 rows that a program takes one after the other, and a power of two from there on. With
         more than one there are one row warp, at most two spans, and PACKED.
@@ -126,13 +127,10 @@ def decode_spread_kernel(
     if HELD:
         absmax: tl.tuple = ()
         for span in tl.static_range(SPANS):
-            if PACKED:
-                own = packed_absmax(
-                    *(scales[0], span, decoding, lanes, span, map_at, code_map_ptr),
-                    *(LOOKUP, COLUMNS, NESTED_SHIFT, CHECKED),
-                )
-            else:
-                own = plain_absmax(scales[span], lanes, span, code_map_ptr, COLUMNS, CHECKED)
+            own = absmax_of(
+                *(scales if PACKED else scales[span], span, decoding, lanes, span, map_at, code_map_ptr),
+                *(LOOKUP, COLUMNS, NESTED_SHIFT, PACKED, CHECKED),
+            )
             absmax = absmax + (own,)  # noqa: RUF005
     row, is_row = rows_of_program(first_row, row_1, num_rows, 16, ROW_WARPS * HELD_TILES, ACTIVATION)
     if TILES < HELD_TILES:

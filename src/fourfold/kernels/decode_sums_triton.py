@@ -13,14 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fourfold.kernels.decode_scales_triton import (
-    four_words,
-    load_scale_words,
-    load_scales,
-    pack,
-    packed_absmax,
-    plain_absmax,
-)
+from fourfold.kernels.decode_scales_triton import absmax_of, four_words, load_scale_words, load_scales, pack
 from fourfold.kernels.decode_span_triton import issued, joined, load_words, load_x, of_rows, sent, with_span
 
 __all__ = ["held_sums", "looped_sums", "sums_of_tiles"]
@@ -62,30 +55,6 @@ def _keep(ptr: tl.tensor, value: tl.tensor, LOOKUP: tl.constexpr) -> None:
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def _absmax_of(
-    scales: tl.tuple,
-    decoding: tl.tuple,
-    lanes: tl.tuple,
-    span: tl.tensor,
-    map_at: tl.tensor,
-    code_map_ptr: tl.tensor,
-    LOOKUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NESTED_SHIFT: tl.constexpr,
-    PACKED: tl.constexpr,
-    CHECKED: tl.constexpr,
-) -> tl.tuple:
-    """absmax of a span, whose scales are the first of the packed ones, or those at hand."""
-    if PACKED:
-        absmax = packed_absmax(
-            *(scales[0], 0, decoding, lanes, span, map_at, code_map_ptr, LOOKUP, COLUMNS, NESTED_SHIFT, CHECKED),
-        )
-    else:
-        absmax = plain_absmax(scales, lanes, span, code_map_ptr, COLUMNS, CHECKED)
-    return absmax
 
 
 @triton.jit
@@ -154,13 +123,13 @@ def looped_sums(
             s0, s1, s2, s3 = load_scales(lanes, span + 1, code_map_ptr, COLUMNS, NESTED_SHIFT)
         x0, x1, x2, x3 = load_x(x_ptr, num_inputs, lanes, span + 1, COLUMNS, CHECKED)
         sent(LOOKUP)
-        absmax = _absmax_of(
-            *(now_scales, decoding, lanes, span, map_at, code_map_ptr),
+        absmax = absmax_of(
+            *(now_scales, 0, decoding, lanes, span, map_at, code_map_ptr),
             *(LOOKUP, COLUMNS, NESTED_SHIFT, PACKED, CHECKED),
         )
         t0, t1 = with_span((t0, t1), now, now_x, absmax, table, codebook_ptr, LOOKUP, WARPS)
-    absmax = _absmax_of(
-        *((s0, s1, s2, s3), decoding, lanes, SPANS - 1, map_at, code_map_ptr),
+    absmax = absmax_of(
+        *((s0, s1, s2, s3), 0, decoding, lanes, SPANS - 1, map_at, code_map_ptr),
         *(LOOKUP, COLUMNS, NESTED_SHIFT, PACKED, CHECKED),
     )
     t0, t1 = with_span((t0, t1), (w0, w1), (x0, x1, x2, x3), absmax, table, codebook_ptr, LOOKUP, WARPS)
@@ -230,7 +199,7 @@ def sums_of_tiles(
                 issued(zero, span * 2 + 1, LOOKUP)
             known = _known(w0, zero)
             if span == 0:
-                packed = pack((raw.to(tl.int32), (raw >> 32).to(tl.int32)), own_lanes, SPANS)[0]
+                packed = pack((raw.to(tl.int32), (raw >> 32).to(tl.int32)), own_lanes, SPANS)
             if span + 1 < SPANS:
                 w0, w1 = load_words(own_words, known, span + 1, True, COLUMNS, CHECKED)
             else:
@@ -244,9 +213,9 @@ def sums_of_tiles(
                 row_start = next_words[1]
                 offset = next_lanes[2]
             issued(zero, span * 2 + 2, LOOKUP)
-            absmax = packed_absmax(
+            absmax = absmax_of(
                 *(packed, span, own_decoding, own_lanes, span, map_at, code_map_ptr),
-                *(LOOKUP, COLUMNS, NESTED_SHIFT, CHECKED),
+                *(LOOKUP, COLUMNS, NESTED_SHIFT, True, CHECKED),
             )
             totals = with_span(totals, now, x[span], absmax, table, codebook_ptr, LOOKUP, WARPS)
         _keep(partial_ptr + (at + tile * (WARPS * 32)), joined(totals, WARPS), LOOKUP)
