@@ -5,7 +5,8 @@
 Weights are NF4 with double quantization, adapters of rank 16. Every kernel is first held against float64, and
 its reference is. Then many calls are captured as one CUDA graph, each with the next of
 several sets of weights, so that nothing is left in the L2 cache by the call before; shares are of the bandwidth, read
-and written, of a copy in the same run. What fails is printed, and leaves the rest alone.
+and written, of a copy in the same run, and at one row also of launches that read as many bytes and do nothing with them
+(`reading_triton.py`). What fails is printed, and leaves the rest alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import triton
+from reading_triton import reading_us
 from torch import Tensor
 
 from fourfold.kernels import decode_attention_triton, decode_linear_triton, decode_norm_triton
@@ -167,6 +169,7 @@ def linear_rows(name: str, sizes: list[int], bandwidth: float, tiles: bool) -> l
         x = torch.randn(inputs, first.columns, device="cuda").to(BF16).to(F16)
         extras = [layer.extras(inputs) for layer in layers]
         exact = decode_linear_reference(x.double(), *first.weights(), *extras[0][:-1], torch.float64)
+        reading = reading_us(first.num_bytes, ROTATED_BYTES, graph_us) if inputs == 1 else None
         rounded = decode_linear_reference(x, *first.weights(), *extras[0])
         for variant, told in variants(inputs, tiles).items():
             row: dict[str, Any] = {"what": name, "rows": inputs, "variant": variant}
@@ -179,6 +182,8 @@ def linear_rows(name: str, sizes: list[int], bandwidth: float, tiles: bool) -> l
                 row["reference_error"] = distance(rounded, exact)
                 row["us"] = graph_us(calls)
                 row["of_copy"] = first.num_bytes / row["us"] / bandwidth
+                if reading is not None:
+                    row["of_reading"] = reading / row["us"]
             except Exception:
                 traceback.print_exc()
                 row["failed"] = traceback.format_exc(limit=1).strip().splitlines()[-1]
@@ -289,16 +294,16 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")
     print(f"\n{about['gpu']}, copy {bandwidth / 1e6:.2f} TB/s, {about['seconds']:.0f} s")
-    print(f"{'what':24} {'rows':>4} {'variant':20} {'us':>8} {'of copy':>8} {'error':>9} {'reference':>9}")
+    keys = ("us", "of_copy", "of_reading", "error", "reference_error")
+    titles = f"{'us':>8} {'of copy':>8} {'of reading':>10} {'error':>9} {'reference':>9}"
+    print(f"{'what':24} {'rows':>4} {'variant':20} {titles}")
     for row in found:
-        figures = [row.get("us"), row.get("of_copy"), row.get("error"), row.get("reference_error")]
         if "failed" in row:
             print(f"{row['what']:24} {row['rows']:4} {row['variant']:20} FAILED {row['failed'][:90]}")
             continue
-        us, share, error, reference = (float("nan") if figure is None else figure for figure in figures)
-        print(
-            f"{row['what']:24} {row['rows']:4} {row['variant']:20} {us:8.2f} {share:8.1%} {error:9.1e} {reference:9.1e}"
-        )
+        us, share, reading, error, reference = (row.get(key, float("nan")) for key in keys)
+        told = f"{us:8.2f} {share:8.1%} {reading:10.1%} {error:9.1e} {reference:9.1e}"
+        print(f"{row['what']:24} {row['rows']:4} {row['variant']:20} {told}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_models import FAMILIES, VOCAB, adapted_model, generated, small_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from fourfold.errors import InferenceError
 from fourfold.inference import Chunk, Engine, EngineOptions, GenericStep, Request, SamplingOptions, Sequence
@@ -155,6 +155,49 @@ def test_a_repetition_penalty_counts_prompt_and_answer_as_generate_does(tiny_tok
         engine.submit(Request(prompt(draw), max_new_tokens=9))
         run(engine)
         assert sequence.token_ids == generated(model, tokens, 24, repetition_penalty=1.5)
+
+
+class OpenAIPenalties(LogitsProcessor):
+    """Of what stands behind a prompt of so many tokens."""
+
+    def __init__(self, prompt: int, frequency: float, presence: float) -> None:
+        self.prompt, self.frequency, self.presence = prompt, frequency, presence
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        counts = input_ids[0, self.prompt :].bincount(minlength=scores.shape[1])
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+def test_penalties_by_what_the_answer_has_are_its_own_whoever_had_the_slot_before(tiny_tokenizer: Any) -> None:
+    model = small_model()
+    engine = Engine(model, tiny_tokenizer, OPTIONS)
+    draw = random.Random(5)
+    changed = 0
+    for frequency, presence in ((0.0, 0.0), (0.2, 0.0), (0.0, 0.4), (0.3, -0.1), (0.2, 0.0), (0.1, 0.1)):
+        tokens = prompt(draw)
+        sampling = SamplingOptions(frequency_penalty=frequency, presence_penalty=presence)
+        sequence = engine.submit(Request(tokens, sampling, max_new_tokens=24))
+        engine.submit(Request(prompt(draw), SamplingOptions(frequency_penalty=1.0), max_new_tokens=9))
+        run(engine)
+        penalties = LogitsProcessorList([OpenAIPenalties(len(tokens), frequency, presence)])
+        assert sequence.token_ids == generated(model, tokens, 24, logits_processor=penalties)
+        changed += sequence.token_ids != generated(model, tokens, 24)
+    assert changed > 2
+
+
+def test_a_bias_bans_and_forces_tokens_of_its_own_request_alone(tiny_tokenizer: Any) -> None:
+    model = small_model()
+    engine = Engine(model, tiny_tokenizer, OPTIONS)
+    tokens = prompt(random.Random(5))
+    plain = generated(model, tokens, 12)
+    asked = {
+        name: engine.submit(Request(tokens, SamplingOptions(logit_bias=bias), max_new_tokens=12, ignore_eos=True))
+        for name, bias in (("none", ()), ("banned", ((plain[0], -100.0),)), ("forced", ((11, 100.0),)))
+    }
+    run(engine)
+    assert asked["none"].token_ids[: len(plain)] == plain
+    assert plain[0] not in asked["banned"].token_ids
+    assert asked["forced"].token_ids == [11] * 12
 
 
 def test_stop_strings_end_an_answer_and_are_not_part_of_it(engine: Engine, tiny_tokenizer: Any) -> None:

@@ -49,6 +49,22 @@ def test_answers_of_captured_passes_are_those_of_the_cpu_while_the_cache_grows(
         assert sequence.token_ids == generated(small_model("llama"), sequence.request.prompt_ids, 40)
 
 
+def test_penalties_and_biases_on_a_gpu_choose_as_on_the_cpu(tiny_tokenizer: Any) -> None:
+    answers = []
+    for device in ("cpu", "cuda"):
+        engine = Engine(small_model().to(device), tiny_tokenizer, OPTIONS)
+        sampling = [
+            SamplingOptions(frequency_penalty=0.3),
+            SamplingOptions(presence_penalty=0.6, repetition_penalty=1.2),
+            SamplingOptions(logit_bias=((11, 3.0), (12, -100.0))),
+        ]
+        asked = [engine.submit(Request(tokens, how, 24)) for tokens, how in zip(prompts(9), sampling * 3, strict=True)]
+        while engine.has_work:
+            engine.step()
+        answers.append([sequence.token_ids for sequence in asked])
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_decode_pass_with_sampling_is_captured_and_replayed(family: str) -> None:
     model = small_model(family).cuda()
@@ -64,12 +80,13 @@ def test_a_decode_pass_with_sampling_is_captured_and_replayed(family: str) -> No
     options = [
         SamplingOptions(),
         SamplingOptions(temperature=1.0, top_p=0.9),
-        SamplingOptions(temperature=0.7, top_k=5),
+        SamplingOptions(temperature=0.7, top_k=5, frequency_penalty=0.5, logit_bias=((4, 3.0), (9, -2.0))),
     ]
     rows = RowSampling.of(options, "cuda")
+    counts = torch.randint(3, (3, VOCAB), dtype=torch.int32, device="cuda")
 
     def decode() -> torch.Tensor:
-        return sample(step.decode(tokens, slots, positions, cache, None), rows, positions + 1)
+        return sample(step.decode(tokens, slots, positions, cache, None), rows, positions + 1, counts=counts)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -96,9 +113,10 @@ def test_the_accounting_bounds_the_peak(tiny_tokenizer: Any) -> None:
     torch.cuda.reset_peak_memory_stats()
     engine = Engine(model, tiny_tokenizer, EngineOptions(max_sequences=8, max_length=4096))
     draw = random.Random(1)
+    sampling = SamplingOptions(temperature=1.0, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.5)
     for _ in range(8):
         tokens = tuple(draw.randrange(3, VOCAB) for _ in range(4000))
-        engine.submit(Request(tokens, SamplingOptions(temperature=1.0, top_p=0.9), max_new_tokens=8, ignore_eos=True))
+        engine.submit(Request(tokens, sampling, max_new_tokens=8, ignore_eos=True))
     while engine.has_work:
         engine.step()
     # cuBLAS keeps a workspace.

@@ -9,6 +9,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -23,6 +24,8 @@ VOCAB = 200
 def transformers_scores(options: SamplingOptions, input_ids: Tensor, logits: Tensor) -> Tensor:
     """What Transformers' own processors make of a row, in the order of `generate`."""
     processors = LogitsProcessorList()
+    if options.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in options.logit_bias]))
     if options.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if options.temperature > 0:
@@ -48,6 +51,8 @@ MIXED = [
     SamplingOptions(temperature=1.0, top_p=1e-6),
     SamplingOptions(temperature=1.0, min_p=1.0),
     SamplingOptions(temperature=1.0, top_k=1),
+    SamplingOptions(logit_bias=((3, 100.0), (7, -100.0))),
+    SamplingOptions(temperature=0.9, top_k=30, repetition_penalty=1.3, logit_bias=tuple((i, 4.0) for i in range(50))),
 ]
 
 
@@ -62,6 +67,31 @@ def test_each_row_of_a_batch_is_filtered_as_by_transformers(seed: int) -> None:
         wanted = transformers_scores(options, input_ids[row], logits[row])
         assert torch.equal(scores[row].isfinite(), wanted.isfinite()), options
         torch.testing.assert_close(scores[row], wanted)
+
+
+def test_penalties_of_frequency_and_presence_are_openais() -> None:
+    """As its documentation defines them: mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
+    torch.manual_seed(3)
+    asked = [(0.0, 0.0), (0.7, 0.0), (0.0, 1.5), (-2.0, 0.3)]
+    options = [SamplingOptions(frequency_penalty=frequency, presence_penalty=presence) for frequency, presence in asked]
+    logits = 3 * torch.randn(len(asked), VOCAB)
+    answers = torch.randint(20, (len(asked), 40))
+    counts = torch.stack([answer.bincount(minlength=VOCAB) for answer in answers]).to(torch.int32)
+    scores = processed_logits(logits, RowSampling.of(options), counts=counts)
+    for row, (frequency, presence) in enumerate(asked):
+        times = [answers[row].tolist().count(token) for token in range(VOCAB)]
+        wanted = [
+            logit - times[token] * frequency - (presence if times[token] else 0)
+            for token, logit in enumerate(logits[row].tolist())
+        ]
+        torch.testing.assert_close(scores[row], torch.tensor(wanted))
+
+
+def test_no_bias_brings_back_what_is_not_allowed() -> None:
+    allowed = torch.ones(1, VOCAB, dtype=torch.bool)
+    allowed[0, 5] = False
+    rows = RowSampling.of([SamplingOptions(logit_bias=((5, 100.0), (8, 50.0)))])
+    assert sample(torch.zeros(1, VOCAB), rows, torch.zeros(1, dtype=torch.int64), allowed=allowed).item() == 8
 
 
 @pytest.mark.parametrize("options", [MIXED[1], MIXED[3], MIXED[6]])
@@ -151,6 +181,11 @@ def test_a_row_without_a_choice_gives_none_and_leaves_the_others(options: Sampli
         {"min_p": -0.1},
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"frequency_penalty": float("nan")},
+        {"presence_penalty": float("inf")},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((3, 1.0), (3, 2.0))},
+        {"logit_bias": ((3, float("-inf")),)},
         {"seed": 2**63},
     ],
 )

@@ -102,6 +102,19 @@ def test_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(**(asked | {"seed": 8})).choices[0].message.content != texts[0]
 
 
+def test_penalties_and_biases_of_openai_choose_otherwise(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "base", "messages": MESSAGES, "temperature": 0, "max_tokens": 20}
+
+    def text(**fields: Any) -> str | None:
+        answer: str | None = client.chat.completions.create(**(asked | fields)).choices[0].message.content
+        return answer
+
+    plain = text()
+    assert text(logit_bias={"70": 100}) not in (plain, text(logit_bias={"71": 100}))
+    assert text(frequency_penalty=-2) not in (plain, text(presence_penalty=2))
+    assert text() == plain
+
+
 def test_chat_logprobs_are_the_models_own(client: openai.OpenAI, tiny_llama: Any) -> None:
     answer = client.chat.completions.create(
         model="base",
@@ -244,8 +257,13 @@ def test_what_is_measured_is_told_to_prometheus(tiny_server: Running) -> None:
         ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs"),
         ({"top_logprobs": 2}, 400, "needs logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "not supported"),
-        ({"logit_bias": {"5": 3}}, 400, "not supported"),
-        ({"frequency_penalty": 0.5}, 400, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"05": 1, "5": 2}}, 400, "logit_bias"),
+        ({"logit_bias": {"999999999": 1}}, 400, "no token 999999999; allowed are 0 to"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, 400, "1024"),
+        ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+        ({"presence_penalty": -2.5}, 400, "presence_penalty"),
         ({"stream_options": {"include_usage": True}}, 400, "stream: true"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
     ],

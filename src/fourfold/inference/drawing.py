@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import TypeAlias
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fourfold.inference.logprobs import ArrivingLogprobs, TokenLogprob
-from fourfold.inference.requests import Sequence
+from fourfold.inference.requests import Request, Sequence
 from fourfold.inference.sampling import RowSampling, sample
 from fourfold.inference.transfers import Arriving, to_device
 
@@ -38,7 +37,8 @@ class Draw:
 
 
 class Drawing:
-    """Samples as each sequence asks for, and knows the tokens of those whose repetitions cost.
+    """Samples as each sequence asks for, and knows the tokens of those whose repetitions cost: all so far for the
+    repetition penalty, and for those of frequency and presence how often each was drawn.
 
     Attributes:
         last: int64 [num_slots], what was drawn last for each slot, on the device; 0 where no token could be chosen.
@@ -52,15 +52,21 @@ class Drawing:
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self._shape, self._device = (num_slots, vocab_size), device
         self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
         self._rows: tuple[tuple[int, ...], RowSampling] | None = None
         self.last = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
-    def see(self, slot: int, tokens: Iterable[int]) -> None:
-        """Begin a slot's sequence with these tokens: drawn ones are remembered with them."""
-        if self._seen is None:
-            self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-        self._seen[slot] = False
-        self._seen[slot, to_device(list(tokens), torch.int64, self._device)] = True
+    def begin(self, slot: int, request: Request) -> None:
+        """Forget the tokens of the slot's last sequence; this one begins with its prompt."""
+        if request.sampling.repetition_penalty != 1:
+            if self._seen is None:
+                self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+            self._seen[slot] = False
+            self._seen[slot, to_device(request.prompt_ids, torch.int64, self._device)] = True
+        if request.sampling.counts_tokens:
+            if self._counts is None:
+                self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self._counts[slot] = 0
 
     def draw(
         self, sequences: Rows[Sequence], slots: Tensor, logits: Tensor, positions: Tensor, allowed: Tensor | None
@@ -76,13 +82,16 @@ class Drawing:
         """
         rows = self._sampling_of(sequences)
         seen = self._seen if rows.has_penalty else None
-        tokens = sample(logits, rows, positions, None if seen is None else seen[slots], allowed)
+        counts = self._counts if rows.has_counts else None
+        tokens = sample(logits, rows, positions, _of(seen, slots), allowed, _of(counts, slots))
         drawn = Draw(tokens, ArrivingLogprobs(logits, tokens, [one.request.logprobs for one in sequences]))
         # Last, so that a draw that fails can be repeated.
         chosen = tokens.clamp(min=0)
         self.last.index_copy_(0, slots, chosen)
         if seen is not None:
             seen[slots, chosen] = True
+        if counts is not None:
+            counts[slots, chosen] += 1
         return drawn
 
     def _sampling_of(self, sequences: Rows[Sequence]) -> RowSampling:
@@ -92,3 +101,7 @@ class Drawing:
             options = [sequence.request.sampling for sequence in sequences]
             self._rows = (key, RowSampling.of(options, self._device))
         return self._rows[1]
+
+
+def _of(known: Tensor | None, slots: Tensor) -> Tensor | None:
+    return None if known is None else known[slots]

@@ -121,6 +121,9 @@ class Engine:
         vocab = self.step_of_model.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab:
             raise InferenceError("a token of the prompt that the model does not have", allowed=f"0 to {vocab - 1}")
+        biased = max((token for token, _ in request.sampling.logit_bias), default=0)
+        if biased >= vocab:
+            raise InferenceError("logit_bias", found=biased, allowed=f"tokens of the model: 0 to {vocab - 1}")
         if request.adapter is not None and request.adapter not in self._adapters:
             raise InferenceError("unknown adapter", found=request.adapter, allowed=self._adapters or "none")
         sequence = Sequence(request)
@@ -168,8 +171,7 @@ class Engine:
                 sequence, slot, prompt[reused:], Detokenizer(self.tokenizer), StopStrings(request.stop), most
             )
             self._running.append(running)
-            if request.sampling.repetition_penalty != 1:
-                self._drawing.see(slot.index, prompt)
+            self._drawing.begin(slot.index, request)
 
     def _choose_slot(self, prompt: list[int], adapter: str | None) -> tuple[Slot, int]:
         """The free slot that holds most of the prompt's beginning, or else was not used for longest."""

@@ -26,8 +26,9 @@ MIB = 2**20
 MOST_SEQUENCES = 64
 _LEAST_LENGTH = 128
 
-# Bytes that sampling holds of one logit at its peak: fp32 scores, sorted and filtered, an order and noise in int64.
-_SAMPLING_BYTES = 44
+# Bytes that sampling holds of one logit at its peak: fp32 scores, sorted and filtered, an order and noise in int64, and
+# what a slot remembers of its answer's tokens, which is gathered for the rows of a pass.
+_SAMPLING_BYTES = 54
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Choosing the next tokens of many sequences at a time, on the device that holds their logits.
 
 Each row has parameters of its own, as tensors, and nothing is read back, so that all of it can be captured in a CUDA
-graph. The order is that of Transformers: repetition penalty, temperature, top-k, top-p, min-p.
+graph. The order is that of Transformers: bias, repetition penalty, temperature, top-k, top-p, min-p; OpenAI's penalties
+come behind the repetition penalty, as in vLLM.
 
 A token is drawn by the Gumbel-max trick: the largest of logit + noise. The noise of a token is a function of the
 request's seed, the position and the token alone. So what is drawn depends neither on the rows beside it nor on which
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -41,6 +43,10 @@ class SamplingOptions:
         min_p: Only what is at least this share as likely as the likeliest.
         repetition_penalty: What logits of tokens in the prompt or the answer are divided by (multiplied where
             negative; Keskar et al., 2019).
+        frequency_penalty: What is taken off a token's logit for each time that the answer has it (OpenAI's definition:
+            the prompt does not count).
+        presence_penalty: What is taken off once, for every token that the answer has.
+        logit_bias: Tokens, and what is added to the logit of each.
         seed: The same seed and prompt give the same answer.
 
     Raises:
@@ -52,7 +58,15 @@ class SamplingOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether what the answer has so far makes a difference."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
 
     def __post_init__(self) -> None:
         # Written so that NaN is refused, too.
@@ -66,6 +80,14 @@ class SamplingOptions:
             raise ConfigError("key min_p", found=self.min_p, allowed="0 to 1")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ConfigError("key repetition_penalty", found=self.repetition_penalty, allowed="above 0; 1 for none")
+        for key in ("frequency_penalty", "presence_penalty"):
+            if not isfinite(getattr(self, key)):
+                raise ConfigError(f"key {key}", found=getattr(self, key), allowed="a number; 0 for none")
+        tokens = [token for token, _ in self.logit_bias]
+        if len(set(tokens)) < len(tokens) or min(tokens, default=0) < 0:
+            raise ConfigError("key logit_bias", found=tokens, allowed="token ids of 0 and above, each once")
+        if not all(isfinite(bias) for _, bias in self.logit_bias):
+            raise ConfigError("key logit_bias", found=self.logit_bias, allowed="a number for each token")
         if not -(2**63) <= self.seed < 2**63:
             raise ConfigError("key seed", found=self.seed, allowed="a number of 64 bits")
 
@@ -75,11 +97,13 @@ class RowSampling:
     """The options of the rows of a batch, as tensors; and which of them any row asks for, as plain numbers.
 
     Attributes:
-        temperature, top_p, min_p, repetition_penalty: fp32 [rows, 1].
+        temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty: fp32 [rows, 1].
         top_k, seed: int64 [rows, 1].
+        biases: Row, token (int64) and bias (fp32) [biases] of each that a row has; None where none has one.
         draws: Whether any row has a temperature.
         most_k: The largest top_k there is; 0 where no row has one.
-        has_top_p, has_min_p, has_penalty: Whether any row has one.
+        has_top_p, has_min_p, has_penalty: Whether any row has one, of penalties that for repetition.
+        has_counts: Whether any row has a penalty by what its answer has.
     """
 
     temperature: Tensor
@@ -87,12 +111,16 @@ class RowSampling:
     top_p: Tensor
     min_p: Tensor
     repetition_penalty: Tensor
+    frequency_penalty: Tensor
+    presence_penalty: Tensor
     seed: Tensor
+    biases: tuple[Tensor, Tensor, Tensor] | None
     draws: bool
     most_k: int
     has_top_p: bool
     has_min_p: bool
     has_penalty: bool
+    has_counts: bool
 
     @classmethod
     def of(cls, rows: Sequence[SamplingOptions], device: torch.device | str = "cpu") -> RowSampling:
@@ -104,27 +132,41 @@ class RowSampling:
             return iter(to_device(values, dtype, device).unbind())
 
         drawn = [row for row in rows if row.temperature > 0]
-        temperature, top_p, min_p, penalty = columns(
-            ("temperature", "top_p", "min_p", "repetition_penalty"), torch.float32
+        temperature, top_p, min_p, repetition, frequency, presence = columns(
+            ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+            torch.float32,
         )
         top_k, seed = columns(("top_k", "seed"), torch.int64)
+        biases = None
+        if named := [(index, *bias) for index, row in enumerate(rows) for bias in row.logit_bias]:
+            of_row, of_token, by = map(list, zip(*named, strict=True))
+            biases = (*to_device([of_row, of_token], torch.int64, device), to_device(by, torch.float32, device))
         return cls(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            repetition_penalty=penalty,
+            repetition_penalty=repetition,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
             seed=seed,
+            biases=biases,
             draws=bool(drawn),
             most_k=max((row.top_k for row in drawn), default=0),
             has_top_p=any(row.top_p < 1 for row in drawn),
             has_min_p=any(row.min_p > 0 for row in drawn),
             has_penalty=any(row.repetition_penalty != 1 for row in rows),
+            has_counts=any(row.counts_tokens for row in rows),
         )
 
 
 def sample(
-    logits: Tensor, rows: RowSampling, positions: Tensor, seen: Tensor | None = None, allowed: Tensor | None = None
+    logits: Tensor,
+    rows: RowSampling,
+    positions: Tensor,
+    seen: Tensor | None = None,
+    allowed: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row.
 
@@ -134,11 +176,12 @@ def sample(
         positions: int64 [rows], where the token will stand.
         seen: bool [rows, vocab], the tokens so far; needed where a row has a repetition penalty.
         allowed: bool [rows, vocab], what may come; None for everything.
+        counts: int32 [rows, vocab], how often the answer has a token; needed where a row has a penalty for that.
 
     Returns:
         int64 [rows]; -1 where no token can be chosen: a logit is NaN, or nothing is allowed.
     """
-    scores = processed_logits(logits, rows, seen, allowed)
+    scores = processed_logits(logits, rows, seen, allowed, counts)
     if rows.draws:
         noise = gumbel_noise(rows.seed, positions[:, None], scores.shape[1])
         scores = torch.where(rows.temperature > 0, scores + noise, scores)
@@ -147,18 +190,28 @@ def sample(
 
 
 def processed_logits(
-    logits: Tensor, rows: RowSampling, seen: Tensor | None = None, allowed: Tensor | None = None
+    logits: Tensor,
+    rows: RowSampling,
+    seen: Tensor | None = None,
+    allowed: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Logits [rows, vocab] in fp32 as a draw takes them: penalized, divided by the temperature, -inf where filtered.
+    """Logits [rows, vocab] in fp32 as a draw takes them: biased, penalized, divided by the temperature, -inf where
+    filtered.
 
-    Rows without a temperature are penalized only.
+    Rows without a temperature are biased and penalized only.
     """
     scores = logits.float()
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
+    if rows.biases is not None:
+        row, token, bias = rows.biases
+        scores = scores.index_put((row, token), scores[row, token] + bias)
     if rows.has_penalty and seen is not None:
         penalty = rows.repetition_penalty
         scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if rows.has_counts and counts is not None:
+        scores = scores - rows.frequency_penalty * counts - rows.presence_penalty * (counts > 0)
     if not rows.draws:
         return scores
     greedy = rows.temperature == 0

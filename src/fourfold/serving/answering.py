@@ -155,8 +155,21 @@ class Answering:
             top_p=1.0 if asked.top_p is None else asked.top_p,
             min_p=asked.min_p or 0.0,
             repetition_penalty=asked.repetition_penalty or 1.0,
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            presence_penalty=asked.presence_penalty or 0.0,
+            logit_bias=self._bias(asked),
             seed=(seed + choice) % 2**63,
         )
+
+    def _bias(self, asked: Sampling) -> tuple[tuple[int, float], ...]:
+        biases = tuple((int(token), bias) for token, bias in (asked.logit_bias or {}).items())
+        if unknown := [token for token, _ in biases if token >= self._vocab_size]:
+            raise ApiError(
+                400,
+                f"logit_bias: the model has no token {unknown[0]}; allowed are 0 to {self._vocab_size - 1}",
+                param="logit_bias",
+            )
+        return biases
 
     async def _respond(
         self, asked: Sampling, answers: Answers, body: Body, http: HttpRequest, deadline: float

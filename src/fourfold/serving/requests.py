@@ -24,6 +24,7 @@ __all__ = [
 
 # A prompt's or a seed's numbers go into int64 tensors.
 _LARGEST = 2**63 - 1
+MOST_BIASES = 1024
 TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
 
 
@@ -115,17 +116,18 @@ class Sampling(_Body):
     # Beyond these no logit would be left to choose by.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
-    # Known, and not done.
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MOST_BIASES, description="By token id: added to the logit of each."),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_done(self) -> Sampling:
-        if self.frequency_penalty or self.presence_penalty:
-            raise ValueError("frequency_penalty and presence_penalty are not supported; repetition_penalty is")
-        if self.logit_bias:
-            raise ValueError("logit_bias is not supported")
+    def _check(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if any(not text or len(text) > 256 for text in self.stop_strings()):
