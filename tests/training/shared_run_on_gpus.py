@@ -80,6 +80,7 @@ def main(folder: Path, name: str) -> None:
     record |= {"weights_bytes": weights, "standing_bytes": torch.cuda.memory_allocated()}
     record |= {"graphs": sum(len(each._graphs) for each in graphs.values())}
     record |= {"reasons": sorted({reason for layer in layers for reason in layer._told})}
+    record |= {"weighed": tiny.weighed_factors(trainer)}
     if processes().is_main:
         (folder / f"{name}.json").write_text(json.dumps(record))
     if torch.distributed.is_initialized():

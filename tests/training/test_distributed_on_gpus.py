@@ -74,6 +74,11 @@ def test_the_adapter_is_an_ordinary_one(folder, way):
     assert any("lora_B" in name and value.abs().sum() > 0 for name, value in plain.named_parameters())
 
 
+@pytest.mark.parametrize("way", ["one", "ddp", "fsdp2"])
+def test_an_adapter_is_weighed_once_however_many_hold_it(folder, way):
+    assert record(folder, way)["weighed"] == {"A": [1.0], "B": [0.5]}
+
+
 def test_one_gpu_goes_on_from_the_checkpoint_of_two(folder):
     one, later = record(folder, "one"), record(folder, "one-from-fsdp2")
     assert later["loss"][-5:] == pytest.approx(one["loss"][-5:], rel=2e-3)

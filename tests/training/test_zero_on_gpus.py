@@ -60,6 +60,11 @@ def test_offload_has_the_losses_and_norms_of_ddp_in_fp32_to_its_rounding(strateg
         assert results[strategy][key] == pytest.approx(results["ddp_in_fp32"][key], rel=1e-4), key
 
 
+@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
+def test_an_adapter_is_weighed_once_whoever_holds_its_parts(strategy, results):
+    assert results[strategy]["weighed"] == {"A": [1.0], "B": [0.5]}
+
+
 def test_a_gpu_holds_its_share_of_the_base(results):
     whole = results["ddp"]["held"]["base_layer.weight"]
     scales = 512 * 512 // 64

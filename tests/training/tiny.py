@@ -111,3 +111,19 @@ def trainer(
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def weighed_factors(trainer: Any) -> dict[str, list[float]]:
+    """Of the tensors of each kind, the factors by which it changes when the adapter is multiplied by 0.5."""
+
+    def whole() -> dict[str, torch.Tensor]:
+        own = {path: value for path, value in trainer.model.named_parameters() if value.requires_grad}
+        return {path: value.detach().clone() for path, value in (trainer.whole_weights() or own).items()}
+
+    before = whole()
+    trainer.weigh_adapter(0.5)
+    found: dict[str, set[float]] = {}
+    for path, value in whole().items():
+        kind = "B" if "lora_B" in path else "A"
+        found.setdefault(kind, set()).update((value / before[path]).unique().tolist())
+    return {kind: sorted(factors) for kind, factors in found.items()}

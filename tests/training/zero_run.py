@@ -122,25 +122,9 @@ def train(out: Path, name: str, distributed: str, device: str = "cpu", **keys: s
         "eval_losses": [entry["eval_loss"] for entry in log if "eval_loss" in entry],
         "allocated": torch.cuda.memory_allocated() if device != "cpu" else 0,
         "weights_bytes": standing_parts(adapted, None)["weights"],
-        "weighed": _weighed(trainer),
+        "weighed": tiny.weighed_factors(trainer),
         "held": {path.partition("q_proj.")[2]: _held(value) for path, value in first.items()},
     }
-
-
-def _weighed(trainer: Any) -> dict[str, list[float]]:
-    """Of the tensors of each kind, the factors by which it changes when the adapter is multiplied by 0.5."""
-
-    def whole() -> dict[str, torch.Tensor]:
-        own = {path: value for path, value in trainer.model.named_parameters() if value.requires_grad}
-        return {path: value.detach().clone() for path, value in (trainer.whole_weights() or own).items()}
-
-    before = whole()
-    trainer.weigh_adapter(0.5)
-    found: dict[str, set[float]] = {}
-    for path, value in whole().items():
-        kind = "B" if "lora_B" in path else "A"
-        found.setdefault(kind, set()).update((value / before[path]).unique().tolist())
-    return {kind: sorted(factors) for kind, factors in found.items()}
 
 
 def _held(parameter: Any) -> int:
