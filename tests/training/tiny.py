@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fourfold.training.building import build_trainer
+from fourfold.training.distributed import processes
 from fourfold.training.options import TrainingOptions
 from fourfold.training.trainer import FourfoldTrainer
 
@@ -114,7 +115,8 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def weighed_factors(trainer: Any) -> dict[str, list[float]]:
-    """Of the tensors of each kind, the factors by which it changes when the adapter is multiplied by 0.5."""
+    """Of the tensors of each kind, the factors by which it changes when the adapter is multiplied by 0.5. All processes
+    call this; it is told to the main one."""
 
     def whole() -> dict[str, torch.Tensor]:
         own = {path: value for path, value in trainer.model.named_parameters() if value.requires_grad}
@@ -122,8 +124,11 @@ def weighed_factors(trainer: Any) -> dict[str, list[float]]:
 
     before = whole()
     trainer.weigh_adapter(0.5)
+    after = whole()
+    if not processes().is_main:
+        return {}
     found: dict[str, set[float]] = {}
-    for path, value in whole().items():
+    for path, value in after.items():
         kind = "B" if "lora_B" in path else "A"
         found.setdefault(kind, set()).update((value / before[path]).unique().tolist())
     return {kind: sorted(factors) for kind, factors in found.items()}

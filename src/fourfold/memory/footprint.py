@@ -322,9 +322,14 @@ def _forward(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment
 def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     kept = _on_gpu(layers) + _in_flight(layers) + _around(shape, step)
     tail: Tensors = {"last layer's output": _hidden(shape, step.tokens)}
-    gathered = {"head, gathered": _head_gathered(shape, step)}
+    head, shards = _head_gathered(shape, step), step.parallelism.shards
+    gathered = {"head, gathered": head}
     gradients = _gradients_before(shape, step)
     moments = []
+    if head and not shape.is_tied and not shards.has_copies:
+        # FSDP2 copies what comes into parameters, when all layers are done.
+        before = {"head, as it comes": head, "hidden states, and normed": 2 * _hidden(shape, step.tokens)}
+        moments.append(_Moment({"activations kept": kept, GRADIENTS: gradients}, {**gathered, **before}))
     if shape.ends is not None:
         norm = shape.ends.tail(step.batch, step.seq)
         tail = norm.forward.after
