@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -24,10 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 import fourfold
 from fourfold.errors import FourfoldError
 from fourfold.kernels.shards import local_part
-from fourfold.models.sharding import held_bytes, shard_model
+from fourfold.models.sharding import gathered_head, held_bytes, shard_model
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.swapping import dense_linears
 from fourfold.training.distributed import processes
+from fourfold.training.hidden_states import last_hidden_states
+from fourfold.training.loss import supervised_cross_entropy
 from fourfold.training.trainer import FourfoldTrainer
 
 STEPS = 6
@@ -148,6 +151,23 @@ def filled(folder: Path) -> None:
     (folder / f"filled-{processes().rank}.json").write_text(json.dumps(record))
 
 
+def gathered(folder: Path) -> None:
+    """What FSDP2 gathers and reduces in a step, in order."""
+    adapted = model()
+    base = adapted.get_base_model()
+    shard_model(adapted, torch.device("cpu"))
+    ids = tiny.collate(list(tiny.rows(2)))["input_ids"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        hidden, _ = last_hidden_states(adapted, base, {"input_ids": ids})
+        with gathered_head(base):
+            loss = supervised_cross_entropy(hidden, ids, base.get_output_embeddings()).loss_sum
+        loss.backward()
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    found = [re.fullmatch(r"FSDP::(all_gather|post_backward_reduce) \((.*)\)", event.name) for event in events]
+    order = [(match[1], match[2].split(".")[-1]) for match in found if match is not None]
+    (folder / f"gathered-{processes().rank}.json").write_text(json.dumps(order))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     held_out = {"eval_dataset": tiny.rows(7, seed=5), "eval_strategy": "steps", "eval_steps": 3}
@@ -162,6 +182,7 @@ def main(folder: Path) -> None:
     gone_on(folder, "ddp-to-fsdp2", folder / "ddp" / "checkpoint-3", distributed="fsdp2")
     gone_on(folder, "one-8bit-to-fsdp2", folder / "one-8bit" / "checkpoint-3", distributed="fsdp2", optim="adamw_8bit")
     filled(folder)
+    gathered(folder)
 
 
 if __name__ == "__main__":

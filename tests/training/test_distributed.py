@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -82,6 +83,18 @@ def test_of_a_base_that_is_filled_as_it_is_sharded_a_process_holds_its_share_alo
     # `held_bytes` counts parameters and scales; this is all storages that are alive.
     found = record(folder, f"filled-{rank}")
     assert found["held"] <= found["alive"] < 1.05 * found["held"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_gathers_the_head_once_and_each_layer_before_the_one_behind_it_is_reduced(folder, rank):
+    layers = [str(number) for number in range(2)]
+    order = [tuple(each) for each in json.loads((folder / f"gathered-{rank}.json").read_text())]
+    forward = [("all_gather", name) for name in ("embed_tokens", *layers, "lm_head")]
+    assert order[: len(forward)] == forward
+    behind = order[len(forward) :]
+    assert [name for kind, name in behind if kind == "all_gather"] == layers[::-1]
+    for layer, before in itertools.pairwise(layers[::-1]):
+        assert behind.index(("all_gather", before)) < behind.index(("post_backward_reduce", layer))
 
 
 def test_layers_of_transformers_are_sharded_with_their_checkpoints_of_activations(folder):

@@ -34,7 +34,7 @@ from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.quantization.experts import quantized_parameters
 from fourfold.quantization.linear import QuantizedWeight
 
-__all__ = ["gathered_head", "give_back", "held_bytes", "shard_model"]
+__all__ = ["gathered_head", "give_back", "held_bytes", "plain_class", "shard_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,10 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
             layer._graphs = None  # the weights' memory comes and goes
         shard(layer)
     if head is not None and not is_tied and not any(True for _ in head.children()) and not _learns(head):
+        kind = plain_class(head)
         shard(head, False)  # its forward pass comes just before the loss
+        if kind is not None:
+            head._plain = (kind, _hooks(head))
     shard(base, None)  # FSDP2 leaves it gathered, as the root
     if "hf_device_map" in vars(base):
         vars(base)["hf_device_map"] = {"": device}
@@ -155,6 +158,25 @@ def gathered_head(base: nn.Module) -> Iterator[None]:
     finally:
         if not (_learns(head) and torch.is_grad_enabled()):
             group.reshard()
+
+
+def plain_class(module: nn.Module) -> type | None:
+    """Of a module that does no more than its class, that class; None where hooks or a `forward` of its own may.
+
+    What FSDP2 has put around a head does not count while it is whole: to call the head would have it gathered anew.
+    """
+    own = getattr(module, "_plain", None)
+    if own is not None and not any(map(is_sharded, module.parameters())):
+        kind, hooks = own
+    else:
+        kind, hooks = type(module), frozenset()
+    # accelerate's hooks stand in the instance's `forward`.
+    return None if _hooks(module) - hooks or "forward" in vars(module) else kind
+
+
+def _hooks(module: nn.Module) -> frozenset[Any]:
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return frozenset((kind, number) for kind, held in enumerate(kinds) for number in held)
 
 
 def _root(base: Any) -> Any:

@@ -9,7 +9,7 @@ one chunk of logits exists (as Liger's fused linear cross entropy does it, https
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from fourfold.data import supervised_positions
 from fourfold.kernels.cross_entropy import AUTOGRAD_LOGITS, IGNORE_INDEX, cross_entropy_, rows_at_once
+from fourfold.models.sharding import plain_class
 from fourfold.quantization.linear import QuantizedLinear
 
 __all__ = [
@@ -84,20 +85,18 @@ def supervised_cross_entropy(
 
 def frozen_linear(lm_head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias in the dtype of the logits, if the head is no more than its product with `hidden`."""
-    hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(lm_head):  # accelerate's hooks stand in the instance's `forward`
-        return None
+    kind, head = plain_class(lm_head), cast(Any, lm_head)
     is_autocast = torch.is_autocast_enabled(hidden.device.type)
     dtype = torch.get_autocast_dtype(hidden.device.type) if is_autocast else hidden.dtype
-    if type(lm_head) is QuantizedLinear and not lm_head.number_format.is_vectorwise:
-        weight = lm_head.quantized.dequantize(dtype)
-    elif type(lm_head) is nn.Linear and (is_autocast or lm_head.weight.dtype == dtype):
-        weight = lm_head.weight.detach().to(dtype)
+    if kind is QuantizedLinear and not head.number_format.is_vectorwise:
+        weight = head.quantized.dequantize(dtype)
+    elif kind is nn.Linear and (is_autocast or head.weight.dtype == dtype):
+        weight = head.weight.detach().to(dtype)
     else:
         return None
     if weight.device != hidden.device:
         return None
-    return weight, None if lm_head.bias is None else lm_head.bias.detach().to(dtype)
+    return weight, None if head.bias is None else head.bias.detach().to(dtype)
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
