@@ -326,8 +326,8 @@ def _loss(shape: ModelShape, step: Step, layers: Sequence[_Layer]) -> _Moment:
     gathered = {"head, gathered": head}
     gradients = _gradients_before(shape, step)
     moments = []
-    if head and not shape.is_tied and not shards.has_copies:
-        # FSDP2 copies what comes into parameters, when all layers are done.
+    if head and not (shape.is_tied or shape.head_gradient_bytes or shards.has_copies):
+        # A frozen head comes when all layers are done, and FSDP2 copies it then.
         before = {"head, as it comes": head, "hidden states, and normed": 2 * _hidden(shape, step.tokens)}
         moments.append(_Moment({"activations kept": kept, GRADIENTS: gradients}, {**gathered, **before}))
     if shape.ends is not None:
