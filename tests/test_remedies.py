@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fourfold.config import RunConfig
+from fourfold.errors import ConfigError
 from fourfold.memory.gpus import gpu_by_name
 from fourfold.memory.parallel import STRATEGIES
 from fourfold.planning import plan
@@ -69,11 +70,23 @@ def test_more_gpus_are_the_last_remedy_and_no_more_than_it_takes(llama_70b: Path
     assert plan(stays, gpu, GIB, number).chosen is not None
 
 
+@pytest.mark.parametrize("keys", [{}, {"distributed": "fsdp2"}, {"distributed": "ddp"}])
+def test_several_gpus_are_given_no_base_that_streams_which_training_refuses(
+    llama_70b: Path, keys: dict[str, Any]
+) -> None:
+    config = configured(llama_70b, optim=None, **keys)
+    found = list(remedies(config, gpu_by_name("24GB"), num_gpus=2))
+    assert found
+    assert all("stream_base" not in one.change for one in found)
+    with pytest.raises(ConfigError, match=r"a base that streams belongs to one GPU"):
+        plan(config.model_copy(update={"stream_base": "host"}), gpu_by_name("24GB"), num_gpus=2)
+
+
 def test_of_several_gpus_ways_to_share_the_run_are_compared(llama: Path) -> None:
     config = configured(llama, optim=None)
     rows = {row.name: row.plan.chosen or row.plan.smallest for row in compare(config, gpu_by_name("24GB"), num_gpus=2)}
     every = [f"{base}, {name}" for base in ("LoRA", "QLoRA") for name in STRATEGIES]
-    assert list(rows) == [*every, "QLoRA, streaming, ddp"]
+    assert list(rows) == every
     # 16 GB of weights are half as many on each of two.
     weights = [rows[f"LoRA, {name}"] for name in ("ddp", "fsdp2")]
     sizes = [one.footprint.parts["weights, 16 bits"] for one in weights if one]

@@ -62,7 +62,7 @@ def remedies(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpu
         made = run_plan(changed, gpu, host_bytes, parallelisms=parallelisms_of(changed, num_gpus))
         return made if made.chosen is not None else None
 
-    changes = list(_changes(config))
+    changes = list(_changes(config, num_gpus))
     found = [(what, change, made) for what, change in changes if (made := fitting(change)) is not None]
     yield from itertools.starmap(Remedy, found)
     together: dict[str, Any] = {}
@@ -83,11 +83,12 @@ def _more_gpus(config: RunConfig, gpu: Gpu, host_bytes: int | None, num_gpus: in
     for number in range(num_gpus + 1, _MOST_GPUS + 1):
         made = run_plan(stays, gpu, host_bytes, parallelisms=[Parallelism(number, "fsdp2")], shape=shape)
         if made.chosen is not None:
-            yield Remedy(f"{number} GPUs, the base sharded over them", {"distributed": "fsdp2"}, made, number)
+            change = {"distributed": "fsdp2"} | ({} if config.stream_base is None else {"stream_base": None})
+            yield Remedy(f"{number} GPUs, the base sharded over them", change, made, number)
             return
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(config: RunConfig, num_gpus: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if config.bnb_4bit_compute_dtype == "float32":
         yield "bf16", {"bnb_4bit_compute_dtype": "bfloat16"}
     if config.recompute is not None:
@@ -117,11 +118,11 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "optimizer state on the GPU", {"optim": "adamw_8bit"}
     if config.load_in_8bit:
         quantized = {}
-    if config.stream_base is None:
-        yield "the base streams from host memory", {"stream_base": "host", **quantized}
-    else:
+    if config.stream_base is not None:
         yield "the base on the GPU", {"stream_base": None}
-    if config.stream_base != "disk":
+    elif num_gpus == 1:
+        yield "the base streams from host memory", {"stream_base": "host", **quantized}
+    if config.stream_base != "disk" and num_gpus == 1:
         checkpoint = "the base streams from the disk, out of a checkpoint of `fourfold quantize`"
         yield checkpoint, {"stream_base": "disk", **quantized}
     length = config.max_length // 2
@@ -131,8 +132,8 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus: int = 1) -> list[Strategy]:
-    """LoRA over 16 bits, over 4, and over 4 that stream from host memory, before them full fine-tuning where that is
-    asked for: of one GPU, each with every way to recompute; of several, each with every way to share the run."""
+    """LoRA over 16 bits and over 4, before them full fine-tuning where that is asked for: of one GPU, each with every
+    way to recompute, and over 4 that stream from host memory; of several, each with every way to share the run."""
     rows = []
     bases: dict[str, dict[str, Any]] = {
         "LoRA": {"load_in_4bit": False, **_NO_INT8, "stream_base": None},
@@ -144,11 +145,13 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus
         bases = {"full fine-tuning": bases["LoRA"], **adapted}
     for base, update in bases.items():
         changed, streams = config.model_copy(update=update), update["stream_base"] is not None
+        if streams and num_gpus > 1:
+            continue
         shape = run_shape(changed)
         if num_gpus > 1:
-            ways = [way for way in parallelisms_of(config, num_gpus) if way.shards.runs_by_graphs or not streams]
-            together = run_plan(changed, gpu, host_bytes, parallelisms=ways, shape=shape) if ways else None
-            made = [] if together is None else list((together.by_strategy or {ways[0].strategy: together}).items())
+            ways = parallelisms_of(config, num_gpus)
+            together = run_plan(changed, gpu, host_bytes, parallelisms=ways, shape=shape)
+            made = list((together.by_strategy or {ways[0].strategy: together}).items())
         else:
             # A base streams where there is no memory to keep much else.
             names = [name for name in shape.policies if POLICIES[name].offload or not streams] or ["full"]

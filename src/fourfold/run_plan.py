@@ -86,7 +86,7 @@ def run_plan(
                 if plan.chosen is not None:
                     break
         except ConfigError as error:
-            if len(strategies) == 1:
+            if not made and strategy == strategies[-1]:
                 raise
             refused[strategy] = str(error)
     return made[strategies[0]] if len(strategies) == 1 else fastest_of(made, refused)

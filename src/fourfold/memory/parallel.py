@@ -42,8 +42,8 @@ class Shards:
         has_copies: Whether the optimizer updates fp32 copies of what is trained, a share on each GPU.
         offloads: What may be in host memory, of `OFFLOADS`.
         optimizers: That there are for it; None: every one.
-        runs_by_graphs: Whether blocks may run by CUDA graphs, and the base may stream: gathered weights lie elsewhere
-            in each pass, GPUs do not speak within a graph, and DeepSpeed wants gradients in an order of its own.
+        runs_by_graphs: Whether blocks may run by CUDA graphs: gathered weights lie elsewhere in each pass, GPUs do not
+            speak within a graph, and DeepSpeed wants gradients in an order of its own.
         runs: Whether `fourfold train` has it; else it is a forecast only.
     """
 

@@ -64,19 +64,24 @@ def make_plan(
         parallelisms: How GPUs may share the run; of equally fast ones the first.
 
     Raises:
-        ConfigError: The rows cannot be parted among the GPUs, nor the layers; or a base that is parted streams.
+        ConfigError: The rows cannot be parted among the GPUs, nor the layers; or a base that streams, and several.
     """
     plan = Plan(gpu, seq, None, None, None, 0, host_bytes)
     graphs = cuda_graphs if shape.is_fused else False
     step = Step(0, seq, (), cuda_graphs=graphs, streams=streams, eval_batch=eval_batch)
-    if streams and not any(way.shards.runs_by_graphs for way in parallelisms):
-        raise ConfigError("a base that GPUs share so does not stream", hint="leave stream_base out")
+    alone = [way for way in parallelisms if way.num_gpus == 1]
+    if streams and not alone:
+        raise ConfigError(
+            "a base that streams belongs to one GPU",
+            found=f"stream_base: {streams}, {parallelisms[0].num_gpus} GPUs",
+            hint="leave stream_base out, and give distributed: fsdp2; or plan for one GPU",
+        )
     known: dict[Any, float] = {}
     ways = [
         _Way(shape, gpu, rows, step, optimizer, parallelism, known)
         for optimizer in optimizers
-        for parallelism in parallelisms
-        if _suits(optimizer, parallelism) and (parallelism.shards.runs_by_graphs or streams is None)
+        for parallelism in (alone if streams else parallelisms)
+        if _suits(optimizer, parallelism)
     ]
     if not ways:
         raise ConfigError(
