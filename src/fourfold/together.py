@@ -37,7 +37,10 @@ def together(config: RunConfig) -> Iterator[Lifeline]:
         if instead is None:
             raise
         raise instead from error
-    lifeline.close()
+    else:
+        lifeline.close()
+    finally:
+        lifeline.stop()
 
 
 def least_of_all(own: Processes, gpu: Gpu | None, host_bytes: int | None) -> tuple[Gpu | None, int | None]:

@@ -71,6 +71,14 @@ def test_a_process_that_has_ended_as_it_should_is_not_missed(pair):
     assert given_up == [[], []]
 
 
+@pytest.mark.parametrize("end", [Lifeline.close, lambda own: own.failed(TrainingError("the disk is full"))])
+def test_none_is_in_the_store_any_more_when_its_process_ends(pair, end):
+    """Python would abort it there, and torchrun end the others."""
+    for each in pair[0]:
+        end(each)
+        assert not each._thread.is_alive()
+
+
 def test_an_error_of_one_process_ends_the_other_and_is_told_there(pair, capsys):
     (_, second), given_up = pair
     assert second.failed(TrainingError("the disk of this machine is full")) is None

@@ -71,7 +71,14 @@ class Lifeline:
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._set(f"done/{self.own.rank}", {})
+        self.stop()
+
+    def stop(self) -> None:
+        """Watch no more. A thread that is in the store while Python ends aborts the process, and torchrun then ends the
+        others, the main one as it writes what was trained."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(SILENCE_SECONDS)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -97,7 +104,7 @@ class Lifeline:
             if not isinstance(error, FourfoldError):
                 first = self._found("failed", 3 * GRACE_SECONDS)
                 if first is not None and first["rank"] != self.own.rank:
-                    self._stop.set()
+                    self.stop()
                     return _of_another(first, error)
             record = {"rank": self.own.rank, "type": type(error).__name__, "what": str(error), "host": _host()}
             if self.own.is_main:
@@ -105,11 +112,11 @@ class Lifeline:
             else:
                 told = self._found("main", GRACE_SECONDS)
                 if told is not None and told["what"] == record["what"]:
-                    self._stop.set()
+                    self.stop()
                     if isinstance(error, FourfoldError):
                         error.is_told = True
                     return None
-            self._stop.set()
+            self.stop()
             self._set("failed", record)
         return None
 
