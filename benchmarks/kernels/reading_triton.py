@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.early_triton import begin, wait
+from fourfold.kernels.launching import launches_early
 
 __all__ = ["reading_us"]
 
@@ -40,13 +41,15 @@ def read_kernel(
     tl.store(out_ptr + tl.program_id(0), tl.xor_sum(total))
 
 
-def read(source: Tensor, warps: int, loads: int, early: bool = True) -> Tensor:
+def read(source: Tensor, warps: int, loads: int) -> Tensor:
     """Of int32 [words] something that no part of it may be left out of."""
     width = warps * 32 * 4
     programs = triton.cdiv(source.numel(), width * loads)
     out = torch.empty(programs, dtype=torch.int32, device=source.device)
-    options: dict[str, Any] = {"num_warps": warps, "launch_pdl": True} if early else {}
-    read_kernel[(programs,)](out, source, source.numel(), WIDTH=width, LOADS=loads, EARLY=early, **options)
+    early = launches_early(source.device)
+    read_kernel[(programs,)](
+        *(out, source, source.numel()), WIDTH=width, LOADS=loads, EARLY=early, num_warps=warps, launch_pdl=early
+    )
     return out
 
 

@@ -138,15 +138,14 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus
     bases: dict[str, dict[str, Any]] = {
         "LoRA": {"load_in_4bit": False, **_NO_INT8, "stream_base": None},
         "QLoRA": {"load_in_4bit": True, **_NO_INT8, "stream_base": None},
-        "QLoRA, streaming": {"load_in_4bit": True, **_NO_INT8, "stream_base": "host"},
     }
+    if num_gpus == 1:
+        bases["QLoRA, streaming"] = {**bases["QLoRA"], "stream_base": "host"}
     if config.adapter is None:
         adapted = {name: {**update, "adapter": "lora"} for name, update in bases.items()}
         bases = {"full fine-tuning": bases["LoRA"], **adapted}
     for base, update in bases.items():
-        changed, streams = config.model_copy(update=update), update["stream_base"] is not None
-        if streams and num_gpus > 1:
-            continue
+        changed = config.model_copy(update=update)
         shape = run_shape(changed)
         if num_gpus > 1:
             ways = parallelisms_of(config, num_gpus)
@@ -154,7 +153,8 @@ def compare(config: RunConfig, gpu: Gpu, host_bytes: int | None = None, num_gpus
             made = list((together.by_strategy or {ways[0].strategy: together}).items())
         else:
             # A base streams where there is no memory to keep much else.
-            names = [name for name in shape.policies if POLICIES[name].offload or not streams] or ["full"]
+            stays = changed.stream_base is None
+            names = [name for name in shape.policies if POLICIES[name].offload or stays] or ["full"]
             made = [(name, run_plan(changed, gpu, host_bytes, [name], shape=shape)) for name in names]
         rows += [Strategy(f"{base}, {name}", one) for name, one in made]
     return rows

@@ -69,18 +69,18 @@ def make_plan(
     plan = Plan(gpu, seq, None, None, None, 0, host_bytes)
     graphs = cuda_graphs if shape.is_fused else False
     step = Step(0, seq, (), cuda_graphs=graphs, streams=streams, eval_batch=eval_batch)
-    alone = [way for way in parallelisms if way.num_gpus == 1]
-    if streams and not alone:
+    num_gpus = max(way.num_gpus for way in parallelisms)
+    if streams and num_gpus > 1:
         raise ConfigError(
             "a base that streams belongs to one GPU",
-            found=f"stream_base: {streams}, {parallelisms[0].num_gpus} GPUs",
+            found=f"stream_base: {streams}, {num_gpus} GPUs",
             hint="leave stream_base out, and give distributed: fsdp2; or plan for one GPU",
         )
     known: dict[Any, float] = {}
     ways = [
         _Way(shape, gpu, rows, step, optimizer, parallelism, known)
         for optimizer in optimizers
-        for parallelism in (alone if streams else parallelisms)
+        for parallelism in parallelisms
         if _suits(optimizer, parallelism)
     ]
     if not ways:

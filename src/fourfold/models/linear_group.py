@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fourfold.kernels.grad_a import grad_a
 from fourfold.kernels.low_rank import fill_columns, new_extended
 from fourfold.kernels.low_rank_pair import low_rank_pair_
+from fourfold.models.hooks import hooks_of
 from fourfold.quantization.linear import QuantizedLinear
 from fourfold.quantization.tensor import are_alike, expand_alike_
 
@@ -133,7 +134,7 @@ def _view_adapter(module: Any, name: str, training: bool) -> Adapter:
 def refuse_hooks(module: nn.Module) -> None:
     """Raises Unsupported if the module has a hook."""
     # The fused block does not call the modules inside it, so their hooks would not run.
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if hooks_of(module):
         raise Unsupported("a module inside the block has a hook")
 
 

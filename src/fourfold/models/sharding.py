@@ -30,6 +30,7 @@ from torch import nn
 from fourfold.errors import ConfigError
 from fourfold.kernels.shards import is_sharded, local_part
 from fourfold.models.block import FusedDecoderLayer, drop_graphs
+from fourfold.models.hooks import hooks_of
 from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.quantization.experts import quantized_parameters
 from fourfold.quantization.linear import QuantizedWeight
@@ -95,7 +96,7 @@ def shard_model(model: nn.Module, device: torch.device, fill: Callable[[nn.Modul
         kind = plain_class(head)
         shard(head, False)  # its forward pass comes just before the loss
         if kind is not None:
-            head._plain = (kind, _hooks(head))
+            head._plain = (kind, hooks_of(head))
     shard(base, None)  # FSDP2 leaves it gathered, as the root
     if "hf_device_map" in vars(base):
         vars(base)["hf_device_map"] = {"": device}
@@ -171,12 +172,7 @@ def plain_class(module: nn.Module) -> type | None:
     else:
         kind, hooks = type(module), frozenset()
     # accelerate's hooks stand in the instance's `forward`.
-    return None if _hooks(module) - hooks or "forward" in vars(module) else kind
-
-
-def _hooks(module: nn.Module) -> frozenset[Any]:
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return frozenset((kind, number) for kind, held in enumerate(kinds) for number in held)
+    return None if hooks_of(module) - hooks or "forward" in vars(module) else kind
 
 
 def _root(base: Any) -> Any:

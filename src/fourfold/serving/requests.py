@@ -24,7 +24,7 @@ __all__ = [
 
 # A prompt's or a seed's numbers go into int64 tensors.
 _LARGEST = 2**63 - 1
-MOST_BIASES = 1024
+_MOST_BIASES = 1024
 TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
 
 
@@ -110,21 +110,21 @@ class Sampling(_Body):
     seed: Annotated[int, Field(ge=-(2**63), le=_LARGEST)] | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=_MOST_BIASES, description="By token id: added to the logit of each."),
+        ]
+        | None
+    ) = None
     # Not OpenAI's, but vLLM's and others' names.
     top_k: Annotated[int, Field(ge=-1, le=_LARGEST, description="0 or -1: all tokens.")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     # Beyond these no logit would be left to choose by.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MOST_BIASES, description="By token id: added to the logit of each."),
-        ]
-        | None
-    ) = None
 
     @model_validator(mode="after")
     def _check(self) -> Sampling:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fourfold.adapters.weighing import weighed_parameters
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.block import keep_order
+from fourfold.models.hooks import HOOKS
 from fourfold.models.underlying import decoder_layers, underlying
 from fourfold.quantization.linear import QuantizedWeight
 from fourfold.training.processes import follow_main
@@ -27,7 +28,6 @@ from fourfold.training.whole_state import WholeState
 
 __all__ = ["ZeroState", "prepare_for_zero", "prepare_for_zero3", "whole_head"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What a group of the optimizer has beside its parameters and its implementation.
 _SCHEDULED = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -95,7 +95,7 @@ def whole_head(lm_head: nn.Module) -> Iterator[nn.Module]:
     import deepspeed
 
     plain = copy.copy(lm_head)
-    plain.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    plain.__dict__.update({name: OrderedDict() for name in HOOKS})
     with deepspeed.zero.GatheredParameters(partitioned):
         yield plain
 
